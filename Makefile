@@ -1,0 +1,34 @@
+# make demo: set-up and the main job.  make test: set-up and the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint check clean
+.DELETE_ON_ERROR:
+
+# Done once per change of the dependencies; torch first and pinned, else pip takes the CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "melinoe needs Python >= 3.11; set PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/melinoe demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -n 2
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: test lint
+
+clean:
+	rm -rf $(VENV) demo-output

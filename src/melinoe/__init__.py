@@ -1,0 +1,44 @@
+"""melinoe: mixture-of-experts models inside a memory budget, exactly and fast.
+
+The public names are imported when they are first used, so that `import melinoe` and
+`melinoe --help` load neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from melinoe import _plugin
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "MelinoeError": "melinoe.errors",
+    "convert": "melinoe.offload.convert",
+    "load": "melinoe.offload.loader",
+    "stats": "melinoe.offload.loader",
+    "generate": "melinoe.generation",
+    "stream_generate": "melinoe.generation",
+    "tune": "melinoe.tuning.trainer",
+    "merge": "melinoe.tuning.merge",
+    "trace": "melinoe.tracing",
+    "simulate": "melinoe.routing.simulate",
+    "fit_predictor": "melinoe.prediction.predictor",
+    "evaluate": "melinoe.bench.quality",
+    "demo": "melinoe.bench.demo",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'melinoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+_plugin.register_when_imported()

@@ -1,0 +1,68 @@
+"""Sizes, folders and numbers that several stages share; each default is written once, here."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from melinoe.errors import MelinoeError
+
+RECORD_ALIGNMENT = 4096  # bytes; what O_DIRECT asks of file offsets, lengths and addresses
+DEFAULT_SEED = 0
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes from `4GiB`, `500MB` or a plain number of bytes.
+
+    Units are exact (KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB of 1000). `8G` and `8Gb`
+    are refused, because half of their users mean something else.
+
+    Raises:
+        MelinoeError: the text is not a size.
+    """
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2] not in _UNITS:
+        raise MelinoeError(
+            "not a memory size", got=repr(text), allowed="a number with B, KiB, MiB, GiB, KB, MB or GB"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def format_bytes(count: float) -> str:
+    """`1.5 GiB` from 1610612736; three significant digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def home() -> Path:
+    """Where melinoe keeps what it can make again: $MELINOE_HOME or ~/.cache/melinoe."""
+    return Path(os.environ.get("MELINOE_HOME") or Path.home() / ".cache" / "melinoe")
+
+
+def resolve_model(source: str | Path) -> Path | str:
+    """A model folder, or the id of a model on the Hub; `tiny` is the embedded model.
+
+    Raises:
+        MelinoeError: neither a model folder nor something that can be an id.
+    """
+    if str(source) == "tiny":
+        return Path(__file__).parent / "tiny" / "model"
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise MelinoeError(f"{path} is not a model folder", got="no config.json in it")
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return str(source)
+    raise MelinoeError(
+        "no such model", got=source, allowed="a model folder, a store, a Hub id (organisation/name), or tiny"
+    )

@@ -1,0 +1,145 @@
+"""Text rows: what tune, trace, evaluate and demo read.
+
+A data set is a .jsonl file, or a folder with train.jsonl, valid.jsonl and test.jsonl. Each line holds
+`messages`, or `prompt` and `completion`, or `text`; the kind is detected line by line. Encoding uses
+the tokenizer's chat template where it has one, so that a model is tuned on what it will be asked.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melinoe.errors import MelinoeError
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example. `messages` is the conversation before the completion."""
+
+    messages: tuple[dict[str, str], ...]
+    completion: str
+    task: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as plain text (the last message before the completion)."""
+        return self.messages[-1]["content"] if self.messages else ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt and completion; positions `prompt_length - 1 ..` predict the completion."""
+
+    ids: list[int]
+    prompt_length: int
+
+
+def _parse_row(record: Any, where: str) -> Row:
+    if not isinstance(record, dict):
+        raise MelinoeError(f"{where}: not a JSON object", got=type(record).__name__)
+    task = str(record.get("task", ""))
+    if isinstance(record.get("messages"), list) and record["messages"]:
+        messages = record["messages"]
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+            raise MelinoeError(f"{where}: a message lacks role or content")
+        if messages[-1]["role"] != "assistant":
+            raise MelinoeError(
+                f"{where}: the last message is not the assistant's", got=messages[-1]["role"], allowed="assistant"
+            )
+        return Row(tuple(messages[:-1]), messages[-1]["content"], task)
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return Row(({"role": "user", "content": record["prompt"]},), record["completion"], task)
+    if isinstance(record.get("text"), str):
+        return Row((), record["text"], task)
+    raise MelinoeError(
+        f"{where}: unknown row format",
+        got="keys " + ", ".join(sorted(map(str, record))),
+        allowed="messages | prompt + completion | text (strings)",
+    )
+
+
+def read_rows(path: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
+    """Rows of a file, or of one split of a folder.
+
+    Args:
+        path: a .jsonl file (then `split` is not looked at) or a folder of train/valid/test.jsonl.
+        split: which file of a folder.
+        limit: at most this many rows, from the start.
+
+    Raises:
+        MelinoeError: no such file, a malformed line (named with file and line), or no rows.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = path / f"{split}.jsonl"
+        if not file.is_file():
+            found = ", ".join(sorted(p.name for p in path.glob("*.jsonl"))) or "no .jsonl files"
+            raise MelinoeError(f"no {split}.jsonl in data folder {path}", got=found, allowed="train, valid, test.jsonl")
+    elif path.is_file():
+        file = path
+    else:
+        raise MelinoeError(
+            "no such data file or folder", got=path, allowed="a .jsonl file or a folder of train/valid/test.jsonl"
+        )
+    rows: list[Row] = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if limit is not None and len(rows) >= limit:
+                break
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise MelinoeError(f"{file}, line {number}: not JSON", got=error.msg) from None
+            rows.append(_parse_row(record, f"{file}, line {number}"))
+    if not rows:
+        raise MelinoeError(f"{file} has no rows", allowed="at least one JSON line")
+    return rows
+
+
+def encode_prompt(tokenizer: Any, messages: tuple[dict[str, str], ...] | str, raw: bool = False) -> list[int]:
+    """Token ids of a prompt: through the chat template if there is one and `raw` is false."""
+    if isinstance(messages, str):
+        messages = ({"role": "user", "content": messages},)
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return tokenizer("".join(m["content"] for m in messages), add_special_tokens=True)["input_ids"]
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode(tokenizer: Any, row: Row, max_length: int | None = None) -> Encoded | None:
+    """Token ids of a row, the end token last; None when it is longer than `max_length` or has no completion.
+
+    A row is never cut: half an answer would teach and measure something else.
+    """
+    prompt = encode_prompt(tokenizer, row.messages) if row.messages else []
+    completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None:
+        completion = [*completion, tokenizer.eos_token_id]
+    ids = prompt + completion
+    if not prompt:  # plain text: the first token is the prompt
+        prompt = ids[:1]
+    if len(ids) <= len(prompt) or (max_length is not None and len(ids) > max_length):
+        return None
+    return Encoded(ids, len(prompt))
+
+
+def encode_rows(tokenizer: Any, rows: list[Row], max_length: int | None = None) -> list[tuple[Row, Encoded]]:
+    """The rows that fit, with their ids.
+
+    Raises:
+        MelinoeError: none fits.
+    """
+    pairs = [(row, encode(tokenizer, row, max_length)) for row in rows]
+    kept = [(row, encoded) for row, encoded in pairs if encoded is not None]
+    if not kept:
+        raise MelinoeError(
+            f"none of {len(rows)} rows fits", allowed=f"at most {max_length} tokens", next_step="raise --max-length"
+        )
+    return kept

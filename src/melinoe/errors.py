@@ -1,0 +1,46 @@
+"""The one error that a user is meant to read.
+
+Everything a user can cause (a wrong folder, a budget that is too small, a broken file) ends in a
+MelinoeError of one line: what is wrong, what was found, what is allowed, and what to do next. The
+command line prints that line and exits with 1; MELINOE_TRACEBACK=1 shows where it came from.
+Programming mistakes stay assertions and ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+
+class MelinoeError(ValueError):
+    """A mistake that the user can mend.
+
+    Args:
+        what: what is wrong, in a few words.
+        got: what was found instead (omitted when it says nothing).
+        allowed: what would have been accepted.
+        next_step: the command or the change that helps.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object | None = None,
+        allowed: object | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        self.what, self.got, self.allowed, self.next_step = what, got, allowed, next_step
+        parts = [what]
+        if got is not None:
+            parts.append(f"got {got}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        if next_step is not None:
+            parts.append(next_step)
+        super().__init__("; ".join(" ".join(part.split()) for part in parts))
+
+
+def missing_extra(package: str, extra: str) -> MelinoeError:
+    """The error for an optional dependency that is not installed."""
+    return MelinoeError(
+        f"{package} is not installed",
+        next_step=f"install it with: pip install 'melinoe-moe[{extra}]'",
+    )

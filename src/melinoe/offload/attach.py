@@ -1,0 +1,108 @@
+"""Puts a pager under a model: the steps that the quantizer takes before and after weights are read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from melinoe.errors import MelinoeError
+from melinoe.moe import experts_modules, fingerprint
+from melinoe.offload import budget
+from melinoe.offload.context import PassContext, Scores
+from melinoe.offload.experts import NAME
+from melinoe.offload.layout import RecordLayout
+from melinoe.offload.pager import ExpertPager
+from melinoe.offload.store import Store, open_store
+from melinoe.routing.policies import make_policy
+
+
+def open_for(model: nn.Module, folder: Path) -> Store:
+    """Opens the store of a model skeleton and checks that its records are this model's.
+
+    Raises:
+        MelinoeError: no store, a damaged one, or one whose records have other shapes or another dtype.
+    """
+    store = open_store(folder)
+    modules = experts_modules(model)
+    names = [name for name, _ in modules]
+    if names != [layer.experts_name for layer in store.layers]:
+        raise MelinoeError(
+            f"{folder} is a store of another model",
+            got=f"{len(store.layers)} layers, first {store.layers[0].experts_name}",
+            allowed=f"{len(names)} layers, first {names[0] if names else None}",
+        )
+    for (name, module), layer in zip(modules, store.layers, strict=True):
+        layout = RecordLayout.of(module)
+        if layout != layer.layout or module.num_experts != layer.num_experts:
+            stored = layer.layout.fields[0]
+            expected = layout.fields[0]
+            raise MelinoeError(
+                f"the records of {name} in {folder} do not fit the model",
+                got=f"{layer.num_experts} experts, {stored.name} {stored.shape} {stored.dtype}",
+                allowed=f"{module.num_experts} experts, {expected.name} {expected.shape} {expected.dtype}",
+                next_step="load with the store's own dtype, or convert again",
+            )
+    return store
+
+
+def strip(model: nn.Module) -> None:
+    """Removes the expert parameters, so that nothing loads, allocates or initialises them."""
+    for _, module in experts_modules(model):
+        for name, _ in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def attach(model: Any, store: Store, settings: Any) -> None:
+    """Attaches pager and context to a stripped model.
+
+    Args:
+        settings: the quantizer's config: slots, memory, policy, predictor.
+    """
+    plan = budget.derive(model, store, settings.memory, settings.slots)
+    if settings.memory is None and settings.slots is None:
+        print(f"melinoe: no budget given, using what is free: {plan}", file=sys.stderr)
+    num_experts = max(layer.num_experts for layer in store.layers)
+    policy = make_policy(settings.policy, len(store.layers), num_experts, plan.slots)
+    pager = ExpertPager(store, plan.slots, policy)
+    context = PassContext(pager, _predictor(model, settings.predictor))
+    context.attach(model)
+    for index, (_, module) in enumerate(experts_modules(model)):
+        module.melinoe_layer, module.melinoe_context = index, context  # type: ignore[assignment]
+    model.melinoe_context, model.melinoe_budget = context, plan
+    model.requires_grad_(False)  # slots are overwritten: nothing behind them can be differentiated
+    model.set_experts_implementation(NAME)
+    model.generation_config.disable_compile = True  # the experts function talks to the disk
+    model.save_pretrained = MethodType(_refuse_to_save, model)
+
+
+def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
+    raise MelinoeError(
+        "an offloaded model has no experts in memory, save_pretrained would lose them",
+        next_step="copy the store folder, or save the checkpoint it was made from",
+    )
+
+
+def _predictor(model: Any, path: str | None) -> Scores | None:
+    if path is None:
+        return None
+    from melinoe.prediction.predictor import Predictor
+
+    predictor = Predictor.load(path, model)
+
+    def scores(prompt: list[int]) -> np.ndarray:
+        return predictor.scores(prompt)
+
+    return scores
+
+
+def check_fingerprint(model: nn.Module, expected: str, what: str) -> None:
+    """Refuses a file that was made with another model's routing."""
+    found = fingerprint(model)
+    if found != expected:
+        raise MelinoeError(f"{what} belongs to another model", got=expected, allowed=found)

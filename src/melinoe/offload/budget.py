@@ -1,0 +1,106 @@
+"""From one number of bytes to slots: resident weights, KV cache, work space, staging, then slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from melinoe.config import format_bytes, parse_bytes
+from melinoe.errors import MelinoeError
+from melinoe.moe import experts_per_token
+from melinoe.offload.pager import STAGING_RECORDS
+from melinoe.offload.store import Store
+
+DEFAULT_CONTEXT = 2048  # tokens of KV cache that a budget sets aside
+PREFILL_CHUNK = 2048  # tokens of one call that the work space is sized for
+FREE_MARGIN = 0.8  # share of the free memory taken where no budget is given
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes by purpose. `slots` are records per layer; each layer has the same number."""
+
+    resident_bytes: int
+    cache_bytes: int
+    work_bytes: int
+    staging_bytes: int
+    slots: int
+    slot_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.resident_bytes + self.cache_bytes + self.work_bytes + self.staging_bytes + self.slot_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"resident {format_bytes(self.resident_bytes)} + KV cache {format_bytes(self.cache_bytes)}"
+            f" + work {format_bytes(self.work_bytes)} + staging {format_bytes(self.staging_bytes)}"
+            f" + {self.slots} slots per layer {format_bytes(self.slot_bytes)} = {format_bytes(self.total_bytes)}"
+        )
+
+
+def _cache_bytes_per_token(model: nn.Module) -> int:
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = (config.dtype or torch.float32).itemsize
+    return int(2 * config.num_hidden_layers * heads * width * element)
+
+
+def derive(
+    model: nn.Module, store: Store, memory: int | str | None = None, slots: int | None = None
+) -> Budget:
+    """The plan for a model whose experts are in `store` (stripped already, weights loaded or not).
+
+    Args:
+        memory: all bytes the model may use; None with `slots` None: most of what is free.
+        slots: records per layer; overrides `memory`.
+
+    Raises:
+        MelinoeError: the memory is too small; the message names the smallest that works.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    resident = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    element = (config.dtype or torch.float32).itemsize
+    context = min(DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    cache = context * _cache_bytes_per_token(model)
+    work = min(context, PREFILL_CHUNK) * experts_per_token(model) * config.hidden_size * element
+    staging = STAGING_RECORDS * store.max_record_bytes
+    per_slot = sum(layer.layout.record_bytes for layer in store.layers)
+    most = max(layer.num_experts for layer in store.layers)
+    fixed = resident + cache + work + staging
+    if slots is None:
+        given = parse_bytes(memory) if memory is not None else int(free_memory() * FREE_MARGIN)
+        slots = (given - fixed) // per_slot
+        if slots < 1:
+            raise MelinoeError(
+                "the memory budget is too small for this model",
+                got=format_bytes(given),
+                allowed=f"{-(-(fixed + per_slot) // 2**20)}MiB or more",
+                next_step=f"resident weights need {format_bytes(resident)}, the KV cache of {context} tokens"
+                f" {format_bytes(cache)}, one slot in every layer {format_bytes(per_slot)}",
+            )
+    elif slots < 0:
+        raise MelinoeError("slots must not be negative", got=slots, allowed=f"0 to {most}")
+    slots = min(slots, most)
+    return Budget(resident, cache, work, staging, slots, slots * per_slot)
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: free memory of the machine and of its cgroup."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    for limit, usage in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(usage).read_text()))
+        except (OSError, ValueError):  # no such controller, or "max"
+            continue
+    return available

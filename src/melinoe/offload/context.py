@@ -1,0 +1,73 @@
+"""What a forward pass is: which sequences, which tokens are real, prefill or decode.
+
+The experts function sees a flat list of tokens. A hook on the model that `generate` calls sees the
+attention mask and the cache, and leaves a note here for all layers of the same pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from melinoe.offload.pager import ExpertPager
+from melinoe.routing.policies import DECODE, PREFILL, Call
+
+Scores = Callable[[list[int]], np.ndarray]  # prompt's token ids -> [L, E]
+
+
+class PassContext:
+    """The note of the current forward pass, and where requests begin."""
+
+    def __init__(self, pager: ExpertPager, predict: Scores | None = None) -> None:
+        self.pager, self.predict = pager, predict
+        self.phase = PREFILL
+        self.ages = self.valid = np.empty(0)
+
+    def attach(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return
+        batch, length = tokens.shape[:2]
+        mask = kwargs.get("attention_mask")
+        if torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] >= length:
+            valid = mask[:, -length:].bool().cpu().numpy()
+        else:
+            valid = np.ones((batch, length), bool)
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        # several tokens behind a cache: the next piece of a prompt, unless decoding has begun (then it
+        # is the verification of guessed tokens)
+        self.phase = PREFILL if past == 0 or (length > 1 and self.phase == PREFILL) else DECODE
+        after = valid[:, ::-1].cumsum(1)[:, ::-1]
+        self.ages, self.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()
+        if past == 0:
+            self._begin(ids, valid)
+        count = int(valid.sum())
+        if self.phase == DECODE:
+            self.pager.statistics.decode_tokens += count
+        else:
+            self.pager.statistics.prefill_tokens += count
+
+    def _begin(self, ids: torch.Tensor | None, valid: np.ndarray) -> None:
+        scores = None
+        if self.predict is not None and ids is not None:
+            prompts = [row[keep].tolist() for row, keep in zip(ids.cpu().numpy(), valid, strict=True)]
+            scores = np.mean([self.predict(prompt) for prompt in prompts if prompt], axis=0)
+        self.pager.policy.begin(scores)
+
+    def call(self, indices: np.ndarray) -> Call:
+        """The policy's view of one layer's call. indices: [T, K]."""
+        tokens = len(indices)
+        if tokens == len(self.ages):
+            return Call(indices, self.ages, self.valid, self.phase)
+        # the layers were called past the model we know: say only what the shape says
+        phase = PREFILL if tokens > 1 else DECODE
+        return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), phase)

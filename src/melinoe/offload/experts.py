@@ -1,0 +1,116 @@
+"""The experts function: what transformers calls in place of its own (ExpertsInterface, "melinoe").
+
+One function for experts that are paged and experts that are resident, with or without low-rank
+additions. Every expert's rows are computed at once and written to their own places in one
+[T * K, H] buffer; the sum over a token's experts then runs in top-k order. So the result is
+bit for bit the same whatever was resident, in whichever order records arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from melinoe.errors import MelinoeError
+from melinoe.offload.context import PassContext
+from melinoe.offload.pager import Views
+from melinoe.routing.policies import Call
+
+NAME = "melinoe"
+
+
+def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
+    """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    low_rank = getattr(module, "low_rank", None)
+
+    def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
+        weight = weights[name]
+        out = rows @ weight if module.is_transposed else F.linear(rows, weight)
+        if low_rank is not None:
+            out = out + low_rank.term(rows, expert, side)
+        return out + weights[f"{name}_bias"] if module.has_bias else out
+
+    inner = project(hidden, up, "up")
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
+    out = project(inner, "down_proj", "down")
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
+
+
+def _rows_by_expert(indices: np.ndarray, num_experts: int) -> dict[int, np.ndarray]:
+    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out."""
+    flat = indices.ravel()
+    order = np.argsort(flat, kind="stable")
+    experts, starts = np.unique(flat[order], return_index=True)
+    groups = np.split(order, starts[1:])
+    return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
+
+
+def _resident(module: nn.Module, experts: Iterator[int]) -> Iterator[tuple[int, Views]]:
+    parameters = dict(module.named_parameters(recurse=False))
+    for expert in experts:
+        yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
+
+
+def _paged(module: nn.Module, call_context: PassContext, indices: np.ndarray) -> Iterator[tuple[int, Views]]:
+    call: Call = call_context.call(indices)
+    return call_context.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
+
+
+def melinoe_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Transformers' experts contract.
+
+    Args:
+        hidden_states: [T, H].
+        top_k_index: [T, K]; ids >= num_experts belong to other processes and add nothing.
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, H] in the dtype of hidden_states.
+
+    Raises:
+        MelinoeError: a record could not be read, or gradients were asked of paged experts.
+    """
+    tokens, top_k = top_k_index.shape
+    indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
+    rows = _rows_by_expert(indices, int(module.num_experts))  # type: ignore[arg-type]
+    context: PassContext | None = getattr(module, "melinoe_context", None)
+    if context is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise MelinoeError(
+            "offloaded experts cannot pass gradients: their slots are overwritten",
+            next_step="tune the checkpoint, not the store, or use torch.no_grad()",
+        )
+    served = _resident(module, iter(rows)) if context is None else _paged(module, context, indices)
+    outputs: torch.Tensor | None = None
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for expert, weights in served:
+            positions = torch.from_numpy(rows[expert]).to(hidden_states.device)
+            part = expert_output(module, hidden_states[positions // top_k], weights, expert)
+            if context is None:
+                parts.append((positions, part))  # kept whole for autograd
+                continue
+            if outputs is None:
+                outputs = part.new_zeros(tokens * top_k, part.shape[-1])
+            outputs[positions] = part
+    finally:
+        served.close()  # type: ignore[attr-defined]
+    if parts:
+        order = torch.cat([positions for positions, _ in parts])
+        stacked = torch.cat([part for _, part in parts])
+        outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, order, stacked)
+    if outputs is None:  # no tokens, or nothing but sentinels
+        return torch.zeros_like(hidden_states)
+    weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(1).to(hidden_states.dtype)
+
+
+if NAME not in ALL_EXPERTS_FUNCTIONS:
+    ALL_EXPERTS_FUNCTIONS.register(NAME, melinoe_experts)

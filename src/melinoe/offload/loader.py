@@ -1,0 +1,165 @@
+"""`melinoe.load`: a model by name, with its experts paged or resident."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from melinoe.config import home, resolve_model
+from melinoe.errors import MelinoeError
+from melinoe.moe import fingerprint, moe_layers
+from melinoe.offload.budget import Budget
+from melinoe.offload.context import PassContext
+from melinoe.offload.convert import convert, local_folder
+from melinoe.offload.statistics import Statistics
+from melinoe.offload.store import is_store, open_store
+
+
+def load(
+    source: str | Path,
+    adapter: str | Path | None = None,
+    predictor: str | Path | None = None,
+    memory: int | str | None = None,
+    slots: int | None = None,
+    policy: str = "decay",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """Opens a model with its experts paged inside a memory budget.
+
+    Args:
+        source: a store, or a checkpoint (folder, Hub id, `tiny`), which is converted on first use into
+            $MELINOE_HOME/stores.
+        adapter: what `melinoe tune` wrote; applied without touching the store.
+        predictor: what `melinoe fit-predictor` wrote.
+        memory: bytes or text such as "4GiB" for weights, KV cache, work space and slots together.
+        slots: records per layer, instead of memory.
+        policy: decay (default), lru, lfu or static.
+        device: only the CPU for now.
+        dtype: only the store's own.
+
+    Returns:
+        A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
+
+    Raises:
+        MelinoeError: see `open_store`, `budget.derive`, `apply_adapter`, `Predictor.load`.
+    """
+    if device is not None and torch.device(device).type != "cpu":
+        raise MelinoeError("only the CPU is supported by this version", got=device, allowed="cpu")
+    if memory is not None and slots is not None:
+        raise MelinoeError("give memory or slots, not both", got=f"memory={memory}, slots={slots}")
+    folder = store_folder(source)
+    store = open_store(folder)
+    config = AutoConfig.from_pretrained(folder)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if wanted is not None and wanted != config.dtype:
+        raise MelinoeError("the store has another dtype", got=wanted, allowed=config.dtype)
+    config.quantization_config = {
+        **config.quantization_config,
+        "slots": slots,
+        "memory": memory,
+        "policy": policy,
+        "predictor": None,  # set below: it may have been fitted to the adapter's routers
+    }
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
+    if store.fingerprint and fingerprint(model) != store.fingerprint:
+        raise MelinoeError(
+            f"the weights in {folder} are not those the store was made with",
+            got=fingerprint(model),
+            allowed=store.fingerprint,
+            next_step="convert again",
+        )
+    if adapter is not None:
+        from melinoe.offload.adapter import apply_adapter
+
+        apply_adapter(model, Path(adapter))
+    if predictor is not None:
+        from melinoe.prediction.predictor import Predictor
+
+        model.melinoe_context.predict = Predictor.load(predictor, model).scores
+    return model.eval()
+
+
+def store_folder(source: str | Path) -> Path:
+    """The store of a source; a checkpoint is converted on first use."""
+    resolved = resolve_model(source)
+    if isinstance(resolved, Path) and is_store(resolved):
+        return resolved
+    folder = local_folder(resolved)
+    weights = sorted(folder.glob("*.safetensors"))
+    stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in weights)
+    key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
+    target = home() / "stores" / f"{folder.resolve().name}-{key}"
+    if not is_store(target):
+        convert(source, target)
+    return target
+
+
+def store_fingerprint(folder: Path) -> str:
+    """The routing fingerprint of a store that has no fingerprint yet."""
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {**config.quantization_config, "slots": 0}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
+    model.melinoe_context.pager.close()
+    return fingerprint(model)
+
+
+def load_resident(
+    source: str | Path, adapter: str | Path | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) with everything in memory, in stock transformers; the adapter applied.
+
+    Args:
+        dtype: None: the checkpoint's.
+
+    Raises:
+        MelinoeError: no such model, a store (its experts are not resident), or a dense model.
+    """
+    resolved = resolve_model(source)
+    if isinstance(resolved, Path) and is_store(resolved):
+        raise MelinoeError(f"{resolved} is a store", allowed="the checkpoint it was made from")
+    folder = local_folder(resolved)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    moe_layers(model)
+    if adapter is not None:
+        from melinoe.offload.adapter import apply_adapter
+
+        apply_adapter(model, Path(adapter))
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a model folder or store, padding on the left."""
+    folder = local_folder(resolve_model(source))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _context(model: Any) -> PassContext:
+    context = getattr(model, "melinoe_context", None)
+    if context is None:
+        raise MelinoeError("this model was not opened by melinoe.load or from a store", got=type(model).__name__)
+    return context
+
+
+def stats(model: Any) -> Statistics:
+    """The counters of an offloaded model, cumulative since load or `stats(model).reset()`."""
+    return _context(model).pager.statistics
+
+
+def reset_slots(model: Any) -> None:
+    """Empties the slots: the next request starts cold."""
+    _context(model).pager.reset()
+
+
+def plan(model: Any) -> Budget:
+    """What the model's memory is used for."""
+    _context(model)
+    return model.melinoe_budget

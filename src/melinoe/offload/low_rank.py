@@ -1,0 +1,244 @@
+"""Per-expert low-rank additions, computed inside the experts function: y = x W^T + (alpha/r) (x A^T) B^T.
+
+PEFT's target_parameters gives the same numbers, but forms W + dW of every expert in every forward
+pass, which is what a model that does not fit its memory cannot afford. Here the factors live in a small
+submodule `low_rank` of the experts module, and two functions read them: the paged experts function, which
+goes expert by expert (`term`), and `tuning_experts`, the resident function used in training.
+
+Shape suffixes: T tokens, K experts per token, N = T * K routed rows (sorted by expert), H hidden,
+I inner, E experts, R rank. Factors are A [E, R, in] and B [E, out, R], also for transposed experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+Projection = Literal["up", "down"]
+EXPERTS_FUNCTION = "melinoe_tuning"
+
+
+def projection_parameter(module: nn.Module, projection: Projection) -> str:
+    """The experts module's own name of a projection: gate_up_proj or up_proj, and down_proj."""
+    if projection == "down":
+        return "down_proj"
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+class LowRankExperts(nn.Module):
+    """The factors of all experts of one layer, float32; `B` starts at zero, so the model starts unchanged.
+
+    Args:
+        num_experts, up_in, up_out, down_in, down_out: sizes of the two projections.
+        rank, alpha: the addition is alpha / rank times the product.
+        generator: for the random start of `A` (normal, scaled as nn.Linear's default is).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        up_in: int,
+        up_out: int,
+        down_in: int,
+        down_out: int,
+        rank: int,
+        alpha: float,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+
+        def start(size_in: int) -> nn.Parameter:
+            values = torch.randn(num_experts, rank, size_in, generator=generator) * (3 * size_in) ** -0.5
+            return nn.Parameter(values.to(device))
+
+        def zeros(size_out: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(num_experts, size_out, rank, device=device))
+
+        self.up_A, self.up_B = start(up_in), zeros(up_out)
+        self.down_A, self.down_B = start(down_in), zeros(down_out)
+
+    def factors(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [E, R, in], B [E, out, R])."""
+        return (self.up_A, self.up_B) if projection == "up" else (self.down_A, self.down_B)
+
+    def term(self, x_NI: torch.Tensor, expert: int, projection: Projection) -> torch.Tensor:
+        """What one expert's factors add to its projection: [N, in] -> [N, out], in the dtype of `x_NI`."""
+        a_ERI, b_EOR = self.factors(projection)
+        inner_NR = nn.functional.linear(x_NI, a_ERI[expert].to(x_NI.dtype))
+        return nn.functional.linear(inner_NR, b_EOR[expert].to(x_NI.dtype)) * self.scale
+
+
+def attach_low_rank(
+    module: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None
+) -> LowRankExperts:
+    """Puts fresh factors on an experts module whose weights are resident."""
+    sizes = []
+    for projection in ("up", "down"):
+        shape = getattr(module, projection_parameter(module, projection)).shape
+        sizes += [shape[1], shape[2]] if module.is_transposed else [shape[2], shape[1]]
+    module.low_rank = LowRankExperts(module.num_experts, *sizes, rank, alpha, generator, module.down_proj.device)
+    return module.low_rank
+
+
+@torch.no_grad()
+def fold_low_rank(module: nn.Module) -> None:
+    """Adds the factors to the resident weights, W += (alpha / r) B A (summed in float32), and removes them."""
+    for projection in ("up", "down"):
+        a_ERI, b_EOR = module.low_rank.factors(projection)
+        weight = getattr(module, projection_parameter(module, projection))
+        for expert in range(module.num_experts):  # one expert at a time: no second copy of a layer
+            added = (b_EOR[expert].float() @ a_ERI[expert].float()) * module.low_rank.scale
+            total = weight[expert].float() + (added.T if module.is_transposed else added).to(weight.device)
+            weight[expert].copy_(total.to(weight.dtype))
+    del module.low_rank
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """x [N, in] sorted by expert -> [N, out], with the low-rank addition; W and its bias are frozen.
+
+    One loop over experts with products that add in place: on a CPU this was the fastest of the forms
+    tried (docs/log.md), and it keeps x and x A^T for the backward pass, nothing of the size of W.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: torch.Tensor,
+        weight_EOI: torch.Tensor,
+        a_ERI: torch.Tensor,
+        b_EOR: torch.Tensor,
+        scale: float,
+        ends: list[int],
+    ) -> torch.Tensor:
+        out = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
+        inner_NR = x_NI.new_empty(len(x_NI), a_ERI.shape[1])
+        start = 0
+        for expert, end in enumerate(ends):
+            if end > start:
+                x, y, inner = x_NI[start:end], out[start:end], inner_NR[start:end]
+                torch.mm(x, weight_EOI[expert].T, out=y)
+                torch.mm(x, a_ERI[expert].T.to(x.dtype), out=inner)
+                y.addmm_(inner, b_EOR[expert].T.to(x.dtype), alpha=scale)
+            start = end
+        out[start:].zero_()  # expert-parallel sentinels stand behind the last expert
+        ctx.save_for_backward(x_NI, weight_EOI, a_ERI, b_EOR, inner_NR)
+        ctx.scale, ctx.ends = scale, ends
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_out = grads[0].contiguous()
+        x_NI, weight_EOI, a_ERI, b_EOR, inner_NR = ctx.saved_tensors
+        grad_x = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = torch.zeros_like(a_ERI), torch.zeros_like(b_EOR)
+        start = 0
+        for expert, end in enumerate(ctx.ends):
+            if end > start:
+                x, g = x_NI[start:end], grad_out[start:end]
+                g_inner = torch.mm(g, b_EOR[expert].to(g.dtype)).mul_(ctx.scale)
+                grad_b[expert] = torch.mm(g.T, inner_NR[start:end]).mul_(ctx.scale)
+                grad_a[expert] = torch.mm(g_inner.T, x)
+                if grad_x is not None:
+                    torch.mm(g, weight_EOI[expert], out=grad_x[start:end])
+                    grad_x[start:end].addmm_(g_inner, a_ERI[expert].to(g.dtype))
+            start = end
+        if grad_x is not None:
+            grad_x[start:].zero_()
+        return grad_x, None, grad_a, grad_b, None, None
+
+
+class _SortRows(torch.autograd.Function):
+    """x [T, H] -> [N, H]: the row of every (token, choice), sorted by expert.
+
+    The backward pass is a gather and a sum over K, several times faster on a CPU than the scatter
+    that autograd would use, and in a fixed order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: torch.Tensor, token_N: torch.Tensor, place_TK: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TH.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (place_TK,) = ctx.saved_tensors
+        rows = grads[0].index_select(0, place_TK.reshape(-1))
+        return rows.view(*place_TK.shape, -1).sum(1), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y [N, H] sorted by expert, weights [T, K] -> sum_k w y [T, H], in top-k order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_NH: torch.Tensor, weights_TK: torch.Tensor, order_N: torch.Tensor, place_TK: torch.Tensor
+    ) -> torch.Tensor:
+        rows_TKH = y_NH.index_select(0, place_TK.reshape(-1)).view(*place_TK.shape, -1)
+        ctx.save_for_backward(rows_TKH, weights_TK, order_N)
+        return (rows_TKH * weights_TK[..., None]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        grad_TH = grads[0]
+        rows_TKH, weights_TK, order_N = ctx.saved_tensors
+        grad_weights = (rows_TKH * grad_TH[:, None]).sum(-1).to(weights_TK.dtype)
+        weight_N1 = weights_TK.reshape(-1).index_select(0, order_N)[:, None]
+        token_N = order_N.div(weights_TK.shape[1], rounding_mode="floor")
+        return grad_TH.index_select(0, token_N).mul_(weight_N1), grad_weights, None, None
+
+
+def tuning_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Experts function for training: [T, H], [T, K], [T, K] -> [T, H].
+
+    Gradient flows to the hidden states, the factors and the weights; the experts' own weights stay
+    frozen. Expert-parallel sentinels (index >= E) contribute nothing.
+    """
+    num_choices = top_k_index.shape[1]
+    expert_N, order_N = torch.sort(top_k_index.reshape(-1), stable=True)
+    place_TK = torch.empty_like(order_N)
+    place_TK[order_N] = torch.arange(len(order_N), device=order_N.device)
+    place_TK = place_TK.view_as(top_k_index)
+    counts = torch.bincount(expert_N, minlength=module.num_experts)[: module.num_experts]
+    ends = counts.cumsum(0).tolist()  # the one synchronisation of a layer
+    absent_N1 = None
+    if ends[-1] < len(expert_N):
+        absent_N1 = (expert_N >= module.num_experts)[:, None]
+        expert_N = expert_N.clamp(max=module.num_experts - 1)
+
+    def project(x_NI: torch.Tensor, projection: Projection) -> torch.Tensor:
+        name = projection_parameter(module, projection)
+        weight = getattr(module, name).detach()
+        weight_EOI = weight.transpose(1, 2) if module.is_transposed else weight
+        if getattr(module, "low_rank", None) is not None:
+            a_ERI, b_EOR = module.low_rank.factors(projection)
+            scale = module.low_rank.scale
+        else:
+            a_ERI = weight.new_zeros(module.num_experts, 0, weight_EOI.shape[2])
+            b_EOR, scale = weight.new_zeros(module.num_experts, weight_EOI.shape[1], 0), 1.0
+        y = _GroupedLinear.apply(x_NI, weight_EOI, a_ERI, b_EOR, scale, ends)
+        if module.has_bias:
+            y = y + getattr(module, f"{name}_bias").detach()[expert_N]
+        return y
+
+    token_N = order_N.div(num_choices, rounding_mode="floor")
+    x_NH = _SortRows.apply(hidden_states, token_N, place_TK)
+    y = project(x_NH, "up")
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = project(y, "down")
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    if absent_N1 is not None:
+        y = y.masked_fill(absent_N1, 0.0)
+    return _Combine.apply(y, top_k_weights, order_N, place_TK).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, tuning_experts)

@@ -1,0 +1,137 @@
+"""Serves the experts of one call: policy decides, reader moves bytes, the caller computes.
+
+One pager belongs to one model. Its `serve` yields every expert that a call asks for, as soon as the
+expert's record is in memory: first those that are there, while the others are being read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+import torch
+
+from melinoe.offload.slots import Reader, RecordBuffer, SlotBank
+from melinoe.offload.statistics import Statistics
+from melinoe.offload.store import Store
+from melinoe.routing.policies import Call, Load, Policy
+
+STAGING_RECORDS = 4  # records beside the slots; at least 2, so that one is read while another is used
+
+Views = dict[str, torch.Tensor]
+
+
+class ExpertPager:
+    """Slots, staging, policy and reader of one offloaded model.
+
+    Args:
+        store: where the records are.
+        slots: per layer, 0 or more.
+        policy: decides what stays; made for the same number of layers, experts and slots.
+        staging: records that stream what is not kept, shared by all layers.
+    """
+
+    def __init__(self, store: Store, slots: int, policy: Policy, staging: int = STAGING_RECORDS) -> None:
+        assert staging >= 2, staging
+        self.store, self.policy, self.slots = store, policy, slots
+        self.banks = [SlotBank(min(slots, layer.num_experts), layer.layout) for layer in store.layers]
+        self.staging = RecordBuffer(staging, store.max_record_bytes)
+        self._staging_views = [
+            [layer.layout.views(self.staging.tensor[i, : layer.layout.record_bytes]) for i in range(staging)]
+            for layer in store.layers
+        ]
+        self.reader = Reader(store)
+        self.statistics = Statistics()
+        self._lock = threading.RLock()  # decisions follow program order; two threads take turns
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory for experts: all slots and the staging records."""
+        return sum(bank.buffer.tensor.nbytes for bank in self.banks if bank.buffer.count) + self.staging.tensor.nbytes
+
+    def reset(self) -> None:
+        """Empties the slots and the policy's memory, after all reads have ended: a cold start."""
+        with self._lock:
+            for bank in self.banks:
+                wait(bank.pending.values())
+                bank.clear()
+            self.policy.reset()
+
+    def serve(self, layer: int, call: Call) -> Iterator[tuple[int, Views]]:
+        """Yields (expert, tensors) once for every expert of the call; the tensors hold until the next step.
+
+        Raises:
+            MelinoeError: a record could not be read. The slots are emptied then, so that no later call
+                can take a half-read record for an expert.
+        """
+        with self._lock:
+            bank = self.banks[layer]
+            in_flight: dict[Future[None], tuple[int, int | None]] = {}
+            try:
+                yield from self._serve(layer, bank, call, in_flight)
+            except BaseException:  # also when the caller stops in the middle, or Ctrl-C
+                wait(in_flight)
+                self.reset()
+                raise
+
+    def _serve(
+        self, layer: int, bank: SlotBank, call: Call, in_flight: dict[Future[None], tuple[int, int | None]]
+    ) -> Iterator[tuple[int, Views]]:
+        decision = self.policy.request(layer, call)
+        self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)
+        hits = set(decision.hits)
+        streamed = deque(load.expert for load in decision.loads if not load.admit)
+        free_staging = list(range(self.staging.count))
+        behind: dict[int, tuple[Load, bool]] = {}  # loads into the slot of an expert that is served first
+
+        def start(load: Load, preload: bool) -> None:
+            slot = bank.place(load.expert, load.victim)
+            future = self.reader.read(layer, load.expert, bank.buffer.bytes_of(slot, bank.buffer.record_bytes))
+            if preload:
+                bank.pending[load.expert] = future
+            else:
+                in_flight[future] = (load.expert, None)
+
+        def stream() -> None:
+            while streamed and free_staging:
+                expert, index = streamed.popleft(), free_staging.pop()
+                length = self.store.layers[layer].layout.record_bytes
+                in_flight[self.reader.read(layer, expert, self.staging.bytes_of(index, length))] = (expert, index)
+
+        admitted = [(load, False) for load in decision.loads if load.admit]
+        for load, preload in [*admitted, *((load, True) for load in decision.preloads)]:
+            if load.victim in hits:
+                behind[load.victim] = (load, preload)
+            else:
+                start(load, preload)
+        stream()
+        for expert in sorted(hits, key=lambda expert: (expert in bank.pending, expert)):
+            arriving = bank.pending.pop(expert, None)
+            if arriving is not None:
+                self._wait(arriving)
+            yield expert, bank.views(expert)
+            if expert in behind:
+                start(*behind.pop(expert))
+        while in_flight:
+            began = time.perf_counter()
+            done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+            self.statistics.stalled_seconds += time.perf_counter() - began
+            for future in done:
+                future.result()
+                expert, index = in_flight.pop(future)
+                yield expert, bank.views(expert) if index is None else self._staging_views[layer][index]
+                if index is not None:
+                    free_staging.append(index)
+                    stream()
+
+    def _wait(self, future: Future[None]) -> None:
+        began = time.perf_counter()
+        future.result()
+        self.statistics.stalled_seconds += time.perf_counter() - began
+
+    def close(self) -> None:
+        self.reset()
+        self.reader.close()

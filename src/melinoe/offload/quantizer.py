@@ -1,0 +1,73 @@
+"""The plug-in by which transformers opens a store: a registered HfQuantizer named "melinoe".
+
+`from_pretrained` builds the model's skeleton on the meta device and asks us before it reads weights. We
+take the expert parameters away, so that it neither expects nor allocates them, and attach the pager
+afterwards. Imported through melinoe._plugin; it must stay light, because it runs inside transformers'
+own import.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+METHOD = "melinoe"
+
+
+@register_quantization_config(METHOD)
+class MelinoeConfig(QuantizationConfigMixin):
+    """What a store's config.json says under `quantization_config`, and what `melinoe.load` adds to it.
+
+    Args:
+        slots: records per layer. None: from `memory`.
+        memory: bytes, or text such as "4GiB". None: from MELINOE_MEMORY, else what is free.
+        policy: what decides who stays: decay, lru, lfu, static.
+        predictor: path of a predictor, or None.
+    """
+
+    def __init__(
+        self,
+        slots: int | None = None,
+        memory: int | str | None = None,
+        policy: str = "decay",
+        predictor: str | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.slots = slots
+        self.memory = memory if memory is not None else os.environ.get("MELINOE_MEMORY")
+        self.policy, self.predictor = policy, predictor
+
+
+@register_quantizer(METHOD)
+class MelinoeQuantizer(HfQuantizer):
+    """Takes the experts out before the weights are read and attaches the pager after."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        from melinoe.offload import attach
+
+        assert checkpoint_files, "a store has a model.safetensors"
+        self.store = attach.open_for(model, Path(checkpoint_files[0]).parent)
+        attach.strip(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        from melinoe.offload import attach
+
+        attach.attach(model, self.store, self.quantization_config)
+        return model
+
+    def is_serializable(self) -> bool:
+        return False  # save_pretrained would write a model without experts
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,140 @@
+"""Memory: slots that hold records, and the reader that fills them. Knows bytes, no policy.
+
+Reads bypass the page cache (O_DIRECT) where the file system allows it, and otherwise drop what they
+leave there; else the kernel would keep the whole store in memory and the budget would be a fiction.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from melinoe.errors import MelinoeError
+from melinoe.offload.layout import RecordLayout
+from melinoe.offload.store import Store
+
+READER_THREADS = 4  # reads in flight; a disk needs several to reach its bandwidth
+
+
+class RecordBuffer:
+    """`count` records of page-aligned memory, each seen as bytes (to read into) and as tensors."""
+
+    def __init__(self, count: int, record_bytes: int) -> None:
+        self.count, self.record_bytes = count, record_bytes
+        self._memory = mmap.mmap(-1, max(1, count) * record_bytes)
+        self._bytes = memoryview(self._memory)
+        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8).view(-1, record_bytes)
+
+    def bytes_of(self, index: int, length: int) -> memoryview:
+        start = index * self.record_bytes
+        return self._bytes[start : start + length]
+
+
+class SlotBank:
+    """The slots of one layer: which expert's record stands where.
+
+    `slot_of` names an expert from the moment its load is started; `pending` holds the loads that
+    nobody has waited for yet.
+    """
+
+    def __init__(self, slots: int, layout: RecordLayout) -> None:
+        self.buffer = RecordBuffer(slots, layout.record_bytes)
+        self._views = [layout.views(self.buffer.tensor[slot]) for slot in range(slots)]
+        self._slots = slots
+        self.clear()
+
+    def clear(self) -> None:
+        self.slot_of: dict[int, int] = {}
+        self.pending: dict[int, Future[None]] = {}
+        self._free = list(range(self._slots - 1, -1, -1))
+
+    def place(self, expert: int, victim: int | None) -> int:
+        """Gives `expert` the slot of `victim`, or a free one, and returns the slot's number.
+
+        A load into the victim's slot that is still under way is waited for: two reads must never
+        write the same bytes.
+        """
+        if victim is None:
+            slot = self._free.pop()
+        else:
+            pending = self.pending.pop(victim, None)
+            if pending is not None:
+                pending.result()
+            slot = self.slot_of.pop(victim)
+        assert expert not in self.slot_of, expert
+        self.slot_of[expert] = slot
+        return slot
+
+    def views(self, expert: int) -> dict[str, torch.Tensor]:
+        return self._views[self.slot_of[expert]]
+
+
+class Reader:
+    """Reads records of a store into memory, several at a time.
+
+    `bytes_read` and `busy_seconds` (time in which at least one read was outstanding) give the bandwidth
+    that was reached.
+    """
+
+    def __init__(self, store: Store, threads: int = READER_THREADS) -> None:
+        self.store = store
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="melinoe-read")
+        self._files = [self._open(layer) for layer in range(len(store.layers))]
+        self._lock = threading.Lock()
+        self._outstanding, self._since = 0, 0.0
+        self.bytes_read, self.busy_seconds = 0, 0.0
+
+    def _open(self, layer: int) -> tuple[int, bool]:
+        path = self.store.path(layer)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+        except OSError:  # tmpfs and others have no O_DIRECT
+            return os.open(path, os.O_RDONLY), False
+
+    def read(self, layer: int, expert: int, destination: memoryview) -> Future[None]:
+        """Starts reading one record into `destination` (page-aligned, a record long)."""
+        with self._lock:
+            if self._outstanding == 0:
+                self._since = time.perf_counter()
+            self._outstanding += 1
+        return self._pool.submit(self._read, layer, expert, destination)
+
+    def _read(self, layer: int, expert: int, destination: memoryview) -> None:
+        stored = self.store.layers[layer]
+        descriptor, direct = self._files[layer]
+        offset, done, length = stored.offset(expert), 0, stored.layout.record_bytes
+        try:
+            while done < length:
+                count = os.preadv(descriptor, [destination[done:length]], offset + done)
+                if count == 0:
+                    raise OSError("the file ended early")
+                done += count
+            if not direct:
+                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        except OSError as error:
+            raise MelinoeError(
+                f"cannot read expert {expert} from {self.store.path(layer)}",
+                got=error,
+                next_step="check the disk, then: convert again",
+            ) from error
+        finally:
+            with self._lock:
+                self._outstanding -= 1
+                self.bytes_read += done
+                if self._outstanding == 0:
+                    self.busy_seconds += time.perf_counter() - self._since
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
+        for descriptor, _ in self._files:
+            os.close(descriptor)
+        self._files = []
+
+    def __del__(self) -> None:
+        for descriptor, _ in getattr(self, "_files", []):
+            os.close(descriptor)

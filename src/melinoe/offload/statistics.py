@@ -1,0 +1,70 @@
+"""What the pager counts. A request is one expert asked for by one layer in one call.
+
+Hit rate = hits / requests while decoding, cumulative, cold misses included. Loads are records read,
+apart for prefill (misses of the prompt), preload (predicted, not asked for by the prompt) and decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from melinoe.routing.policies import DECODE, Call, Decision
+
+
+@dataclass
+class Statistics:
+    """Counters since the last reset. `*_bytes` are bytes of records read, padding included."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0  # tokens fed while decoding, summed over the batch
+    decode_requests: int = 0
+    decode_hits: int = 0
+    prefill_requests: int = 0
+    prefill_hits: int = 0
+    prefill_loads: int = 0
+    preload_loads: int = 0
+    decode_loads: int = 0
+    evictions: int = 0
+    prefill_bytes: int = 0
+    preload_bytes: int = 0
+    decode_bytes: int = 0
+    stalled_seconds: float = 0.0  # time the computation waited for a read
+
+    def count(self, call: Call, decision: Decision, record_bytes: int) -> None:
+        """Adds one decision."""
+        phase = "decode" if call.phase == DECODE else "prefill"
+        hits, loads, preloads = len(decision.hits), len(decision.loads), len(decision.preloads)
+        for name, value in (("requests", hits + loads), ("hits", hits), ("loads", loads), ("bytes", loads * record_bytes)):
+            setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
+        self.preload_loads += preloads
+        self.preload_bytes += preloads * record_bytes
+        self.evictions += sum(load.victim is not None for load in [*decision.loads, *decision.preloads])
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Decode hits per decode request; None before anything was decoded."""
+        return self.decode_hits / self.decode_requests if self.decode_requests else None
+
+    @property
+    def loads_per_token(self) -> float | None:
+        """Records read while decoding, per decoded token, all layers together."""
+        return self.decode_loads / self.decode_tokens if self.decode_tokens else None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes read while decoding, per decoded token."""
+        return self.decode_bytes / self.decode_tokens if self.decode_tokens else None
+
+    def reset(self) -> None:
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+
+    def to_json(self) -> dict[str, Any]:
+        counters = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            **counters,
+            "hit_rate": self.hit_rate,
+            "loads_per_token": self.loads_per_token,
+            "bytes_per_token": self.bytes_per_token,
+        }

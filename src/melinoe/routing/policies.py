@@ -1,0 +1,272 @@
+"""Which experts stay in the slots: the policies, for the device and for the simulator alike.
+
+A policy keeps books only. It is asked once per layer and call, in program order, and never learns
+when bytes arrive; so a recorded trace replays to the same hits, misses and evictions. Every policy
+here is one number per expert, `keep`: the lowest leaves first, ties by expert id. What differs is how
+that number comes about.
+
+The rules that hold for all:
+- Hits are counted before anything is admitted. A load in flight counts as resident.
+- Decode: the victim of a miss is never an expert of the same call. Where a policy may decline, a miss
+  that is worth less than every possible victim is served from staging and the slots stay as they are.
+- Prefill: a call streams nearly all experts anyway, so what matters is which ones stay. The slots end
+  with the best of all experts seen so far; a resident that loses its place is served first.
+- Prediction: experts that belong to the best but were not asked for by the prompt are read besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from melinoe.errors import MelinoeError
+
+PREFILL, DECODE = "prefill", "decode"
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one layer was asked in one call of T tokens, K experts each.
+
+    indices: [T, K] expert ids; ids >= the number of experts are expert-parallel sentinels.
+    ages: [T] 0 for the last token of its sequence in this call, 1 for the one before, ...
+    valid: [T] False for padding, which must be served but says nothing about the sequence.
+    """
+
+    indices: np.ndarray
+    ages: np.ndarray
+    valid: np.ndarray
+    phase: str
+
+    @property
+    def steps(self) -> int:
+        """How many tokens of time the call spans: the longest sequence in it."""
+        return int(self.ages.max()) + 1 if len(self.ages) else 0
+
+
+def decode_call(experts: Sequence[int] | np.ndarray) -> Call:
+    """The call of one decoded token."""
+    return Call(np.asarray(experts).reshape(1, -1), np.zeros(1, np.int64), np.ones(1, bool), DECODE)
+
+
+def prefill_call(indices: np.ndarray) -> Call:
+    """The call of one unpadded prompt, [T, K]."""
+    tokens = len(indices)
+    return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), PREFILL)
+
+
+@dataclass(frozen=True)
+class Load:
+    """One record to read. `admit` False: through staging. `victim` None: into a free slot."""
+
+    expert: int
+    admit: bool
+    victim: int | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The answer to one call. Every expert of the call is in `hits` or in `loads`, once."""
+
+    hits: list[int]
+    loads: list[Load]
+    preloads: list[Load] = field(default_factory=list)
+
+
+class Policy:
+    """Residency and the rules above; a subclass says what an expert is worth.
+
+    Args:
+        num_layers, num_experts: of the model.
+        slots: records that each layer can hold, 0 or more.
+    """
+
+    name = ""
+    may_decline = False
+    uses_prediction = False
+
+    def __init__(self, num_layers: int, num_experts: int, slots: int) -> None:
+        self.num_layers, self.num_experts, self.slots = num_layers, num_experts, min(slots, num_experts)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty slots and no memory of what was asked."""
+        self.resident: list[set[int]] = [set() for _ in range(self.num_layers)]
+        self.keep = np.zeros((self.num_layers, self.num_experts))
+        self.prior: np.ndarray | None = None
+
+    def begin(self, scores: np.ndarray | None = None) -> None:
+        """A new request starts. Slots carry over.
+
+        Args:
+            scores: [L, E] how often decoding will ask for each expert, per token; None: no prediction.
+        """
+        if scores is not None and scores.shape != self.keep.shape:
+            raise MelinoeError("predicted scores do not fit the model", got=scores.shape, allowed=self.keep.shape)
+        self.prior = scores if self.uses_prediction else None
+
+    def observe(self, layer: int, call: Call) -> None:
+        """Takes the call into account; runs before the decision, so that it counts the call itself."""
+        raise NotImplementedError
+
+    def worth(self, layer: int) -> np.ndarray:
+        """[E] the value that decides who stays."""
+        return self.keep[layer]
+
+    def request(self, layer: int, call: Call) -> Decision:
+        """Decides one call of one layer and updates residency."""
+        resident = self.resident[layer]
+        asked = sorted(expert for expert in set(call.indices.ravel().tolist()) if expert < self.num_experts)
+        hits = [expert for expert in asked if expert in resident]
+        misses = [expert for expert in asked if expert not in resident]
+        self.observe(layer, call)
+        if call.phase == PREFILL:
+            loads, preloads = self._fill(layer, asked, misses)
+        else:
+            loads, preloads = self._replace(layer, asked, misses), []
+        return Decision(hits, loads, preloads)
+
+    def _replace(self, layer: int, asked: list[int], misses: list[int]) -> list[Load]:
+        """Decode: one victim for each miss that is worth it."""
+        if not misses:
+            return []
+        resident, worth = self.resident[layer], self.worth(layer)
+        victims = sorted(resident.difference(asked), key=lambda expert: (worth[expert], expert))
+        loads = []
+        for expert in sorted(misses, key=lambda expert: (-worth[expert], expert)):
+            if len(resident) < self.slots:
+                resident.add(expert)
+                loads.append(Load(expert, True))
+            elif victims and not (self.may_decline and worth[expert] <= worth[victims[0]]):
+                victim = victims.pop(0)
+                resident.remove(victim)
+                resident.add(expert)
+                loads.append(Load(expert, True, victim))
+            else:
+                loads.append(Load(expert, False))
+        return loads
+
+    def _fill(self, layer: int, asked: list[int], misses: list[int]) -> tuple[list[Load], list[Load]]:
+        """Prefill: the slots end with the best experts; who leaves is served before he leaves."""
+        resident, worth = self.resident[layer], self.worth(layer)
+        known = resident.union(asked)
+        if self.prior is not None:
+            known.update(np.flatnonzero(self.prior[layer] > 0).tolist())
+        best = set(sorted(known, key=lambda expert: (-worth[expert], expert))[: self.slots])
+        # those that the call does not need leave first: their slots are free at once
+        leaving = sorted(resident - best, key=lambda expert: (expert in set(asked), worth[expert], expert))
+        free = self.slots - len(resident)
+        wanted = set(misses)
+        loads, preloads = [], []
+        for expert in [*misses, *sorted(best - resident - wanted)]:
+            if expert not in best:
+                loads.append(Load(expert, False))
+                continue
+            victim = None
+            if free > 0:
+                free -= 1
+            else:
+                victim = leaving.pop(0)
+                resident.remove(victim)
+            resident.add(expert)
+            (loads if expert in wanted else preloads).append(Load(expert, True, victim))
+        return loads, preloads
+
+
+class LRU(Policy):
+    """Least recently used leaves first; never declines. What llama.cpp and others do."""
+
+    name = "lru"
+
+    def reset(self) -> None:
+        super().reset()
+        self.clock = [0] * self.num_layers
+
+    def observe(self, layer: int, call: Call) -> None:
+        self.clock[layer] += call.steps
+        last = self.clock[layer] - call.ages[call.valid]
+        inside = call.indices[call.valid]
+        keep = np.flatnonzero(inside.ravel() < self.num_experts)
+        np.maximum.at(self.keep[layer], inside.ravel()[keep], np.repeat(last, inside.shape[1])[keep])
+
+
+class DecayedCounts(Policy):
+    """Requests counted with exponential forgetting, started from the prediction (default).
+
+    worth(e) = sum over tokens of decay^age [e asked] + prior_weight * predicted requests per token / (1 - decay)
+    The second term is what the first would have become had the prediction been the past. A prompt is evidence
+    like any other tokens, so prediction and prefill and decoding are one state and one rule.
+
+    Args:
+        decay: forgetting per token, 0 < decay <= 1 (1 counts without forgetting, as LFU does).
+        prior_weight: how much the prediction counts beside evidence.
+    """
+
+    name = "decay"
+    may_decline = True
+    uses_prediction = True
+
+    def __init__(
+        self, num_layers: int, num_experts: int, slots: int, decay: float = 0.95, prior_weight: float = 1.0
+    ) -> None:
+        self.decay, self.prior_weight = decay, prior_weight
+        super().__init__(num_layers, num_experts, slots)
+
+    def observe(self, layer: int, call: Call) -> None:
+        row = self.keep[layer]
+        row *= self.decay**call.steps
+        if len(call.indices) == 1:
+            if call.valid[0]:
+                inside = call.indices[0]
+                row[inside[inside < self.num_experts]] += 1.0
+            return
+        inside = call.indices[call.valid]
+        weights = np.repeat(self.decay ** call.ages[call.valid], inside.shape[1])
+        row += np.bincount(inside.ravel(), weights, minlength=self.num_experts)[: self.num_experts]
+
+    def worth(self, layer: int) -> np.ndarray:
+        if self.prior is None:
+            return self.keep[layer]
+        horizon = 1.0 / (1.0 - self.decay) if self.decay < 1 else 100.0
+        return self.keep[layer] + self.prior_weight * horizon * self.prior[layer]
+
+
+class LFU(DecayedCounts):
+    """Least frequently used leaves first; never declines, never forgets."""
+
+    name = "lfu"
+    may_decline = False
+    uses_prediction = False
+
+    def __init__(self, num_layers: int, num_experts: int, slots: int) -> None:
+        super().__init__(num_layers, num_experts, slots, decay=1.0)
+
+
+class Static(Policy):
+    """The best-scored experts of each layer and no others: what prediction alone is worth."""
+
+    name = "static"
+    may_decline = True
+    uses_prediction = True
+
+    def observe(self, layer: int, call: Call) -> None:
+        return None
+
+    def worth(self, layer: int) -> np.ndarray:
+        return self.keep[layer] if self.prior is None else self.prior[layer]
+
+
+POLICIES: dict[str, Callable[[int, int, int], Policy]] = {p.name: p for p in (DecayedCounts, LRU, LFU, Static)}
+
+
+def make_policy(name: str, num_layers: int, num_experts: int, slots: int) -> Policy:
+    """A policy by name.
+
+    Raises:
+        MelinoeError: no policy of that name.
+    """
+    if name not in POLICIES:
+        raise MelinoeError("unknown policy", got=name, allowed=", ".join(sorted(POLICIES)))
+    return POLICIES[name](num_layers, num_experts, slots)

@@ -1,0 +1,242 @@
+"""A trace: which experts every token of a set of sequences asked for, call by call.
+
+Traces stand between a model and everything that only needs to know what it asked: the simulator
+replays them, the predictor learns from them. A call is one forward pass; its boundaries and its phase
+are kept, because a prompt of fifty tokens in one call and fifty decoded tokens load different things.
+
+The file is one safetensors file (format `melinoe-trace`, version 1); the arrays below are its tensors,
+everything else is JSON in its metadata. Numpy only: a trace is read without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from melinoe.errors import MelinoeError
+from melinoe.routing.policies import DECODE, PREFILL, Call
+
+FORMAT, VERSION = "melinoe-trace", "1"
+PHASES = (PREFILL, DECODE)  # call_phase holds positions in this tuple
+_ARRAYS = {
+    "indices": np.int16,
+    "call_offsets": np.int64,
+    "call_phase": np.uint8,
+    "sequence": np.int32,
+    "ages": np.int32,
+    "valid": np.bool_,
+    "token_ids": np.int32,
+    "prompt_lengths": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """N tokens over C calls, L MoE layers, K experts per token, S sequences.
+
+    indices: [N, L, K] experts asked for, in program order; ids >= num_experts are sentinels.
+    call_offsets: [C + 1] call c holds the tokens call_offsets[c] .. call_offsets[c + 1] - 1.
+    call_phase: [C] 0 prefill, 1 decode.
+    sequence: [N] the sequence of each token, 0 .. S - 1.
+    ages: [N] 0 for the last token of its sequence in its call, 1 for the one before, ...
+    valid: [N] False for padding.
+    token_ids: [N] the token that was fed.
+    prompt_lengths: [S] tokens of each prompt.
+    num_experts: E.  fingerprint: `moe.fingerprint` of the model.  model: its name, for people.
+    settings: how the trace was made.
+    """
+
+    indices: np.ndarray
+    call_offsets: np.ndarray
+    call_phase: np.ndarray
+    sequence: np.ndarray
+    ages: np.ndarray
+    valid: np.ndarray
+    token_ids: np.ndarray
+    prompt_lengths: np.ndarray
+    num_experts: int
+    fingerprint: str = ""
+    model: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, kind in _ARRAYS.items():
+            object.__setattr__(self, name, np.asarray(getattr(self, name), kind))
+        tokens, calls = len(self.indices), len(self.call_phase)
+        per_token = {len(getattr(self, name)) for name in ("sequence", "ages", "valid", "token_ids")}
+        sound = (
+            self.indices.ndim == 3
+            and per_token == {tokens}
+            and len(self.call_offsets) == calls + 1
+            and self.call_offsets[0] == 0
+            and self.call_offsets[-1] == tokens
+            and bool((np.diff(self.call_offsets) > 0).all())
+            and (tokens == 0 or int(self.sequence.max()) < len(self.prompt_lengths))
+        )
+        if not sound:
+            raise MelinoeError("the arrays of a trace do not fit each other", got=self._shapes())
+
+    def _shapes(self) -> str:
+        return ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in _ARRAYS)
+
+    @property
+    def num_layers(self) -> int:
+        return self.indices.shape[1]
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.call_phase)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompt_lengths)
+
+    @cached_property
+    def decoded(self) -> np.ndarray:
+        """[N] True for the tokens of decode calls, padding excluded."""
+        return np.repeat(self.call_phase == 1, np.diff(self.call_offsets)) & self.valid
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """[C] True where a sequence appears for the first time: a new request starts there."""
+        _, first_token = np.unique(self.sequence, return_index=True)
+        begins = np.zeros(self.num_calls, bool)
+        begins[np.searchsorted(self.call_offsets, first_token, side="right") - 1] = True
+        return begins
+
+    def calls(self) -> Iterator[tuple[int, int, Call]]:
+        """(call, layer, what the policy is asked) in program order: every layer of a call, then the next call."""
+        for call in range(self.num_calls):
+            tokens = slice(self.call_offsets[call], self.call_offsets[call + 1])
+            phase, ages, valid = PHASES[self.call_phase[call]], self.ages[tokens], self.valid[tokens]
+            by_layer = self.indices[tokens]
+            for layer in range(self.num_layers):
+                yield call, layer, Call(by_layer[:, layer], ages, valid, phase)
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each sequence's prompt."""
+        ids: list[list[int]] = [[] for _ in range(self.num_sequences)]
+        prompt = self.valid & ~self.decoded
+        for sequence, token in zip(self.sequence[prompt].tolist(), self.token_ids[prompt].tolist(), strict=True):
+            ids[sequence].append(token)
+        return ids
+
+    def request_counts(self, phase: str) -> np.ndarray:
+        """[S, L, E] float32: how many tokens of each sequence asked for each expert in one phase."""
+        tokens = self.decoded if phase == DECODE else self.valid & ~self.decoded
+        chosen = self.indices[tokens].astype(np.int64)  # [n, L, K]
+        rows = self.sequence[tokens].astype(np.int64)[:, None, None] * self.num_layers
+        width = self.num_experts + 1  # the last column takes sentinels
+        cells = (rows + np.arange(self.num_layers)[:, None]) * width + chosen.clip(max=self.num_experts)
+        counts = np.bincount(cells.ravel(), minlength=self.num_sequences * self.num_layers * width)
+        return counts.reshape(self.num_sequences, self.num_layers, width)[..., :-1].astype(np.float32)
+
+    def frequencies(self, phase: str = DECODE) -> np.ndarray:
+        """[S, L, E] float32: requests per token of a phase; each layer sums to K (0 without such tokens)."""
+        tokens = self.decoded if phase == DECODE else self.valid & ~self.decoded
+        lengths = np.bincount(self.sequence[tokens], minlength=self.num_sequences)
+        return self.request_counts(phase) / np.maximum(lengths, 1)[:, None, None].astype(np.float32)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the file whole or not at all (a temporary file beside it, then a rename)."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "model": self.model,
+            "num_experts": str(self.num_experts),
+            "settings": json.dumps(self.settings, sort_keys=True),
+        }
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Reads a trace file.
+
+        Raises:
+            MelinoeError: no such file, not a trace, or of another version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MelinoeError("no such trace file", got=path, next_step="make one with: melinoe trace")
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise MelinoeError(f"{path} is not a trace", got=metadata.get("format", "no format"), allowed=FORMAT)
+                if metadata.get("version") != VERSION:
+                    raise MelinoeError(
+                        f"{path}: trace of another version", got=metadata.get("version"), allowed=VERSION,
+                        next_step="make it again with: melinoe trace",
+                    )
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        except SafetensorError as error:
+            raise MelinoeError(f"{path} is not a trace file", got=str(error)) from None
+        return cls(
+            **arrays,
+            num_experts=int(metadata["num_experts"]),
+            fingerprint=metadata["fingerprint"],
+            model=metadata["model"],
+            settings=json.loads(metadata["settings"]),
+        )
+
+
+def as_trace(trace: Trace | str | Path) -> Trace:
+    """The trace itself, or the one in a file."""
+    return trace if isinstance(trace, Trace) else Trace.load(trace)
+
+
+def from_sequences(
+    indices: list[np.ndarray], token_ids: list[list[int]], prompt_lengths: list[int], num_experts: int, **identity: Any
+) -> Trace:
+    """The trace of unpadded sequences that were read whole (teacher-forced), as decoding would have gone.
+
+    One prefill call of the P prompt tokens, then one decode call for each of the positions P .. n - 2:
+    the last token of a sequence is never fed.
+
+    Args:
+        indices: per sequence [>= n - 1, L, K].
+        token_ids: per sequence its n tokens; n > P >= 1.
+        identity: fingerprint, model, settings.
+    """
+    lengths = np.array([len(ids) - 1 for ids in token_ids], np.int64)
+    prompts = np.array(prompt_lengths, np.int64)
+    assert (prompts >= 1).all() and (lengths >= prompts).all(), "a prompt and a completion of at least one token"
+    sizes, phases, ages = [], [], []
+    for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
+        decoded = length - prompt
+        sizes += [prompt, *[1] * decoded]
+        phases += [0, *[1] * decoded]
+        ages.append(np.concatenate([np.arange(prompt - 1, -1, -1), np.zeros(decoded, np.int64)]))
+    return Trace(
+        indices=np.concatenate([rows[:length] for rows, length in zip(indices, lengths, strict=True)]),
+        call_offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        call_phase=np.array(phases),
+        sequence=np.repeat(np.arange(len(lengths)), lengths),
+        ages=np.concatenate(ages),
+        valid=np.ones(int(lengths.sum()), bool),
+        token_ids=np.concatenate([ids[:-1] for ids in token_ids]),
+        prompt_lengths=prompts,
+        num_experts=num_experts,
+        **identity,
+    )

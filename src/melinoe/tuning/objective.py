@@ -1,0 +1,155 @@
+"""The cache simulation loss: how many experts a small cache would miss, as a function with a gradient.
+
+A pure function of what the routers did; the trainer calls it once per step for all layers. The
+second loss of the method stands in rank_matching.py. Equation numbers are those of arXiv 2602.11192.
+
+Shape suffixes: L MoE layers, B sequences, S positions, T = B * S tokens, E experts, K experts per token,
+N rows that hold one cache each (a sequence, or one document of a packed sequence).
+"""
+
+from __future__ import annotations
+
+import torch
+
+CHUNK = 64  # positions per triangular product; a longer one costs work that grows with it, a shorter one calls
+
+
+def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch.Tensor) -> torch.Tensor:
+    """r(t): forward the router's own selection, backward the probabilities p_f, over all E experts (Eq. 4).
+
+    Args:
+        requests_TE: [..., E] 1 where the router asked for an expert (melinoe.moe.requests), no gradient.
+        probabilities_TE: [..., E] p_f, with gradient.
+    """
+    return requests_TE.detach() + (probabilities_TE - probabilities_TE.detach())
+
+
+def scored_positions(mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor) -> torch.Tensor:
+    """[B, S] bool: the inputs that decoding processes, positions P .. n-2 of the real tokens of a row.
+
+    The prompt (P tokens) only warms the cache, and the last token is never fed back. A completion of one
+    token leaves nothing to score.
+    """
+    real_BS = mask_BS.bool()
+    position_BS = real_BS.long().cumsum(1) - 1
+    last_B1 = real_BS.sum(1, keepdim=True) - 2
+    return real_BS & (position_BS >= prompt_lengths_B[:, None]) & (position_BS <= last_B1)
+
+
+def _one_row_per_cache(
+    mask_BS: torch.Tensor, segment_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(source [N, S'], real [N, S']): where the tokens of each cache stand in B * S, without padding.
+
+    `source` points at B * S (one past the end) where a row has ended.
+    """
+    real_BS = mask_BS.bool()
+    rows_BS = torch.arange(len(mask_BS), device=mask_BS.device)[:, None].expand_as(real_BS)
+    tokens = real_BS.reshape(-1).nonzero()[:, 0]
+    row_of_token = rows_BS.reshape(-1)[tokens]
+    if segment_ids is not None:  # a change of segment, like a change of row, starts an empty cache
+        segment = segment_ids.reshape(-1)[tokens]
+        starts = torch.ones_like(row_of_token)
+        starts[1:] = ((segment.diff() != 0) | (row_of_token.diff() != 0)).long()
+        row_of_token = starts.cumsum(0) - 1
+    else:
+        row_of_token = torch.unique_consecutive(row_of_token, return_inverse=True)[1]
+    lengths_N = torch.bincount(row_of_token)
+    first_N = lengths_N.cumsum(0) - lengths_N
+    position = torch.arange(len(tokens), device=tokens.device) - first_N[row_of_token]
+    size = int(lengths_N.max()) if len(lengths_N) else 0
+    source = tokens.new_full((len(lengths_N), size), mask_BS.numel())
+    source[row_of_token, position] = tokens
+    return source, source < mask_BS.numel()
+
+
+def cache_states(
+    requests_NSE: torch.Tensor, capacity: int, gamma: float, top_k: int, chunk: int = CHUNK
+) -> torch.Tensor:
+    """c(t) for every position, the state BEFORE token t is served; |c(t)|_1 = C (Eq. 11).
+
+    Closed form of c(t+1) = (gamma Z(t) c(t) + r(t)) / Z(t+1), Z(t+1) = gamma Z(t) + K/C, c(0) = C/E, Z(0) = 1:
+
+        c(t) = (gamma^t C/E + sum_{s<t} gamma^(t-1-s) r(s)) / Z(t)
+        Z(t) = gamma^t + (K/C) (1 - gamma^t) / (1 - gamma)        (1 + t K/C where gamma = 1)
+
+    as one product with a lower-triangular matrix per chunk; the state is carried from chunk to chunk, so
+    memory grows with S, not with its square.
+
+    Args:
+        requests_NSE: [..., S, E] r(t); positions count from 0, padding may only follow.
+    """
+    *_, size, num_experts = requests_NSE.shape
+    make = {"dtype": requests_NSE.dtype, "device": requests_NSE.device}
+    length = min(chunk, max(size, 1))
+    step = torch.arange(length, **make)
+    age = step[:, None] - 1 - step[None, :]
+    # 0 ** 0 = 1 is what gamma = 0 (only the last token counts) needs
+    decay = torch.where(age >= 0, torch.tensor(gamma, **make) ** age.clamp_min(0), 0.0)
+    fade = torch.tensor(gamma, **make) ** torch.arange(length + 1, **make)
+    state = requests_NSE.new_full((*requests_NSE.shape[:-2], 1, num_experts), capacity / num_experts)
+    states = []
+    for start in range(0, size, length):
+        now = requests_NSE[..., start : start + length, :]
+        count = now.shape[-2]
+        states.append(fade[:count, None] * state + decay[:count, :count] @ now)
+        if start + count < size:
+            last = states[-1][..., -1:, :]
+            state = gamma * last + now[..., -1:, :]
+    time = torch.arange(size, device=requests_NSE.device, dtype=torch.float64)
+    powers = torch.tensor(gamma, dtype=torch.float64, device=requests_NSE.device) ** time
+    grown = time if gamma == 1 else (1 - powers) / (1 - gamma)
+    weight = powers + top_k / capacity * grown
+    joined = torch.cat(states, -2) if states else requests_NSE
+    return joined / weight.to(requests_NSE.dtype)[:, None]
+
+
+def soft_cache_misses(
+    requests_LBSE: torch.Tensor,
+    mask_BS: torch.Tensor,
+    scored_BS: torch.Tensor,
+    capacity: int,
+    top_k: int,
+    gamma: float = 0.9,
+    clipped: bool = False,
+    segment_ids: torch.Tensor | None = None,
+    detach_cache: bool = False,
+    chunk: int = CHUNK,
+) -> torch.Tensor:
+    """L_cs: expected misses per layer and scored token against a soft cache of `capacity` slots (Eq. 4, 11).
+
+        L_cs = mean over layers and scored tokens of < r(t), 1 - c(t) >
+
+    Time counts real tokens: padding on either side neither asks nor ages the cache.
+
+    Args:
+        requests_LBSE: [..., B, S, E] r(t) of every MoE layer (straight_through_requests).
+        mask_BS: [B, S] 1 for real tokens.
+        scored_BS: [B, S] bool, the tokens whose misses count (scored_positions).
+        capacity: C slots, at least top_k.
+        gamma: how slowly the cache forgets; 0 like LRU, 1 like LFU.
+        clipped: < r(t), 1 - min(c(t), 1) >. A slot holds an expert once: the plain form goes on paying for
+            concentration (c up to C/K) that saves no transfer. The clip is in the loss, not in the recurrence.
+        segment_ids: [B, S] the document of each token of a packed row; each starts an empty cache.
+        detach_cache: no gradient through the past requests inside c(t) (an ablation).
+
+    Returns:
+        A scalar between 0 and K (clipped), 0 where nothing is scored.
+    """
+    assert capacity >= top_k and 0 <= gamma <= 1, (capacity, top_k, gamma)
+    *outer, batch, size, num_experts = requests_LBSE.shape
+    source_NS, real_NS = _one_row_per_cache(mask_BS, segment_ids)
+    if not bool((real_NS & torch.cat([scored_BS.reshape(-1), scored_BS.new_zeros(1)])[source_NS]).any()):
+        return requests_LBSE.sum() * 0.0
+    flat_LTE = requests_LBSE.reshape(-1, batch * size, num_experts)
+    source = source_NS.clamp(max=batch * size - 1).reshape(-1)
+    requests_LNSE = flat_LTE.index_select(1, source).reshape(-1, *source_NS.shape, num_experts)
+    # what stands behind the end of a row comes after every scored token of it: it need not be zeroed
+    cache = cache_states(requests_LNSE, capacity, gamma, top_k, chunk)
+    if detach_cache:
+        cache = cache.detach()
+    if clipped:
+        cache = cache.clamp(max=1.0)
+    misses_LNS = (requests_LNSE * (1.0 - cache)).sum(-1)
+    scored_NS = scored_BS.reshape(-1)[source].reshape(source_NS.shape) & real_NS
+    return misses_LNS[:, scored_NS].mean()

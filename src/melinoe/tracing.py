@@ -34,9 +34,13 @@ def resident(model: Any, adapter: str | Path | None = None, dtype: Any = None) -
     if isinstance(model, str | Path):
         return load_resident(model, adapter=adapter, dtype=dtype)
     if adapter is not None:
-        raise MelinoeError("an adapter needs a model path", got=type(model).__name__, allowed="a folder or a hub id")
+        raise MelinoeError(
+            "an adapter needs a model path", got=type(model).__name__, allowed="a folder or a hub id"
+        )
     if not (isinstance(model, tuple) and len(model) == 2):
-        raise MelinoeError("a loaded model comes with its tokenizer", got=type(model).__name__, allowed="(model, tokenizer)")
+        raise MelinoeError(
+            "a loaded model comes with its tokenizer", got=type(model).__name__, allowed="(model, tokenizer)"
+        )
     model[0].eval()
     return model
 
@@ -142,7 +146,12 @@ def trace(
         num_experts=moe_layers(model)[0].num_experts,
         fingerprint=fingerprint(model),
         model=str(getattr(model, "name_or_path", "") or type(model).__name__),
-        settings={"split": split, "limit": limit, "max_length": max_length, "num_rows_left_out": len(rows) - len(encoded)},
+        settings={
+            "split": split,
+            "limit": limit,
+            "max_length": max_length,
+            "num_rows_left_out": len(rows) - len(encoded),
+        },
     )
     if output is not None:
         result.save(output)

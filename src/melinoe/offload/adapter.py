@@ -117,7 +117,9 @@ def write_adapter(
     tensors = adapter_tensors(layers)
     for name, value in tensors.items():
         if not bool(torch.isfinite(value).all()):
-            raise MelinoeError(f"tuning gave values that are not finite in {name}", next_step="lower the learning rates")
+            raise MelinoeError(
+                f"tuning gave values that are not finite in {name}", next_step="lower the learning rates"
+            )
     card = {
         "format": "melinoe-adapter",
         "format_version": FORMAT_VERSION,
@@ -187,18 +189,21 @@ def read_adapter(folder: str | Path) -> Adapter:
         rank, alpha, version = int(config["r"]), float(config["lora_alpha"]), int(card["format_version"])
         card["base_fingerprint"], card["fingerprint"]
         with safe_open(folder / WEIGHTS, framework="pt") as file:
-            file.keys()
-    except FileNotFoundError as error:
+            assert file.keys()
+    except FileNotFoundError:
+        missing = [name for name in (CARD, CONFIG, WEIGHTS) if not (folder / name).is_file()]
         raise MelinoeError(
-            f"{folder} is not a complete melinoe adapter", got=f"no {Path(error.filename).name}"
+            f"{folder} is not a complete melinoe adapter", got=f"no {', '.join(missing)}"
         ) from None
-    except MelinoeError:
-        raise
     except Exception as error:
-        raise MelinoeError(f"cannot read the adapter {folder}", got=error, next_step="tune it again") from None
+        raise MelinoeError(
+            f"cannot read the adapter {folder}", got=error, next_step="tune it again"
+        ) from None
     if version > FORMAT_VERSION:
         raise MelinoeError(
-            f"{folder} was written by a later melinoe", got=f"format {version}", allowed=f"up to {FORMAT_VERSION}"
+            f"{folder} was written by a later melinoe",
+            got=f"format {version}",
+            allowed=f"up to {FORMAT_VERSION}",
         )
     return Adapter(folder, card, rank, alpha)
 
@@ -253,13 +258,13 @@ def _parts_of(
         name_a, name_b = _factor_names(layer, projection)
         a, b = tensors[name_a], tensors[name_b]
         factors[f"{projection}_A"] = a.reshape(layer.num_experts, adapter.rank, -1)
-        factors[f"{projection}_B"] = b.reshape(-1, adapter.rank, layer.num_experts).permute(2, 0, 1).contiguous()
+        factors[f"{projection}_B"] = (
+            b.reshape(-1, adapter.rank, layer.num_experts).permute(2, 0, 1).contiguous()
+        )
     low_rank = LowRankExperts(
         layer.num_experts,
-        factors["up_A"].shape[2],
-        factors["up_B"].shape[1],
-        factors["down_A"].shape[2],
-        factors["down_B"].shape[1],
+        (factors["up_A"].shape[2], factors["up_B"].shape[1]),
+        (factors["down_A"].shape[2], factors["down_B"].shape[1]),
         adapter.rank,
         adapter.alpha,
     )
@@ -267,5 +272,7 @@ def _parts_of(
     router = {name: tensors[f"{_PREFIX}{layer.router_name}.{name}"] for name in state}
     for name, value in state.items():
         if value.shape != router[name].shape:
-            raise RuntimeError(f"{layer.router_name}.{name} is {tuple(router[name].shape)}, not {tuple(value.shape)}")
+            raise RuntimeError(
+                f"{layer.router_name}.{name} is {tuple(router[name].shape)}, not {tuple(value.shape)}"
+            )
     return low_rank.requires_grad_(False).to(device), router

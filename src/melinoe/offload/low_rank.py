@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 Projection = Literal["up", "down"]
@@ -32,7 +33,7 @@ class LowRankExperts(nn.Module):
     """The factors of all experts of one layer, float32; `B` starts at zero, so the model starts unchanged.
 
     Args:
-        num_experts, up_in, up_out, down_in, down_out: sizes of the two projections.
+        up, down: (in, out) of the two projections.
         rank, alpha: the addition is alpha / rank times the product.
         generator: for the random start of `A` (normal, scaled as nn.Linear's default is).
     """
@@ -40,10 +41,8 @@ class LowRankExperts(nn.Module):
     def __init__(
         self,
         num_experts: int,
-        up_in: int,
-        up_out: int,
-        down_in: int,
-        down_out: int,
+        up: tuple[int, int],
+        down: tuple[int, int],
         rank: int,
         alpha: float,
         generator: torch.Generator | None = None,
@@ -59,8 +58,8 @@ class LowRankExperts(nn.Module):
         def zeros(size_out: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(num_experts, size_out, rank, device=device))
 
-        self.up_A, self.up_B = start(up_in), zeros(up_out)
-        self.down_A, self.down_B = start(down_in), zeros(down_out)
+        self.up_A, self.up_B = start(up[0]), zeros(up[1])
+        self.down_A, self.down_B = start(down[0]), zeros(down[1])
 
     def factors(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
         """(A [E, R, in], B [E, out, R])."""
@@ -69,25 +68,28 @@ class LowRankExperts(nn.Module):
     def term(self, x_NI: torch.Tensor, expert: int, projection: Projection) -> torch.Tensor:
         """What one expert's factors add to its projection: [N, in] -> [N, out], in the dtype of `x_NI`."""
         a_ERI, b_EOR = self.factors(projection)
-        inner_NR = nn.functional.linear(x_NI, a_ERI[expert].to(x_NI.dtype))
-        return nn.functional.linear(inner_NR, b_EOR[expert].to(x_NI.dtype)) * self.scale
+        inner_NR = F.linear(x_NI, a_ERI[expert].to(x_NI.dtype))
+        return F.linear(inner_NR, b_EOR[expert].to(x_NI.dtype)) * self.scale
 
 
 def attach_low_rank(
     module: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None
 ) -> LowRankExperts:
     """Puts fresh factors on an experts module whose weights are resident."""
-    sizes = []
+    sizes = {}
     for projection in ("up", "down"):
         shape = getattr(module, projection_parameter(module, projection)).shape
-        sizes += [shape[1], shape[2]] if module.is_transposed else [shape[2], shape[1]]
-    module.low_rank = LowRankExperts(module.num_experts, *sizes, rank, alpha, generator, module.down_proj.device)
+        sizes[projection] = (shape[1], shape[2]) if module.is_transposed else (shape[2], shape[1])
+    device = module.down_proj.device
+    module.low_rank = LowRankExperts(
+        module.num_experts, sizes["up"], sizes["down"], rank, alpha, generator, device
+    )
     return module.low_rank
 
 
 @torch.no_grad()
 def fold_low_rank(module: nn.Module) -> None:
-    """Adds the factors to the resident weights, W += (alpha / r) B A (summed in float32), and removes them."""
+    """Adds the factors to the resident weights, W += (alpha / r) B A in float32, and removes them."""
     for projection in ("up", "down"):
         a_ERI, b_EOR = module.low_rank.factors(projection)
         weight = getattr(module, projection_parameter(module, projection))
@@ -155,22 +157,19 @@ class _GroupedLinear(torch.autograd.Function):
 class _SortRows(torch.autograd.Function):
     """x [T, H] -> [N, H]: the row of every (token, choice), sorted by expert.
 
-    The backward pass is a gather and a sum over K, several times faster on a CPU than the scatter
-    that autograd would use, and in a fixed order.
+    The backward pass is one gathering sum over K, several times faster on a CPU than the scatter that
+    autograd would use, and in a fixed order.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_TH: torch.Tensor, token_N: torch.Tensor, place_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x_TH: torch.Tensor, token_N: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(place_TK)
         return x_TH.index_select(0, token_N)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (place_TK,) = ctx.saved_tensors
-        rows = grads[0].index_select(0, place_TK.reshape(-1))
-        return rows.view(*place_TK.shape, -1).sum(1), None, None
+        return F.embedding_bag(place_TK, grads[0].contiguous(), mode="sum"), None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -178,20 +177,20 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y_NH: torch.Tensor, weights_TK: torch.Tensor, order_N: torch.Tensor, place_TK: torch.Tensor
+        ctx: Any, y_NH: torch.Tensor, weights_TK: torch.Tensor, token_N: torch.Tensor, place_TK: torch.Tensor
     ) -> torch.Tensor:
-        rows_TKH = y_NH.index_select(0, place_TK.reshape(-1)).view(*place_TK.shape, -1)
-        ctx.save_for_backward(rows_TKH, weights_TK, order_N)
-        return (rows_TKH * weights_TK[..., None]).sum(1)
+        ctx.save_for_backward(y_NH, weights_TK, token_N, place_TK)
+        weights = weights_TK.to(y_NH.dtype)
+        return F.embedding_bag(place_TK, y_NH.contiguous(), mode="sum", per_sample_weights=weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        grad_TH = grads[0]
-        rows_TKH, weights_TK, order_N = ctx.saved_tensors
-        grad_weights = (rows_TKH * grad_TH[:, None]).sum(-1).to(weights_TK.dtype)
-        weight_N1 = weights_TK.reshape(-1).index_select(0, order_N)[:, None]
-        token_N = order_N.div(weights_TK.shape[1], rounding_mode="floor")
-        return grad_TH.index_select(0, token_N).mul_(weight_N1), grad_weights, None, None
+        y_NH, weights_TK, token_N, place_TK = ctx.saved_tensors
+        grad_NH = grads[0].index_select(0, token_N)
+        grad_weights_TK = (y_NH * grad_NH).sum(-1)[place_TK].to(weights_TK.dtype)
+        weight_N = torch.empty_like(grad_NH[:, 0])
+        weight_N[place_TK.reshape(-1)] = weights_TK.reshape(-1).to(grad_NH.dtype)
+        return grad_NH.mul_(weight_N[:, None]), grad_weights_TK, None, None
 
 
 def tuning_experts(
@@ -238,7 +237,7 @@ def tuning_experts(
         y = module.post_expert_norm(y)
     if absent_N1 is not None:
         y = y.masked_fill(absent_N1, 0.0)
-    return _Combine.apply(y, top_k_weights, order_N, place_TK).to(hidden_states.dtype)
+    return _Combine.apply(y, top_k_weights, token_N, place_TK).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, tuning_experts)

@@ -2,8 +2,8 @@
 
 A policy keeps books only. It is asked once per layer and call, in program order, and never learns
 when bytes arrive; so a recorded trace replays to the same hits, misses and evictions. Every policy
-here is one number per expert, `keep`: the lowest leaves first, ties by expert id. What differs is how
-that number comes about.
+here is one number per expert, its worth: the lowest leaves first, ties by expert id. What differs is
+how that number comes about.
 
 The rules that hold for all:
 - Hits are counted before anything is admitted. A load in flight counts as resident.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -42,8 +43,15 @@ class Call:
 
     @property
     def steps(self) -> int:
-        """How many tokens of time the call spans: the longest sequence in it."""
-        return int(self.ages.max()) + 1 if len(self.ages) else 0
+        """How many tokens of time the call spans: the longest sequence in it, padding excluded."""
+        if len(self.ages) == 1:
+            return int(self.valid[0])
+        return int(self.ages.max(where=self.valid, initial=-1)) + 1
+
+    @cached_property
+    def experts(self) -> list[int]:
+        """The distinct ids in ascending order, sentinels included: what has to be served."""
+        return sorted(set(self.indices.ravel().tolist()))
 
 
 def decode_call(experts: Sequence[int] | np.ndarray) -> Call:
@@ -94,7 +102,6 @@ class Policy:
     def reset(self) -> None:
         """Empty slots and no memory of what was asked."""
         self.resident: list[set[int]] = [set() for _ in range(self.num_layers)]
-        self.keep = np.zeros((self.num_layers, self.num_experts))
         self.prior: np.ndarray | None = None
 
     def begin(self, scores: np.ndarray | None = None) -> None:
@@ -103,25 +110,32 @@ class Policy:
         Args:
             scores: [L, E] how often decoding will ask for each expert, per token; None: no prediction.
         """
-        if scores is not None and scores.shape != self.keep.shape:
-            raise MelinoeError("predicted scores do not fit the model", got=scores.shape, allowed=self.keep.shape)
+        shape = (self.num_layers, self.num_experts)
+        if scores is not None and scores.shape != shape:
+            raise MelinoeError("predicted scores do not fit the model", got=scores.shape, allowed=shape)
         self.prior = scores if self.uses_prediction else None
 
-    def observe(self, layer: int, call: Call) -> None:
-        """Takes the call into account; runs before the decision, so that it counts the call itself."""
+    def observe(self, layer: int, call: Call, asked: list[int]) -> None:
+        """Takes the call into account; runs before the decision, so that it counts the call itself.
+
+        Args:
+            asked: the experts of the call without sentinels, each once, ascending.
+        """
         raise NotImplementedError
 
-    def worth(self, layer: int) -> np.ndarray:
+    def worth(self, layer: int) -> list[float]:
         """[E] the value that decides who stays."""
-        return self.keep[layer]
+        raise NotImplementedError
 
     def request(self, layer: int, call: Call) -> Decision:
         """Decides one call of one layer and updates residency."""
         resident = self.resident[layer]
-        asked = sorted(expert for expert in set(call.indices.ravel().tolist()) if expert < self.num_experts)
+        asked = call.experts
+        if asked and asked[-1] >= self.num_experts:
+            asked = [expert for expert in asked if expert < self.num_experts]
         hits = [expert for expert in asked if expert in resident]
         misses = [expert for expert in asked if expert not in resident]
-        self.observe(layer, call)
+        self.observe(layer, call, asked)
         if call.phase == PREFILL:
             loads, preloads = self._fill(layer, asked, misses)
         else:
@@ -133,9 +147,10 @@ class Policy:
         if not misses:
             return []
         resident, worth = self.resident[layer], self.worth(layer)
-        victims = sorted(resident.difference(asked), key=lambda expert: (worth[expert], expert))
+        # two stable sorts: by id, then by worth, so that ties break by id
+        victims = sorted(sorted(resident.difference(asked)), key=worth.__getitem__)
         loads = []
-        for expert in sorted(misses, key=lambda expert: (-worth[expert], expert)):
+        for expert in sorted(misses, key=lambda expert: -worth[expert]) if len(misses) > 1 else misses:
             if len(resident) < self.slots:
                 resident.add(expert)
                 loads.append(Load(expert, True))
@@ -156,7 +171,8 @@ class Policy:
             known.update(np.flatnonzero(self.prior[layer] > 0).tolist())
         best = set(sorted(known, key=lambda expert: (-worth[expert], expert))[: self.slots])
         # those that the call does not need leave first: their slots are free at once
-        leaving = sorted(resident - best, key=lambda expert: (expert in set(asked), worth[expert], expert))
+        needed = set(asked)
+        leaving = sorted(resident - best, key=lambda expert: (expert in needed, worth[expert], expert))
         free = self.slots - len(resident)
         wanted = set(misses)
         loads, preloads = [], []
@@ -183,24 +199,39 @@ class LRU(Policy):
     def reset(self) -> None:
         super().reset()
         self.clock = [0] * self.num_layers
+        self.last_use = [[0.0] * self.num_experts for _ in range(self.num_layers)]
 
-    def observe(self, layer: int, call: Call) -> None:
+    def observe(self, layer: int, call: Call, asked: list[int]) -> None:
         self.clock[layer] += call.steps
-        last = self.clock[layer] - call.ages[call.valid]
-        inside = call.indices[call.valid]
-        keep = np.flatnonzero(inside.ravel() < self.num_experts)
-        np.maximum.at(self.keep[layer], inside.ravel()[keep], np.repeat(last, inside.shape[1])[keep])
+        clock, last_use = self.clock[layer], self.last_use[layer]
+        if len(call.indices) == 1:
+            for expert in asked if call.valid[0] else ():
+                last_use[expert] = clock
+            return
+        for age, experts in zip(
+            call.ages[call.valid].tolist(), call.indices[call.valid].tolist(), strict=True
+        ):
+            for expert in experts:
+                if expert < self.num_experts:
+                    last_use[expert] = max(last_use[expert], clock - age)
+
+    def worth(self, layer: int) -> list[float]:
+        return self.last_use[layer]
 
 
 class DecayedCounts(Policy):
-    """Requests counted with exponential forgetting, started from the prediction (default).
+    """Requests counted on two time scales, on top of what was predicted (default).
 
-    worth(e) = sum over tokens of decay^age [e asked] + prior_weight * predicted requests per token / (1 - decay)
-    The second term is what the first would have become had the prediction been the past. A prompt is evidence
-    like any other tokens, so prediction and prefill and decoding are one state and one rule.
+    worth(e) = sum over tokens of (decay^age + recency_weight * recency_decay^age) [e asked]
+               + prior_weight * predicted requests per token / (1 - decay)
+
+    The slow counts know the sequence, the fast ones the phrase; the last term is what the slow counts
+    would have become had the prediction been the past. A prompt is evidence like any other tokens, so
+    prediction, prefill and decoding are one state and one rule. Defaults: docs/log.md.
 
     Args:
-        decay: forgetting per token, 0 < decay <= 1 (1 counts without forgetting, as LFU does).
+        decay: forgetting per token of the slow counts, 0 < decay <= 1 (1: none, as LFU).
+        recency_decay, recency_weight: forgetting of the fast counts, and how much they count.
         prior_weight: how much the prediction counts beside evidence.
     """
 
@@ -209,28 +240,47 @@ class DecayedCounts(Policy):
     uses_prediction = True
 
     def __init__(
-        self, num_layers: int, num_experts: int, slots: int, decay: float = 0.95, prior_weight: float = 1.0
+        self,
+        num_layers: int,
+        num_experts: int,
+        slots: int,
+        decay: float = 0.98,
+        recency_decay: float = 0.5,
+        recency_weight: float = 5.0,
+        prior_weight: float = 1.0,
     ) -> None:
-        self.decay, self.prior_weight = decay, prior_weight
+        self.decays = np.array([[decay], [recency_decay]])  # [2, 1]
+        self.weights = np.array([1.0, recency_weight])
+        self.prior_scale = prior_weight * (1.0 / (1.0 - decay) if decay < 1 else 100.0)
         super().__init__(num_layers, num_experts, slots)
 
-    def observe(self, layer: int, call: Call) -> None:
-        row = self.keep[layer]
-        row *= self.decay**call.steps
+    def reset(self) -> None:
+        super().reset()
+        self.counts = np.zeros((self.num_layers, len(self.decays), self.num_experts))
+
+    def begin(self, scores: np.ndarray | None = None) -> None:
+        super().begin(scores)
+        if self.prior is not None:
+            self.prior = self.prior_scale * self.prior
+
+    def observe(self, layer: int, call: Call, asked: list[int]) -> None:
+        counts = self.counts[layer]
         if len(call.indices) == 1:
             if call.valid[0]:
-                inside = call.indices[0]
-                row[inside[inside < self.num_experts]] += 1.0
+                counts *= self.decays
+                for row in counts:
+                    for expert in asked:  # faster than an index array where there are few
+                        row[expert] += 1.0
             return
+        counts *= self.decays**call.steps
         inside = call.indices[call.valid]
-        weights = np.repeat(self.decay ** call.ages[call.valid], inside.shape[1])
-        row += np.bincount(inside.ravel(), weights, minlength=self.num_experts)[: self.num_experts]
+        for row, decay in zip(counts, self.decays[:, 0], strict=True):
+            weights = np.repeat(decay ** call.ages[call.valid], inside.shape[1])
+            row += np.bincount(inside.ravel(), weights, minlength=len(row))[: len(row)]
 
-    def worth(self, layer: int) -> np.ndarray:
-        if self.prior is None:
-            return self.keep[layer]
-        horizon = 1.0 / (1.0 - self.decay) if self.decay < 1 else 100.0
-        return self.keep[layer] + self.prior_weight * horizon * self.prior[layer]
+    def worth(self, layer: int) -> list[float]:
+        worth = self.weights @ self.counts[layer]
+        return (worth if self.prior is None else worth + self.prior[layer]).tolist()
 
 
 class LFU(DecayedCounts):
@@ -241,7 +291,7 @@ class LFU(DecayedCounts):
     uses_prediction = False
 
     def __init__(self, num_layers: int, num_experts: int, slots: int) -> None:
-        super().__init__(num_layers, num_experts, slots, decay=1.0)
+        super().__init__(num_layers, num_experts, slots, decay=1.0, recency_weight=0.0)
 
 
 class Static(Policy):
@@ -251,14 +301,16 @@ class Static(Policy):
     may_decline = True
     uses_prediction = True
 
-    def observe(self, layer: int, call: Call) -> None:
+    def observe(self, layer: int, call: Call, asked: list[int]) -> None:
         return None
 
-    def worth(self, layer: int) -> np.ndarray:
-        return self.keep[layer] if self.prior is None else self.prior[layer]
+    def worth(self, layer: int) -> list[float]:
+        return [0.0] * self.num_experts if self.prior is None else self.prior[layer].tolist()
 
 
-POLICIES: dict[str, Callable[[int, int, int], Policy]] = {p.name: p for p in (DecayedCounts, LRU, LFU, Static)}
+POLICIES: dict[str, Callable[[int, int, int], Policy]] = {
+    p.name: p for p in (DecayedCounts, LRU, LFU, Static)
+}
 
 
 def make_policy(name: str, num_layers: int, num_experts: int, slots: int) -> Policy:

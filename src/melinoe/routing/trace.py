@@ -127,7 +127,9 @@ class Trace:
         """Token ids of each sequence's prompt."""
         ids: list[list[int]] = [[] for _ in range(self.num_sequences)]
         prompt = self.valid & ~self.decoded
-        for sequence, token in zip(self.sequence[prompt].tolist(), self.token_ids[prompt].tolist(), strict=True):
+        for sequence, token in zip(
+            self.sequence[prompt].tolist(), self.token_ids[prompt].tolist(), strict=True
+        ):
             ids[sequence].append(token)
         return ids
 
@@ -183,10 +185,14 @@ class Trace:
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
-                    raise MelinoeError(f"{path} is not a trace", got=metadata.get("format", "no format"), allowed=FORMAT)
+                    raise MelinoeError(
+                        f"{path} is not a trace", got=metadata.get("format", "no format"), allowed=FORMAT
+                    )
                 if metadata.get("version") != VERSION:
                     raise MelinoeError(
-                        f"{path}: trace of another version", got=metadata.get("version"), allowed=VERSION,
+                        f"{path}: trace of another version",
+                        got=metadata.get("version"),
+                        allowed=VERSION,
                         next_step="make it again with: melinoe trace",
                     )
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
@@ -207,7 +213,11 @@ def as_trace(trace: Trace | str | Path) -> Trace:
 
 
 def from_sequences(
-    indices: list[np.ndarray], token_ids: list[list[int]], prompt_lengths: list[int], num_experts: int, **identity: Any
+    indices: list[np.ndarray],
+    token_ids: list[list[int]],
+    prompt_lengths: list[int],
+    num_experts: int,
+    **identity: Any,
 ) -> Trace:
     """The trace of unpadded sequences that were read whole (teacher-forced), as decoding would have gone.
 
@@ -221,7 +231,9 @@ def from_sequences(
     """
     lengths = np.array([len(ids) - 1 for ids in token_ids], np.int64)
     prompts = np.array(prompt_lengths, np.int64)
-    assert (prompts >= 1).all() and (lengths >= prompts).all(), "a prompt and a completion of at least one token"
+    assert (prompts >= 1).all() and (lengths >= prompts).all(), (
+        "a prompt and a completion of at least one token"
+    )
     sizes, phases, ages = [], [], []
     for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
         decoded = length - prompt

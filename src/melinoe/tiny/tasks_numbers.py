@@ -187,11 +187,12 @@ def bill(random: Random) -> tuple[str, str]:
         cost = count * price
         steps.append(f"{name} {count}*{price}={cost} total {total}+{cost}={total + cost}")
         total += cost
-    prompt = "bill " + ", ".join(f"{n} {count} at {price}" for n, (count, price) in zip(goods, pairs, strict=True))
+    prompt = "bill " + ", ".join(
+        f"{n} {count} at {price}" for n, (count, price) in zip(goods, pairs, strict=True)
+    )
     return prompt, _lines(steps, str(total))
 
 
 TASKS = {
-    task.__name__: task
-    for task in (add, subtract, multiply, divide, sort, compare, units, roman, base, bill)
+    task.__name__: task for task in (add, subtract, multiply, divide, sort, compare, units, roman, base, bill)
 }

@@ -13,8 +13,33 @@ NAMES = (
     "ada", "ben", "cleo", "dina", "emil", "fay", "gus", "hana", "igor", "jana", "kurt", "lena",
     "milo", "nora", "otto", "pia", "ravi", "sara", "tom", "uma", "vera", "wim", "yara", "zeno",
 )  # fmt: skip
-CITIES = ("oslo", "rome", "lima", "cairo", "paris", "delhi", "tokyo", "accra", "quito", "bern", "riga", "dakar")
-JOBS = ("baker", "nurse", "pilot", "judge", "miner", "tailor", "farmer", "singer", "lawyer", "painter", "smith")
+CITIES = (
+    "oslo",
+    "rome",
+    "lima",
+    "cairo",
+    "paris",
+    "delhi",
+    "tokyo",
+    "accra",
+    "quito",
+    "bern",
+    "riga",
+    "dakar",
+)
+JOBS = (
+    "baker",
+    "nurse",
+    "pilot",
+    "judge",
+    "miner",
+    "tailor",
+    "farmer",
+    "singer",
+    "lawyer",
+    "painter",
+    "smith",
+)
 COLOURS = (
     "red", "blue", "green", "teal", "gold", "pink", "grey", "white", "black", "brown", "lilac", "amber",
 )  # fmt: skip
@@ -73,7 +98,12 @@ def date(random: Random) -> tuple[str, str]:
 
 def extract(random: Random) -> tuple[str, str]:
     """A sentence on a person (24 names, 11 jobs, 12 cities, age 18..79) turned into a JSON object."""
-    name, job, city, age = random.choice(NAMES), random.choice(JOBS), random.choice(CITIES), random.randint(18, 79)
+    name, job, city, age = (
+        random.choice(NAMES),
+        random.choice(JOBS),
+        random.choice(CITIES),
+        random.randint(18, 79),
+    )
     sentence = random.choice(
         (
             f"{name} is a {job} of {age} who lives in {city}",
@@ -103,10 +133,10 @@ def select(random: Random) -> tuple[str, str]:
     names = random.sample(NAMES, random.randint(4, 6))
     ages = [random.randint(10, 99) for _ in names]
     limit = random.randint(2, 8) * 10
-    steps = [
-        f"{name} {age}{'>' if age > limit else '<' if age < limit else '='}{limit} {'yes' if age > limit else 'no'}"
-        for name, age in zip(names, ages, strict=True)
-    ]
+    steps = []
+    for name, age in zip(names, ages, strict=True):
+        sign = ">" if age > limit else "<" if age < limit else "="
+        steps.append(f"{name} {age}{sign}{limit} {'yes' if age > limit else 'no'}")
     chosen = [name for name, age in zip(names, ages, strict=True) if age > limit]
     table = "; ".join(f"{name} {age}" for name, age in zip(names, ages, strict=True))
     return f"{table}; who is over {limit}?", _lines(steps, " ".join(chosen) or "nobody")
@@ -160,7 +190,11 @@ def logic(random: Random) -> tuple[str, str]:
     given = ["not " * no + words[values[place]] for no, place in zip(negated, order, strict=True)]
     atoms = [values[place] ^ no for no, place in zip(negated, order, strict=True)]
     left, right = apply(operators[0], *atoms[:2]), apply(operators[2], *atoms[2:])
-    steps = [write(given), write([words[atom] for atom in atoms]), f"{words[left]} {operators[1]} {words[right]}"]
+    steps = [
+        write(given),
+        write([words[atom] for atom in atoms]),
+        f"{words[left]} {operators[1]} {words[right]}",
+    ]
     prompt = " ".join(f"{name}={words[value]}" for name, value in zip("pqrs", values, strict=True))
     return f"{prompt}: {write(names)}", _lines(steps, words[apply(operators[1], left, right)])
 
@@ -196,6 +230,5 @@ def spell(random: Random) -> tuple[str, str]:
 
 
 TASKS = {
-    task.__name__: task
-    for task in (order, date, extract, lookup, select, edit, logic, count, cipher, spell)
+    task.__name__: task for task in (order, date, extract, lookup, select, edit, logic, count, cipher, spell)
 }

@@ -44,7 +44,9 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for row in rows("train", TRAINING_ROWS, seed) for text in (row["prompt"], row["completion"]))
+    texts = (
+        text for row in rows("train", TRAINING_ROWS, seed) for text in (row["prompt"], row["completion"])
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

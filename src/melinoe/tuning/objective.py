@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-CHUNK = 64  # positions per triangular product; a longer one costs work that grows with it, a shorter one calls
+CHUNK = 64  # positions per triangular product: longer ones cost work that grows with it, shorter ones calls
 
 
 def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,8 @@ def cache_states(
 ) -> torch.Tensor:
     """c(t) for every position, the state BEFORE token t is served; |c(t)|_1 = C (Eq. 11).
 
-    Closed form of c(t+1) = (gamma Z(t) c(t) + r(t)) / Z(t+1), Z(t+1) = gamma Z(t) + K/C, c(0) = C/E, Z(0) = 1:
+    Closed form of c(t+1) = (gamma Z(t) c(t) + r(t)) / Z(t+1), Z(t+1) = gamma Z(t) + K/C, from c(0) = C/E and
+    Z(0) = 1:
 
         c(t) = (gamma^t C/E + sum_{s<t} gamma^(t-1-s) r(s)) / Z(t)
         Z(t) = gamma^t + (K/C) (1 - gamma^t) / (1 - gamma)        (1 + t K/C where gamma = 1)
@@ -129,15 +130,15 @@ def soft_cache_misses(
         capacity: C slots, at least top_k.
         gamma: how slowly the cache forgets; 0 like LRU, 1 like LFU.
         clipped: < r(t), 1 - min(c(t), 1) >. A slot holds an expert once: the plain form goes on paying for
-            concentration (c up to C/K) that saves no transfer. The clip is in the loss, not in the recurrence.
+            concentration (c up to C/K) that saves no transfer. The clip is in the loss alone, not in c(t).
         segment_ids: [B, S] the document of each token of a packed row; each starts an empty cache.
         detach_cache: no gradient through the past requests inside c(t) (an ablation).
 
     Returns:
         A scalar between 0 and K (clipped), 0 where nothing is scored.
     """
-    assert capacity >= top_k and 0 <= gamma <= 1, (capacity, top_k, gamma)
-    *outer, batch, size, num_experts = requests_LBSE.shape
+    assert capacity >= top_k, (capacity, top_k)
+    batch, size, num_experts = requests_LBSE.shape[-3:]
     source_NS, real_NS = _one_row_per_cache(mask_BS, segment_ids)
     if not bool((real_NS & torch.cat([scored_BS.reshape(-1), scored_BS.new_zeros(1)])[source_NS]).any()):
         return requests_LBSE.sum() * 0.0

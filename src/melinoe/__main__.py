@@ -1,0 +1,5 @@
+"""`python -m melinoe`."""
+
+from melinoe.cli import main
+
+main()

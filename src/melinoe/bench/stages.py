@@ -1,0 +1,83 @@
+"""Runs verbs of the command line as processes, a few at a time: the demo does what a user would type."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from melinoe.errors import MelinoeError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One call of the command line. label: what people read; arguments: verb and options."""
+
+    label: str
+    arguments: list[str]
+
+
+class Stages:
+    """Says what is going on, one line per stage with its time, on stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.console = Console(stderr=True)
+        self.total, self.number = total, 0
+        self.began = time.perf_counter()
+
+    def start(self, text: str) -> None:
+        self.number += 1
+        elapsed = time.perf_counter() - self.began
+        self.console.print(f"[bold]\\[{self.number}/{self.total}][/bold] {text} [dim]({elapsed:.0f} s)[/dim]", highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"      [dim]{text}[/dim]", highlight=False)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def run_verbs(verbs: list[Verb], logs: Path, at_once: int = 2) -> list[dict[str, Any]]:
+    """Runs verbs, at most `at_once` together, one thread each; returns what their --json lines say.
+
+    Raises:
+        MelinoeError: a verb failed; its own last line is in the message.
+        KeyboardInterrupt: Ctrl-C; the processes are stopped and waited for first.
+    """
+    waiting = list(enumerate(verbs))
+    running: dict[int, tuple[subprocess.Popen[str], Path]] = {}
+    results: dict[int, dict[str, Any]] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                index, verb = waiting.pop(0)
+                log = logs / f"{verb.label.replace(' ', '-')}.log"
+                with log.open("w") as errors:
+                    command = [sys.executable, "-m", "melinoe", *verb.arguments, "--json", "--quiet"]
+                    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+                running[index] = (process, log)
+            time.sleep(0.05)
+            for index, (process, log) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                output = process.stdout.read() if process.stdout else ""
+                del running[index]
+                if process.returncode != 0:
+                    lines = log.read_text().strip().splitlines() or ["no message"]
+                    raise MelinoeError(f"{verbs[index].label} failed", got=lines[-1])
+                results[index] = json.loads(output.strip().splitlines()[-1])
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+        for process, _ in running.values():
+            process.wait()
+    return [results[index] for index in range(len(verbs))]

@@ -1,0 +1,343 @@
+"""The command line: one verb per stage, each a function of the library with the same name.
+
+Results go to stdout, progress and diagnostics to stderr; with --json the last line on stdout is one JSON
+object. Exit codes: 0, 1 our error (one line), 2 wrong usage, 130 Ctrl-C. Imports that cost time
+stand inside the verbs, so that `melinoe --help` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from melinoe.config import resolve_model
+from melinoe.errors import MelinoeError
+
+
+
+def _explain(error: BaseException) -> int:
+    """Prints one line for what stopped a verb and returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        line, code = "stopped; finished parts are kept", 130
+    elif isinstance(error, MelinoeError):
+        line, code = str(error), 1
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        line, code = f"cannot write: {error}", 1
+    else:
+        text = " ".join(str(error).split())[:300]
+        line, code = f"unexpected {type(error).__name__}: {text}; MELINOE_TRACEBACK=1 shows where", 1
+    print(f"melinoe: {line}", file=sys.stderr)
+    return code
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Turns what stops a verb into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            sys.exit(141)
+        except (Exception, KeyboardInterrupt) as error:
+            if hasattr(error, "exit_code") or os.environ.get("MELINOE_TRACEBACK") == "1":
+                raise  # typer's own: wrong usage, help, exit
+            sys.exit(_explain(error))
+
+
+app = typer.Typer(
+    name="melinoe",
+    cls=_Verbs,
+    help="Mixture-of-experts models inside a memory budget, exactly and fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
+Data = Annotated[str, typer.Option(help="A .jsonl file, or a folder of train/valid/test.jsonl.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
+Adapter = Annotated[Path | None, typer.Option(help="What `melinoe tune` wrote.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    print(json.dumps(result, allow_nan=False, default=float))
+
+
+SMALL_MODEL_BYTES = 200 * 2**20
+
+
+def _prepare(model: str) -> None:
+    """Once per verb that runs a model: our own progress bars are enough, and a small model gets one thread.
+
+    The threads of a small model spend their time waiting for each other: on a busy machine with two
+    cores, two threads were measured 50 times slower than one.
+    """
+    import torch
+    from transformers.utils import logging
+
+    folder = resolve_model(model)
+    if isinstance(folder, Path) and "OMP_NUM_THREADS" not in os.environ:
+        if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL_MODEL_BYTES:
+            torch.set_num_threads(1)
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@app.command()
+def convert(source: str, target: Path, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Write a store: the checkpoint with each expert as one record on disk.
+
+    An interrupted call goes on where it stopped; a half-written store never loads.
+    """
+    _prepare(source)
+    from melinoe.config import format_bytes
+    from melinoe.offload.convert import convert as run
+
+    store = run(source, target, progress=not quiet)
+    records = sum(layer.num_experts for layer in store.layers)
+    size = sum(layer.num_experts * layer.layout.record_bytes for layer in store.layers)
+    result = {
+        "store": str(target),
+        "layers": len(store.layers),
+        "records": records,
+        "record_bytes": store.max_record_bytes,
+        "expert_bytes": size,
+        "fingerprint": store.fingerprint,
+    }
+    if as_json:
+        return _print_json(result)
+    print(f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
+    adapter: Adapter = None,
+    predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    seed: Seed = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text with the experts paged inside a memory budget."""
+    _prepare(model)
+    from melinoe.generation import stream_generate
+    from melinoe.offload.loader import load, load_tokenizer, plan
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
+    loaded = load(model, adapter=adapter, predictor=predictor, memory=memory, slots=slots, policy=policy)
+    print(f"melinoe: {plan(loaded)}", file=sys.stderr)
+    tokenizer = load_tokenizer(model)
+    answer, statistics = "", None
+    for piece in stream_generate(
+        loaded, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw
+    ):
+        answer += piece.text
+        statistics = piece.statistics
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    assert statistics is not None
+    if as_json:
+        return _print_json({"text": answer, **statistics.to_json()})
+    print()
+    print(statistics, file=sys.stderr)
+
+
+@app.command()
+def tune(
+    model: Model,
+    data: Data,
+    output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 150,
+    seed: Seed = 0,
+    lambda_cs: Annotated[float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)] = None,
+    lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
+    objective: Annotated[str | None, typer.Option(help="paper, or clipped (pays nothing beyond a full cache).")] = None,
+    slots: Annotated[int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter."""
+    _prepare(model)
+    from melinoe.tuning.trainer import tune as run
+
+    given: dict[str, Any] = {"lambda_cs": lambda_cs, "lambda_rm": lambda_rm, "objective": objective, "slots": slots}
+    given["time_limit_seconds"] = time_limit
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    result = run(
+        model, data, output_dir, max_steps=max_steps, seed=seed, overwrite=overwrite, progress=not quiet, **settings
+    )
+    if as_json:
+        return _print_json(result)
+    print(f"{output_dir}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="What `melinoe tune` wrote.")],
+    output_dir: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a plain checkpoint with the adapter merged in; it loads without melinoe."""
+    _prepare(model)
+    from melinoe.tuning.merge import merge as run
+
+    result = run(model, adapter, output_dir, overwrite=overwrite)
+    if as_json:
+        return _print_json(result)
+    print(f"{output_dir}: a plain checkpoint, AutoModelForCausalLM opens it without melinoe")
+
+
+@app.command()
+def trace(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Trace file to write.")],
+    limit: Limit = None,
+    split: Annotated[str, typer.Option(help="Which split of a data folder.")] = "train",
+    adapter: Adapter = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Record which experts every token asks for, teacher-forced."""
+    _prepare(model)
+    from melinoe.tracing import trace as run
+
+    recorded = run(model, data, output, limit=limit, split=split, adapter=adapter, progress=not quiet)
+    if as_json:
+        return _print_json(
+            {"output": str(output), "sequences": recorded.num_sequences, "tokens": len(recorded.indices)}
+        )
+    print(f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens")
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="What `melinoe trace` wrote.")],
+    policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "decay,lru,belady",
+    slots: Annotated[str, typer.Option(help="Records per layer; several separated by commas.")] = "8",
+    carry_over: Annotated[bool, typer.Option("--carry-over", help="Keep the slots between sequences.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace through caches of other sizes and policies."""
+    from melinoe.routing.simulate import simulate as run
+
+    try:
+        sizes = [int(size) for size in slots.split(",")]
+    except ValueError:
+        raise MelinoeError("not a number of slots", got=slots, allowed="8 or 4,8,16") from None
+    result = run(trace, policy=policy, slots=sizes, carry_over=carry_over)
+    if as_json:
+        return _print_json(result)
+    print(f"{'policy':<16}{'slots':>6}{'hit rate':>10}{'loads/token':>13}{'prefill':>9}")
+    for row in result["results"]:
+        print(
+            f"{row['policy']:<16}{row['slots']:>6}{row['hit_rate']:>10.3f}"
+            f"{row['loads_per_token']:>13.2f}{row['prefill_loads_per_token']:>9.2f}"
+        )
+
+
+@app.command("fit-predictor")
+def fit_predictor(
+    model: Model,
+    trace: Annotated[Path, typer.Option(help="What `melinoe trace` wrote.")],
+    output: Annotated[Path, typer.Option(help="Predictor to write.")],
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit the predictor of a sequence's experts from its prompt."""
+    _prepare(model)
+    from melinoe.prediction.predictor import fit_predictor as run
+
+    result = run(model, trace, output, seed=seed)
+    if as_json:
+        return _print_json(result)
+    print(f"{output}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    limit: Limit = None,
+    metrics: Annotated[str, typer.Option(help="Separated by commas.")] = "perplexity,exact_match,rouge_l",
+    split: Annotated[str, typer.Option(help="Which split of a data folder.")] = "test",
+    adapter: Adapter = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure completion NLL, perplexity, exact match and Rouge-L on held-out rows."""
+    _prepare(model)
+    from melinoe.bench.quality import evaluate as run
+
+    names = tuple(name.strip() for name in metrics.split(",") if name.strip())
+    result = run(model, data, limit=limit, metrics=names, split=split, adapter=adapter, progress=not quiet)
+    if as_json:
+        return _print_json(result)
+    for name, value in result.items():
+        if isinstance(value, int | float):
+            print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")
+
+
+@app.command()
+def verify(store: Path) -> None:
+    """Check every record of a store against its checksum."""
+    from melinoe.offload.store import damaged_records, open_store
+
+    damaged = list(damaged_records(open_store(store)))
+    if damaged:
+        raise MelinoeError(f"{len(damaged)} damaged records in {store}", got="; ".join(damaged[:5]), next_step="convert again")
+    print(f"{store}: all records match")
+
+
+@app.command()
+def demo(
+    model: Model = "tiny",
+    data: Annotated[str | None, typer.Option(help="Data folder; the embedded workload if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Held-out rows to score; fewer is faster.", min=8)] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where result.json and report.html go.")] = Path("demo-output"),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole method in one run: tune, predict, page, and one table."""
+    _prepare(model)
+    from melinoe.bench.demo import demo as run
+
+    result = run(model, data, output_dir, limit=limit, seed=seed)
+    if as_json:
+        _print_json(result)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""One forward pass to the three losses of Eq. 6, for any model that melinoe.moe can read."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from melinoe.moe import (
+    MoeLayer,
+    RouterRecord,
+    RouterTap,
+    experts_per_token,
+    requests,
+    router_probabilities,
+    score_kind,
+)
+from melinoe.tuning.objective import scored_positions, soft_cache_misses, straight_through_requests
+from melinoe.tuning.rank_matching import rank_matching
+from melinoe.tuning.settings import TuneSettings
+
+
+@dataclass
+class Losses:
+    """total is what is minimised; the others are for people: nats per completion token, soft misses per
+    layer and decoded token (0 .. K), rank matching per token."""
+
+    total: torch.Tensor
+    nll: torch.Tensor
+    misses: torch.Tensor
+    rank: torch.Tensor
+
+
+class TuningLosses:
+    """Holds what a step needs besides the model: frozen copies of the base routers, and how they score.
+
+    The base router is asked the same hidden states as the tuned one, so that rank matching sees the drift
+    of the router and not that of the features below it.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[MoeLayer], settings: TuneSettings) -> None:
+        self.layers, self.settings = layers, settings
+        self.top_k = experts_per_token(model)
+        self.capacities = [settings.capacity(layer.num_experts, self.top_k) for layer in layers]
+        self.base_routers = [copy.deepcopy(layer.router).eval().requires_grad_(False) for layer in layers]
+        self.kinds: list[str] | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: dict[str, torch.Tensor],
+        step: int,
+        tokens_per_step: tuple[float, float],
+    ) -> Losses:
+        """Args:
+        batch: input_ids, attention_mask [B, S], prompt_lengths [B].
+        step: picks the tokens on which ranks are matched.
+        tokens_per_step: mean completion and scored tokens of a batch. Sums are divided by these instead
+            of the batch's own counts, so that every token of the data weighs the same.
+        """
+        settings, mask_BS = self.settings, batch["attention_mask"]
+        with RouterTap(self.layers) as tap:
+            nll_sum, completion_tokens = completion_nll(model, batch)
+        if self.kinds is None:
+            self.kinds = [score_kind(record) for record in tap.records]
+        probabilities = [
+            router_probabilities(record.logits, kind)
+            for record, kind in zip(tap.records, self.kinds, strict=True)
+        ]
+        scored_BS = scored_positions(mask_BS, batch["prompt_lengths"])
+        with torch.set_grad_enabled(settings.lambda_cs > 0):
+            misses = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
+        with torch.set_grad_enabled(settings.lambda_rm > 0):
+            rank = self._rank_loss(tap.records, probabilities, mask_BS, step)
+        nll = nll_sum / max(completion_tokens, 1)
+        nll_weight = completion_tokens / tokens_per_step[0]
+        scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
+        total = nll_weight * nll
+        if settings.lambda_cs > 0:
+            total = total + settings.lambda_cs * scored_weight * misses
+        if settings.lambda_rm > 0:
+            total = total + settings.lambda_rm * rank
+        return Losses(total, nll.detach(), misses.detach(), rank.detach())
+
+    def _cache_loss(
+        self,
+        tap: RouterTap,
+        probabilities: list[torch.Tensor],
+        mask_BS: torch.Tensor,
+        scored_BS: torch.Tensor,
+    ) -> torch.Tensor:
+        """Eq. 4 over all layers; layers of the same E and C in one call."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, layer in enumerate(self.layers):
+            groups.setdefault((layer.num_experts, self.capacities[index]), []).append(index)
+        total: Any = 0.0
+        for (num_experts, capacity), members in groups.items():
+            indices = torch.stack([tap.records[i].indices for i in members])
+            requests_LTE = straight_through_requests(
+                requests(indices, num_experts), torch.stack([probabilities[i] for i in members])
+            )
+            misses = soft_cache_misses(
+                requests_LTE.reshape(len(members), *mask_BS.shape, num_experts),
+                mask_BS,
+                scored_BS,
+                capacity,
+                self.top_k,
+                self.settings.gamma,
+                clipped=self.settings.objective == "clipped",
+                detach_cache=self.settings.detach_cache,
+            )
+            total = total + misses * (len(members) / len(self.layers))
+        return total
+
+    def _rank_loss(
+        self, records: list[RouterRecord], probabilities: list[torch.Tensor], mask_BS: torch.Tensor, step: int
+    ) -> torch.Tensor:
+        """Eq. 5 as a mean over layers, on a sample of the real tokens (the same in every layer)."""
+        settings = self.settings
+        chosen_T = mask_BS.reshape(-1).nonzero()[:, 0]
+        if 0 < settings.rank_tokens < len(chosen_T):
+            generator = torch.Generator().manual_seed((settings.seed << 20) + step)
+            chosen_T = chosen_T[torch.randperm(len(chosen_T), generator=generator)[: settings.rank_tokens]]
+        total: Any = 0.0
+        assert self.kinds is not None
+        for layer, router, record, tuned_TE, kind in zip(
+            self.layers, self.base_routers, records, probabilities, self.kinds, strict=True
+        ):
+            with torch.no_grad():
+                output = router(*record.inputs)
+                logits = output[layer.logits_index].reshape(-1, layer.num_experts)[chosen_T]
+                base_TE = router_probabilities(logits, kind)
+            total = total + rank_matching(tuned_TE[chosen_T], base_TE, settings.rho, settings.rank_form)
+        return total / len(self.layers)
+
+
+def completion_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """(sum of the negative log-likelihood over completion tokens, their number).
+
+    The output layer sees only the positions that predict completion tokens: with short answers it would
+    otherwise be a third of a small model's work. Labels are not passed, because several models then add
+    their load-balancing loss, which fights locality.
+    """
+    ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"].bool()
+    position_BS = mask_BS.long().cumsum(1) - 1
+    target_BS = mask_BS & (position_BS >= batch["prompt_lengths"][:, None])
+    target_BS[:, 0] = False
+    targets_N = ids_BS[target_BS]
+    rows_N = target_BS.roll(-1, 1).reshape(-1).nonzero()[:, 0]
+    hooked = False
+
+    def only_completion(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        nonlocal hooked
+        if not args or args[0].shape[:2] != ids_BS.shape:
+            return None
+        hooked = True
+        return (args[0].reshape(-1, args[0].shape[-1])[rows_N][None], *args[1:])
+
+    output_layer = model.get_output_embeddings()
+    handle = output_layer.register_forward_pre_hook(only_completion) if output_layer is not None else None
+    try:
+        logits = model(input_ids=ids_BS, attention_mask=batch["attention_mask"], use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    logits_NV = logits.reshape(-1, logits.shape[-1])
+    if not hooked:
+        logits_NV = logits_NV[rows_N]
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), len(targets_N)

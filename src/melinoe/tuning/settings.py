@@ -1,0 +1,97 @@
+"""What `tune` can be told. Every default is written here, once; docs/log.md has the runs behind them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from melinoe.config import DEFAULT_SEED
+from melinoe.errors import MelinoeError
+
+Objective = Literal["clipped", "paper"]
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Settings of one tuning run.
+
+    max_steps: optimizer steps. The learning rate falls to a tenth over them (or over the time limit).
+    lambda_cs, lambda_rm: weights of the cache simulation and the rank matching loss (Eq. 6); both 0 is
+        the control, the same fine-tune without locality.
+    objective: "clipped" counts a slot once (1 - min(c, 1)); "paper" is Eq. 4 as printed.
+    slots: capacity C of the simulated cache per layer; None is max(K, E / 4).
+    gamma, rho: forgetting of the cache (Eq. 11), margin of the ranking (Eq. 12).
+    rank_form: "sum" over pairs as in the paper, or "mean", whose weight carries over between models.
+    rank_tokens: tokens per step and layer on which ranks are matched (0: all).
+    learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW).
+    rank, alpha: of the experts' low-rank factors.
+    batch_tokens: padded tokens per step; max_length: longer rows are left out.
+    time_limit_seconds: stop after this long, the schedule stretched to it.
+    checkpoint_steps: an interrupted run resumes from the last multiple (0: never saved).
+    detach_cache: no gradient through past requests (an ablation).
+    dtype: "float32", or "auto" for the checkpoint's own; None is float32 on a CPU, "auto" elsewhere. What is
+        trained is always float32.
+    """
+
+    max_steps: int = 150
+    seed: int = DEFAULT_SEED
+    lambda_cs: float = 1.0
+    lambda_rm: float = 0.1
+    objective: Objective = "clipped"
+    slots: int | None = None
+    gamma: float = 0.9
+    rho: float = 0.1
+    rank_form: Literal["sum", "mean"] = "sum"
+    rank_tokens: int = 512
+    learning_rate: float = 5e-4
+    router_learning_rate: float = 2e-3
+    rank: int = 32
+    alpha: float = 16.0
+    batch_tokens: int = 4096
+    max_length: int = 256
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    time_limit_seconds: float | None = None
+    checkpoint_steps: int = 50
+    detach_cache: bool = False
+    device: str | None = None
+    dtype: Literal["float32", "auto"] | None = None
+
+    def __post_init__(self) -> None:
+        def check(right: bool, name: str, allowed: str) -> None:
+            if not right:
+                raise MelinoeError(f"tune: {name} is out of range", got=getattr(self, name), allowed=allowed)
+
+        for name in ("max_steps", "rank", "batch_tokens", "max_length", "alpha"):
+            check(getattr(self, name) > 0, name, "above 0")
+        for name in ("lambda_cs", "lambda_rm", "rho", "rank_tokens", "max_grad_norm", "checkpoint_steps"):
+            check(0 <= getattr(self, name) < float("inf"), name, "0 or more")
+        for name in ("learning_rate", "router_learning_rate"):
+            check(0 <= getattr(self, name) < 1, name, "0 .. 1")
+        check(0 <= self.gamma <= 1, "gamma", "0 .. 1")
+        check(0 <= self.warmup < 1, "warmup", "0 .. 1")
+        check(self.objective in ("clipped", "paper"), "objective", "clipped | paper")
+        check(self.rank_form in ("sum", "mean"), "rank_form", "sum | mean")
+        check(self.dtype in (None, "float32", "auto"), "dtype", "float32 | auto")
+        check(self.slots is None or self.slots > 0, "slots", "1 or more")
+        check(self.time_limit_seconds is None or self.time_limit_seconds > 0, "time_limit_seconds", "above 0")
+        check(self.batch_tokens >= self.max_length, "batch_tokens", f"max_length ({self.max_length}) or more")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def capacity(self, num_experts: int, top_k: int) -> int:
+        """C of a layer with `num_experts`: never fewer slots than one token asks for.
+
+        Raises:
+            MelinoeError: `slots` is below K or above E.
+        """
+        if self.slots is None:
+            return min(num_experts, max(top_k, num_experts // 4))
+        if not top_k <= self.slots <= num_experts:
+            raise MelinoeError(
+                "tune: slots does not suit this model",
+                got=self.slots,
+                allowed=f"{top_k} (experts per token) .. {num_experts} (experts)",
+            )
+        return self.slots

@@ -1,0 +1,133 @@
+"""Promise 1: offloading never changes a result."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, batch, save_checkpoint
+from transformers import AutoModelForCausalLM
+
+import melinoe
+from melinoe.moe import experts_modules
+from melinoe.offload.experts import NAME
+from melinoe.routing.policies import POLICIES, DecayedCounts
+
+ROOMS = [(8, "decay"), (4, "lru"), (3, "decay"), (1, "lfu"), (0, "static")]
+
+
+class RandomPolicy(DecayedCounts):
+    """Keeps whatever chance says: a policy must not be able to change a result."""
+
+    name = "random"
+
+    def __init__(self, *args):
+        self.generator = np.random.default_rng(1)
+        super().__init__(*args)
+
+    def worth(self, layer):
+        return self.generator.random(self.num_experts).tolist()
+
+
+@pytest.fixture(autouse=True)
+def random_policy(monkeypatch):
+    monkeypatch.setitem(POLICIES, "random", RandomPolicy)
+
+
+def greedy(model, inputs, **settings):
+    return model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family, dtype)
+    stock = AutoModelForCausalLM.from_pretrained(source, experts_implementation="grouped_mm").eval()
+    inputs = batch()
+    with torch.no_grad():
+        expected = stock(**inputs).logits
+    expected_tokens = greedy(stock, inputs)
+    # our own function with every expert resident: the reference for equality to the bit
+    own = AutoModelForCausalLM.from_pretrained(source).eval()
+    own.set_experts_implementation(NAME)
+    with torch.no_grad():
+        reference = own(**inputs).logits
+    reference_tokens = greedy(own, inputs)
+    if dtype == torch.float32:
+        assert (reference - expected).abs().max() < 1e-5 * expected.abs().max().clamp_min(1)
+        assert torch.equal(reference_tokens, expected_tokens)
+    melinoe.convert(source, tmp_path / "store", progress=False)
+    for slots, policy in [*ROOMS, (4, "random")]:
+        model = melinoe.load(tmp_path / "store", slots=slots, policy=policy)
+        assert torch.equal(model(**inputs).logits, reference), (slots, policy)
+        assert torch.equal(greedy(model, inputs), reference_tokens), (slots, policy)
+        assert all(not list(module.parameters(recurse=False)) for _, module in experts_modules(model))
+
+
+@pytest.mark.parametrize("slots", [8, 3, 0])
+def test_ways_to_generate_equal_resident(olmoe, olmoe_store, slots):
+    stock = AutoModelForCausalLM.from_pretrained(olmoe).eval()
+    model = melinoe.load(olmoe_store, slots=slots)
+    inputs = batch()
+    ways = [
+        {},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+    ]
+    for way in ways:
+        one = {name: value[:1] for name, value in inputs.items()} if "prompt_lookup_num_tokens" in way else inputs
+        assert torch.equal(greedy(model, one, **way), greedy(stock, one, **way)), way
+
+
+def test_a_wrong_record_is_seen(olmoe, tmp_path):
+    """The negative control: were one expert's bytes another's, the tests above would fail."""
+    store = melinoe.convert(olmoe, tmp_path / "store", progress=False)
+    model = melinoe.load(tmp_path / "store", slots=8)
+    right = model(**batch()).logits
+    path = store.path(0)
+    data = bytearray(path.read_bytes())
+    record = store.layers[0].layout.record_bytes
+    for expert in range(store.layers[0].num_experts - 1):
+        start = store.layers[0].offset(expert)
+        data[start : start + record] = data[start + record : start + 2 * record]
+    path.write_bytes(bytes(data))
+    wrong = melinoe.load(tmp_path / "store", slots=8)(**batch()).logits
+    assert (right - wrong).abs().max() > 1e-3
+
+
+def test_sequences_do_not_leak_into_each_other(olmoe_store):
+    """What was asked before, and what stayed in the slots, changes nothing."""
+    model = melinoe.load(olmoe_store, slots=3)
+    first = greedy(model, batch(seed=0))
+    for seed in range(1, 4):
+        greedy(model, batch(seed=seed))
+    assert torch.equal(greedy(model, batch(seed=0)), first)
+
+
+def test_embedded_model_is_exact(tiny_store):
+    stock = AutoModelForCausalLM.from_pretrained(melinoe.config.resolve_model("tiny")).eval()
+    tokenizer = melinoe.offload.loader.load_tokenizer("tiny")
+    inputs = tokenizer(["What is 12 plus 30?<sep>", "sort 3 1 2<sep>"], return_tensors="pt", padding=True)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = greedy(stock, inputs)
+    for slots in (32, 8, 2):
+        assert torch.equal(greedy(melinoe.load(tiny_store, slots=slots), inputs), expected)
+
+
+def test_plain_from_pretrained_opens_a_store(olmoe, olmoe_store):
+    model = AutoModelForCausalLM.from_pretrained(olmoe_store)
+    assert melinoe.stats(model).decode_tokens == 0
+    stock = AutoModelForCausalLM.from_pretrained(olmoe)
+    assert torch.equal(greedy(model, batch()), greedy(stock, batch()))
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in stock.parameters())
+
+
+def test_gradients_are_refused(olmoe_store):
+    model = melinoe.load(olmoe_store, slots=4)
+    model(**batch())  # without gradients it needs no torch.no_grad()
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(melinoe.MelinoeError, match="cannot pass gradients"):
+        model(**batch())

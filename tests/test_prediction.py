@@ -1,0 +1,133 @@
+"""The predictor: learns what can be learnt, is deterministic, and refuses other models."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from text_model import model_and_tokenizer, rows, save
+
+from melinoe.errors import MelinoeError
+from melinoe.moe import fingerprint
+from melinoe.prediction.features import num_features, prompt_features, token_table
+from melinoe.prediction.predictor import Predictor, fit_predictor, recall
+from melinoe.routing.simulate import simulate
+from melinoe.routing.trace import Trace, from_sequences
+from melinoe.tracing import trace
+
+
+def topics(num_sequences=300, seed=0) -> Trace:
+    """Sequences of two kinds: the prompt's tokens say which experts decoding will want; its routing does not."""
+    model, _ = model_and_tokenizer()
+    generator = np.random.default_rng(seed)
+    indices, tokens, prompts = [], [], []
+    for _ in range(num_sequences):
+        topic, prompt, length = int(generator.integers(2)), int(generator.integers(3, 9)), 16
+        prefill = [[generator.choice(8, 2, replace=False) for _ in range(2)] for _ in range(prompt)]
+        liked = np.where(np.arange(8) // 4 == topic, 0.24, 0.01)
+        decode = [
+            [generator.choice(8, 2, replace=False, p=liked / liked.sum()) for _ in range(2)]
+            for _ in range(length)
+        ]
+        indices.append(np.array(prefill + decode))
+        tokens.append(
+            [*generator.integers(5 + 10 * topic, 15 + 10 * topic, prompt).tolist(), *[3] * (length + 1)]
+        )
+        prompts.append(prompt)
+    return from_sequences(indices, tokens, prompts, 8, fingerprint=fingerprint(model))
+
+
+def test_features():
+    table = token_table(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
+    features = prompt_features(table, [1, 2, 3])
+    assert features.shape == (num_features(4),)
+    assert torch.allclose(features[:4], table[[1, 2, 3]].float().mean(0))
+    assert torch.isfinite(prompt_features(table, [1])).all()
+    assert token_table(torch.randn(20, 600)).shape == (20, 256)
+
+
+def test_learns_what_the_prompt_says(tmp_path):
+    report = fit_predictor(model_and_tokenizer(), topics(), tmp_path / "p", slots=4, epochs=8, hidden=32)
+    assert report["loss"] < report["loss_global"] - 0.2
+    assert report["recall_predictor"] > 0.85 > 0.65 > max(report["recall_global"], report["recall_prefill"])
+    assert report["recall_oracle"] >= report["recall_predictor"]
+    assert report["num_held_out"] == 30
+
+    test = topics(40, seed=1)
+    predictor = Predictor.load(tmp_path / "p", model_and_tokenizer()[0])
+    scores = np.stack([predictor.scores(prompt) for prompt in test.prompts()])
+    assert scores.shape == (40, 2, 8)
+    assert scores.sum(-1) == pytest.approx(2, abs=1e-4)
+    plain, predicted = (
+        simulate(test, "decay", 4, predictor_scores=given)["results"][0]["loads_per_token"]
+        for given in (None, scores)
+    )
+    assert predicted < plain
+
+
+def test_fitting_and_saving_are_deterministic(tmp_path):
+    state = torch.get_rng_state()
+    first, second = (
+        fit_predictor(model_and_tokenizer(), topics(60), tmp_path / name, epochs=2, hidden=16)
+        for name in "ab"
+    )
+    assert torch.equal(state, torch.get_rng_state())  # the caller's random numbers are not touched
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second
+    tensors = [load_file(tmp_path / name) for name in "ab"]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "b"]
+    other = fit_predictor(model_and_tokenizer(), topics(60), epochs=2, hidden=16, seed=1)
+    assert other["loss"] != first["loss"]
+
+
+def test_scores_are_fast():
+    predictor = Predictor(
+        token_table(torch.randn(5000, 256)), num_layers=16, num_experts=64, experts_per_token=8
+    )
+    predictor.scores(list(range(400)))
+    seconds = []
+    for _ in range(9):
+        started = time.perf_counter()
+        predictor.scores(list(range(400)))
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.005
+
+
+def test_recall_by_hand():
+    frequencies = torch.tensor([[[1.0, 0.5, 0.5, 0.0]], [[0.0, 0.0, 1.0, 1.0]]])
+    scores = torch.tensor([[4.0, 3.0, 2.0, 1.0]])
+    # the first two serve 1.5 of 2 of the first sequence and nothing of the second, which counts three times
+    assert recall(scores, frequencies, torch.tensor([1.0, 3.0]), 2) == pytest.approx(0.75 / 4)
+    assert recall(frequencies, frequencies, torch.tensor([1.0, 1.0]), 2) == pytest.approx((0.75 + 1) / 2)
+
+
+def test_a_real_trace_of_a_model_given_by_path(tmp_path):
+    folder = save(tmp_path / "model")
+    made = trace(model_and_tokenizer(), rows(40), tmp_path / "t", progress=False)
+    report = fit_predictor(folder, tmp_path / "t", tmp_path / "p", epochs=1)
+    assert report["num_sequences"] == made.num_sequences
+    assert report["slots"] == 2
+
+
+def test_other_models_and_files_are_refused(tmp_path):
+    fit_predictor(model_and_tokenizer(), topics(20), tmp_path / "p", epochs=1)
+    other, _ = model_and_tokenizer(1)
+    with pytest.raises(MelinoeError, match="other routers"):
+        Predictor.load(tmp_path / "p", other)
+    with pytest.raises(MelinoeError, match="the trace was made from a model with other routers"):
+        fit_predictor(other, topics(20))
+    with pytest.raises(MelinoeError, match="too few sequences"):
+        fit_predictor(model_and_tokenizer(), topics(5))
+    with pytest.raises(MelinoeError, match="no such predictor"):
+        Predictor.load(tmp_path / "missing")
+    (tmp_path / "text").write_text("not a predictor at all")
+    with pytest.raises(MelinoeError, match="is not a predictor file"):
+        Predictor.load(tmp_path / "text")
+    topics(20).save(tmp_path / "t")
+    with pytest.raises(MelinoeError, match="is not a predictor; got melinoe-trace"):
+        Predictor.load(tmp_path / "t")
+    save_file({"x": torch.zeros(1)}, tmp_path / "v", {"format": "melinoe-predictor", "version": "9"})
+    with pytest.raises(MelinoeError, match="another version"):
+        Predictor.load(tmp_path / "v")

@@ -141,10 +141,10 @@ def test_lru_equals_an_independent_implementation(workload):
 
 
 def test_decayed_counts_by_hand():
-    policy = DecayedCounts(1, 4, 2, decay=0.5, recency_decay=0.25, recency_weight=2.0, prior_weight=1.0)
-    policy.begin(np.array([[0.0, 0.0, 0.0, 3.0]]))
+    policy = DecayedCounts(1, 4, 2, decay=0.5, recency_decay=0.25, recency_weight=2.0)
+    policy.begin(np.array([[0.0, 0.0, 0.0, 3.0]]), prior_tokens=2)
     policy.request(0, prefill_call(np.array([[0], [1]])))
-    # expert 0 was asked one token ago, expert 1 just now; the prediction counts 1 / (1 - 0.5) times
+    # expert 0 was asked one token ago, expert 1 just now; the prediction counts as two tokens
     assert policy.worth(0) == [0.5 + 2 * 0.25, 1 + 2, 0, 6]
     assert policy.resident[0] == {1, 3}
     policy.request(0, decode_call([2]))

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from text_model import model_and_tokenizer, rows, save
 
 from melinoe.errors import MelinoeError
 from melinoe.moe import fingerprint
 from melinoe.prediction.features import num_features, prompt_features, token_table
-from melinoe.prediction.predictor import Predictor, fit_predictor, recall
+from melinoe.prediction.predictor import Predictor, fit_predictor, recall, worth_in_tokens
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, from_sequences
 from melinoe.tracing import trace
+from text_model import model_and_tokenizer, rows, save
 
 
 def topics(num_sequences=300, seed=0) -> Trace:
-    """Sequences of two kinds: the prompt's tokens say which experts decoding will want; its routing does not."""
+    """Sequences of two kinds: the prompt's tokens say which experts decoding wants, its routing does not."""
     model, _ = model_and_tokenizer()
     generator = np.random.default_rng(seed)
     indices, tokens, prompts = [], [], []
@@ -50,9 +50,10 @@ def test_features():
 def test_learns_what_the_prompt_says(tmp_path):
     report = fit_predictor(model_and_tokenizer(), topics(), tmp_path / "p", slots=4, epochs=8, hidden=32)
     assert report["loss"] < report["loss_global"] - 0.2
-    assert report["recall_predictor"] > 0.85 > 0.65 > max(report["recall_global"], report["recall_prefill"])
+    assert report["recall_predictor"] > 0.85 > 0.7 > max(report["recall_global"], report["recall_prefill"])
     assert report["recall_oracle"] >= report["recall_predictor"]
     assert report["num_held_out"] == 30
+    assert report["prior_tokens"] == Predictor.load(tmp_path / "p").prior_tokens >= 40
 
     test = topics(40, seed=1)
     predictor = Predictor.load(tmp_path / "p", model_and_tokenizer()[0])
@@ -101,6 +102,20 @@ def test_recall_by_hand():
     # the first two serve 1.5 of 2 of the first sequence and nothing of the second, which counts three times
     assert recall(scores, frequencies, torch.tensor([1.0, 3.0]), 2) == pytest.approx(0.75 / 4)
     assert recall(frequencies, frequencies, torch.tensor([1.0, 1.0]), 2) == pytest.approx((0.75 + 1) / 2)
+
+
+def test_what_a_prediction_is_worth():
+    """Sequences that scatter around the prediction as much as 20 tokens would; and ones that do not scatter."""
+    generator = np.random.default_rng(0)
+    shares = generator.dirichlet(np.ones(8), (400, 2))
+    scattered = np.array([[generator.dirichlet(20 * 4 * p) for p in layers] for layers in shares])
+    counts = [
+        np.array([[generator.multinomial(160, q) for q in layers] for layers in truth])
+        for truth in (scattered, shares)
+    ]
+    logs = torch.tensor(np.log(shares))
+    assert worth_in_tokens(logs, torch.tensor(counts[0]), 4) in (14, 20, 28)
+    assert worth_in_tokens(logs, torch.tensor(counts[1]), 4) == 200
 
 
 def test_a_real_trace_of_a_model_given_by_path(tmp_path):

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from text_model import model_and_tokenizer, rows
 
 from melinoe.bench.quality import evaluate, exact_match, final_answer
 from melinoe.data import Row, encode
 from melinoe.errors import MelinoeError
+from text_model import model_and_tokenizer, rows
 
 
 def test_likelihood_equals_row_by_row():

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from text_model import model_and_tokenizer, rows, save
 
 from melinoe.data import Row, encode
 from melinoe.errors import MelinoeError
 from melinoe.moe import RouterTap, fingerprint, moe_layers
 from melinoe.routing.trace import Trace
 from melinoe.tracing import length_batches, trace
+from text_model import model_and_tokenizer, rows, save
 
 
 def test_batches_hold_every_sequence_once_and_similar_lengths():

@@ -40,9 +40,9 @@ def data(tmp_path_factory):
 def checkpoint(folder, family="olmoe", dtype=torch.bfloat16, seed=0):
     """A random model with a word-level tokenizer, saved as any checkpoint is."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2,
-             "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}  # fmt: skip
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    sizes |= {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
     if family == "olmoe":
         config = transformers.OlmoeConfig(**sizes, num_experts=8, initializer_range=0.2)
     else:

@@ -131,7 +131,7 @@ def generate(
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
     slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
     policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.", min=1)] = 256,
+    max_new_tokens: Annotated[int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,

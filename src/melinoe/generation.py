@@ -20,6 +20,9 @@ from melinoe.data import encode_prompt
 from melinoe.errors import MelinoeError
 
 
+DEFAULT_NEW_TOKENS = 256
+
+
 @dataclass(frozen=True)
 class GenerationStatistics:
     """One request. Seconds are wall clock; loads are records read; None where nothing was offloaded.
@@ -109,7 +112,7 @@ def stream_generate(
     tokenizer: Any,
     prompt: str | list[int] | tuple[dict[str, str], ...],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int | None = None,
     raw: bool = False,
@@ -120,6 +123,7 @@ def stream_generate(
     Args:
         model: offloaded (`melinoe.load`) or resident.
         prompt: text, messages, or token ids; text goes through the chat template unless `raw`.
+        max_new_tokens: None: 256, or what the model's context leaves room for.
         temperature: 0 is greedy.
         ignore_eos: go on for exactly `max_new_tokens` (for measurements).
 
@@ -129,9 +133,11 @@ def stream_generate(
     ids = prompt if isinstance(prompt, list) else encode_prompt(tokenizer, prompt, raw)
     if not ids:
         raise MelinoeError("the prompt is empty", allowed="at least one token")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens is None:
+        max_new_tokens = DEFAULT_NEW_TOKENS if limit is None else max(1, min(DEFAULT_NEW_TOKENS, limit - len(ids)))
     if max_new_tokens < 1:
         raise MelinoeError("nothing to generate", got=f"max_new_tokens {max_new_tokens}", allowed="1 or more")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and len(ids) + max_new_tokens > limit:
         raise MelinoeError(
             "the prompt and the answer are longer than the model's context",

@@ -90,7 +90,7 @@ def pad_right(rows: list[list[int]], pad: int, device: Any) -> tuple[torch.Tenso
 def read_routing(
     model: Any, sequences: list[Encoded], batch_size: int | None = None, pad: int = 0, progress: bool = True
 ) -> list[np.ndarray]:
-    """The experts that each sequence asked for: per sequence [n - 1, L, K] int16 (the last token is never fed)."""
+    """The experts that each sequence asked for: [n - 1, L, K] int16 each (the last token is never fed)."""
     layers = moe_layers(model)
     backbone = model.base_model  # the logits are not needed
     result: list[np.ndarray] = [np.empty(0)] * len(sequences)

@@ -29,7 +29,7 @@ MAX_LOGITS = 2**27  # elements of one [B, S, V] block: half a GiB in float32
 def completion_nll(
     model: Any, sequences: list[Encoded], batch_size: int | None = None, pad: int = 0, progress: bool = True
 ) -> np.ndarray:
-    """[S] float64: the negative log-likelihood of each completion, in nats, summed over its tokens and the end token."""
+    """[S] float64: negative log-likelihood of each completion, nats, summed over its tokens and end token."""
     result = np.zeros(len(sequences))
     budget = max(1, min(TOKENS_PER_BATCH, MAX_LOGITS // model.config.get_text_config().vocab_size))
     for batch in track(
@@ -56,7 +56,7 @@ def greedy_completions(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """The text that greedy decoding appends to each prompt, up to the end token (batched, padded on the left)."""
+    """The text that greedy decoding appends to each prompt, up to the end token."""
     result = [""] * len(prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     batches = length_batches([len(prompt) for prompt in prompts], batch_size or GENERATION_BATCH)
@@ -81,7 +81,7 @@ def greedy_completions(
 
 
 def final_answer(text: str) -> str | None:
-    """The number after GSM8K's `####`, without thousands separators, units or a closing full stop; None without one."""
+    """The number after GSM8K's `####`, without separators, dollar or full stop; None without one."""
     found = re.findall(r"####\s*(-?[$]?-?[\d.,]+)", text)
     return found[-1].replace(",", "").replace("$", "").rstrip(".") if found else None
 

@@ -91,6 +91,7 @@ def _hit_rate_by_budget(result: dict[str, Any]) -> str:
     axes.axvline(result["settings"]["slots"], color="#999", lw=0.8)
     axes.set(xlabel=f"slots per layer (of {result['settings']['num_experts']} experts)", ylabel="decode hit rate")
     axes.set_ylim(0, 1)
+    axes.set_xticks(sizes)
     axes.legend(frameon=False, fontsize=8, ncols=3)
     return _svg(figure)
 
@@ -114,7 +115,7 @@ def _speed(result: dict[str, Any]) -> str:
             axes.plot([ceiling, ceiling], [position - 0.4, position + 0.4], color="black", lw=1.4)
     for position, speed in enumerate(speeds):
         axes.text(max(speed, high[position]) + limit * 0.012, position, f"{speed:.1f}", va="center", fontsize=8)
-    axes.set(xlabel="generation, tokens per second (bar: median; whisker: range over requests)", xlim=(0, limit))
+    axes.set(xlabel="generated tokens per second: median, range over requests", xlim=(0, limit))
     axes.grid(axis="y", visible=False)
     return _svg(figure)
 
@@ -140,6 +141,8 @@ def _loss_curves(result: dict[str, Any]) -> str:
         left.plot(steps, [point["nll"] for point in curve], color=COLOURS[weights], label=weights, lw=1)
         right.plot(steps, [point["misses"] for point in curve], color=COLOURS[weights], lw=1)
     left.set(xlabel="step", ylabel="completion NLL (training)")
-    right.set(xlabel="step", ylabel="expected misses per token and layer")
+    right.set(xlabel="step", ylabel="misses per token and layer")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False, fontsize=8)
     return _svg(figure)

@@ -137,10 +137,13 @@ class _GroupedLinear(torch.autograd.Function):
         grad_out = grads[0].contiguous()
         x_NI, weight_EOI, a_ERI, b_EOR, inner_NR = ctx.saved_tensors
         grad_x = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = torch.zeros_like(a_ERI), torch.zeros_like(b_EOR)
+        grad_a, grad_b = torch.empty_like(a_ERI), torch.empty_like(b_EOR)
         start = 0
         for expert, end in enumerate(ctx.ends):
-            if end > start:
+            if end == start:
+                grad_a[expert].zero_()
+                grad_b[expert].zero_()
+            else:
                 x, g = x_NI[start:end], grad_out[start:end]
                 g_inner = torch.mm(g, b_EOR[expert].to(g.dtype)).mul_(ctx.scale)
                 grad_b[expert] = torch.mm(g.T, inner_NR[start:end]).mul_(ctx.scale)

@@ -40,7 +40,7 @@ def num_features(width: int) -> int:
 
 
 def prompt_features(table: torch.Tensor, token_ids: list[int]) -> torch.Tensor:
-    """[F] float32: mean and spread of the prompt's token embeddings, its first, last and very last tokens, its length.
+    """[F] float32: mean and spread of the prompt's tokens, its first and last tokens, its length.
 
     Args:
         table: [V, D] from `token_table`.

@@ -8,162 +8,26 @@ experts of each layer would have served.
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.moe import fingerprint as model_fingerprint
-from melinoe.prediction.features import num_features, prompt_features, token_table
+from melinoe.prediction.features import prompt_features, token_table
+from melinoe.prediction.network import Predictor, check_same_model
 from melinoe.routing.policies import DECODE, PREFILL
 from melinoe.routing.trace import Trace, as_trace
 
-FORMAT, VERSION = "melinoe-predictor", "1"
+__all__ = ["Predictor", "fit_predictor", "recall"]
+
 MIN_SEQUENCES = 10
-
-
-class Predictor(nn.Module):
-    """Prompt features -> requests per decoded token of every (layer, expert).
-
-    Args:
-        table: [V, D] of `token_table`.
-        num_layers, num_experts, experts_per_token: L, E, K of the model.
-        hidden: width of the one hidden layer.
-        fingerprint: of the model whose trace it was fitted to.
-    """
-
-    def __init__(
-        self,
-        table: torch.Tensor,
-        num_layers: int,
-        num_experts: int,
-        experts_per_token: int,
-        hidden: int = 256,
-        fingerprint: str = "",
-        dropout: float = 0.1,
-    ) -> None:
-        super().__init__()
-        width = num_features(table.shape[1])
-        self.num_layers, self.num_experts, self.experts_per_token = num_layers, num_experts, experts_per_token
-        self.fingerprint = fingerprint
-        self.table: torch.Tensor
-        self.mean: torch.Tensor
-        self.deviation: torch.Tensor
-        self.register_buffer("table", table)
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("deviation", torch.ones(width))
-        self.inner = nn.Linear(width, hidden)
-        self.dropout = nn.Dropout(dropout)
-        self.outer = nn.Linear(hidden, num_layers * num_experts)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """[B, F] -> [B, L, E] logarithm of the share of each layer's requests."""
-        inner = nn.functional.gelu(self.inner((features - self.mean) / self.deviation))
-        logits = self.outer(self.dropout(inner)).view(-1, self.num_layers, self.num_experts)
-        return logits.log_softmax(-1)
-
-    @torch.no_grad()
-    def scores(self, token_ids: list[int]) -> np.ndarray:
-        """[L, E] float64: predicted requests per decoded token; each layer sums to K.
-
-        Args:
-            token_ids: of the prompt, as `data.encode_prompt` gives them; at least one.
-        """
-        training, _ = self.training, self.eval()
-        shares = self(prompt_features(self.table, token_ids)[None])[0].exp()
-        self.train(training)
-        return self.experts_per_token * shares.double().numpy()
-
-    def save(self, path: str | Path, report: dict[str, Any] | None = None) -> Path:
-        """Writes one safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {
-            "format": FORMAT,
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "experts_per_token": str(self.experts_per_token),
-            "num_layers": str(self.num_layers),
-            "report": json.dumps(report or {}, sort_keys=True),
-        }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-        os.close(handle)
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary, metadata
-            )
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path, model: Any = None) -> Predictor:
-        """Reads a predictor.
-
-        Args:
-            model: the model it is for, or its fingerprint; None: not compared.
-
-        Raises:
-            MelinoeError: no such file, not a predictor, of another version or for another model.
-        """
-        path = Path(path)
-        if not path.is_file():
-            raise MelinoeError(
-                "no such predictor file", got=path, next_step="make one with: melinoe fit-predictor"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    found = metadata.get("format", "no format")
-                    raise MelinoeError(f"{path} is not a predictor", got=found, allowed=FORMAT)
-                if metadata.get("version") != VERSION:
-                    found = metadata.get("version")
-                    raise MelinoeError(f"{path}: predictor of another version", got=found, allowed=VERSION)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise MelinoeError(f"{path} is not a predictor file", got=str(error)) from None
-        if model is not None:
-            check_same_model(str(path), metadata["fingerprint"], model)
-        num_layers, hidden = int(metadata["num_layers"]), len(tensors["inner.bias"])
-        num_experts = len(tensors["outer.bias"]) // num_layers
-        predictor = cls(
-            tensors["table"],
-            num_layers,
-            num_experts,
-            int(metadata["experts_per_token"]),
-            hidden,
-            metadata["fingerprint"],
-        )
-        predictor.load_state_dict(tensors)
-        return predictor.eval()
-
-
-def check_same_model(what: str, found: str, model: Any) -> None:
-    """Refuses what was made from another model.
-
-    Args:
-        model: the model or its fingerprint.
-    """
-    expected = model if isinstance(model, str) else model_fingerprint(model)
-    if found != expected:
-        raise MelinoeError(
-            f"{what} was made from a model with other routers",
-            got=found,
-            allowed=expected,
-            next_step="trace this model (with its adapter) and fit the predictor again",
-        )
+PRIOR_TOKENS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 55.0, 75.0, 100.0, 140.0, 200.0)
 
 
 def recall(scores: torch.Tensor, frequencies: torch.Tensor, weights: torch.Tensor, slots: int) -> float:
@@ -176,6 +40,31 @@ def recall(scores: torch.Tensor, frequencies: torch.Tensor, weights: torch.Tenso
     best = scores.expand_as(frequencies).topk(min(slots, scores.shape[-1]), dim=-1).indices
     served = frequencies.gather(-1, best).sum(-1) / frequencies.sum(-1).clamp_min(1e-12)  # [S, L]
     return float((served.mean(1) * weights).sum() / weights.sum())
+
+
+def worth_in_tokens(logs: torch.Tensor, counts: torch.Tensor, experts_per_token: int) -> float:
+    """How many tokens of evidence a prediction is worth, by maximum likelihood.
+
+    A sequence's own frequencies are taken to scatter around the predicted ones by a Dirichlet distribution;
+    its concentration is the number of requests that the prediction weighs as much as (the evidence is
+    Dirichlet-multinomial). It is large where sequences keep to the prediction and small where they go
+    their own way. Capped at 200, because prompts of another kind are predicted worse than these.
+
+    Args:
+        logs: [S, L, E] logarithm of the predicted shares.
+        counts: [S, L, E] decode requests of the same sequences, none of which the predictor was fitted to.
+    """
+    shares, counts = logs.double().exp(), counts.double()
+    totals = counts.sum(-1)
+    best, best_likelihood = PRIOR_TOKENS[0], -float("inf")
+    for tokens in PRIOR_TOKENS:
+        strength = torch.tensor(tokens * experts_per_token, dtype=torch.float64)
+        by_expert = torch.lgamma(strength * shares + counts) - torch.lgamma(strength * shares)
+        by_layer = torch.lgamma(strength) - torch.lgamma(strength + totals) + by_expert.sum(-1)
+        likelihood = float(by_layer.sum())
+        if likelihood > best_likelihood:
+            best, best_likelihood = tokens, likelihood
+    return best
 
 
 def _loss(logs: torch.Tensor, shares: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -193,7 +82,7 @@ def _train(
     weight_decay: float,
     batch_size: int,
 ) -> None:
-    """AdamW with a linear decay; starts from the global frequencies, so that an epoch can only add to them."""
+    """AdamW with a linear decay; starts from the global frequencies."""
     overall = (shares * weights[:, None, None]).sum(0) / weights.sum()
     nn.init.zeros_(predictor.outer.weight)
     predictor.outer.bias.data = overall.clamp_min(1e-5).log().flatten()
@@ -248,7 +137,7 @@ def fit_predictor(
         loss (nats per request, held out) and loss_global (that of the global frequencies); recall_predictor
         beside recall_global (one fixed ranking), recall_prefill (ranked by the prompt's own routing: the free
         rival) and recall_oracle (the best fixed set of each sequence: the bound); slots, num_sequences,
-        num_held_out, seconds.
+        num_held_out, seconds; prior_tokens: how much the policy should trust the scores.
 
     Raises:
         MelinoeError: a trace of another model, or fewer than 10 sequences with decoded tokens.
@@ -294,6 +183,8 @@ def fit_predictor(
     overall = (shares[train] * weights[train, None, None]).sum(0) / weights[train].sum()
     with torch.no_grad():
         logs = predictor(features[test])
+    counts = (frequencies[test] * weights[test, None, None]).round()
+    predictor.prior_tokens = worth_in_tokens(logs, counts, top_k)
     measured = {
         "predictor": logs,
         "global": overall,
@@ -308,6 +199,7 @@ def fit_predictor(
             f"recall_{name}": recall(scores, frequencies[test], weights[test], slots)
             for name, scores in measured.items()
         },
+        "prior_tokens": predictor.prior_tokens,
         "slots": slots,
         "num_sequences": len(used),
         "num_held_out": number,

@@ -16,71 +16,26 @@ The rules that hold for all:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
 
 import numpy as np
 
 from melinoe.errors import MelinoeError
+from melinoe.routing.calls import DECODE, PREFILL, Call, Decision, Load, decode_call, prefill_call
 
-PREFILL, DECODE = "prefill", "decode"
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one layer was asked in one call of T tokens, K experts each.
-
-    indices: [T, K] expert ids; ids >= the number of experts are expert-parallel sentinels.
-    ages: [T] 0 for the last token of its sequence in this call, 1 for the one before, ...
-    valid: [T] False for padding, which must be served but says nothing about the sequence.
-    """
-
-    indices: np.ndarray
-    ages: np.ndarray
-    valid: np.ndarray
-    phase: str
-
-    @property
-    def steps(self) -> int:
-        """How many tokens of time the call spans: the longest sequence in it, padding excluded."""
-        if len(self.ages) == 1:
-            return int(self.valid[0])
-        return int(self.ages.max(where=self.valid, initial=-1)) + 1
-
-    @cached_property
-    def experts(self) -> list[int]:
-        """The distinct ids in ascending order, sentinels included: what has to be served."""
-        return sorted(set(self.indices.ravel().tolist()))
-
-
-def decode_call(experts: Sequence[int] | np.ndarray) -> Call:
-    """The call of one decoded token."""
-    return Call(np.asarray(experts).reshape(1, -1), np.zeros(1, np.int64), np.ones(1, bool), DECODE)
-
-
-def prefill_call(indices: np.ndarray) -> Call:
-    """The call of one unpadded prompt, [T, K]."""
-    tokens = len(indices)
-    return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), PREFILL)
-
-
-@dataclass(frozen=True)
-class Load:
-    """One record to read. `admit` False: through staging. `victim` None: into a free slot."""
-
-    expert: int
-    admit: bool
-    victim: int | None = None
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The answer to one call. Every expert of the call is in `hits` or in `loads`, once."""
-
-    hits: list[int]
-    loads: list[Load]
-    preloads: list[Load] = field(default_factory=list)
+__all__ = [
+    "DECODE",
+    "POLICIES",
+    "PREFILL",
+    "Call",
+    "DecayedCounts",
+    "Decision",
+    "Load",
+    "Policy",
+    "decode_call",
+    "make_policy",
+    "prefill_call",
+]
 
 
 class Policy:
@@ -104,11 +59,13 @@ class Policy:
         self.resident: list[set[int]] = [set() for _ in range(self.num_layers)]
         self.prior: np.ndarray | None = None
 
-    def begin(self, scores: np.ndarray | None = None) -> None:
+    def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
         """A new request starts. Slots carry over.
 
         Args:
             scores: [L, E] how often decoding will ask for each expert, per token; None: no prediction.
+            prior_tokens: how many tokens of evidence the prediction is worth (`Predictor.prior_tokens`);
+                None: the policy's own guess. Only decayed counts look at it.
         """
         shape = (self.num_layers, self.num_experts)
         if scores is not None and scores.shape != shape:
@@ -175,7 +132,8 @@ class Policy:
         leaving = sorted(resident - best, key=lambda expert: (expert in needed, worth[expert], expert))
         free = self.slots - len(resident)
         wanted = set(misses)
-        loads, preloads = [], []
+        loads: list[Load] = []
+        preloads: list[Load] = []
         for expert in [*misses, *sorted(best - resident - wanted)]:
             if expert not in best:
                 loads.append(Load(expert, False))
@@ -223,16 +181,16 @@ class DecayedCounts(Policy):
     """Requests counted on two time scales, on top of what was predicted (default).
 
     worth(e) = sum over tokens of (decay^age + recency_weight * recency_decay^age) [e asked]
-               + prior_weight * predicted requests per token / (1 - decay)
+               + prior_tokens * predicted requests per token of e
 
-    The slow counts know the sequence, the fast ones the phrase; the last term is what the slow counts
-    would have become had the prediction been the past. A prompt is evidence like any other tokens, so
-    prediction, prefill and decoding are one state and one rule. Defaults: docs/log.md.
+    The slow counts know the sequence, the fast ones the phrase; the prediction counts like that many
+    tokens seen before. A prompt is evidence like any other tokens, so prediction, prefill and decoding
+    are one state and one rule. How the defaults were measured: docs/log.md.
 
     Args:
         decay: forgetting per token of the slow counts, 0 < decay <= 1 (1: none, as LFU).
         recency_decay, recency_weight: forgetting of the fast counts, and how much they count.
-        prior_weight: how much the prediction counts beside evidence.
+        prior_tokens: what a prediction is worth, where `begin` does not say.
     """
 
     name = "decay"
@@ -244,24 +202,24 @@ class DecayedCounts(Policy):
         num_layers: int,
         num_experts: int,
         slots: int,
-        decay: float = 0.98,
+        decay: float = 0.97,
         recency_decay: float = 0.5,
-        recency_weight: float = 5.0,
-        prior_weight: float = 1.0,
+        recency_weight: float = 2.5,
+        prior_tokens: float = 50.0,
     ) -> None:
         self.decays = np.array([[decay], [recency_decay]])  # [2, 1]
         self.weights = np.array([1.0, recency_weight])
-        self.prior_scale = prior_weight * (1.0 / (1.0 - decay) if decay < 1 else 100.0)
+        self.prior_tokens = prior_tokens
         super().__init__(num_layers, num_experts, slots)
 
     def reset(self) -> None:
         super().reset()
         self.counts = np.zeros((self.num_layers, len(self.decays), self.num_experts))
 
-    def begin(self, scores: np.ndarray | None = None) -> None:
+    def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
         super().begin(scores)
         if self.prior is not None:
-            self.prior = self.prior_scale * self.prior
+            self.prior = self.prior * (self.prior_tokens if prior_tokens is None else prior_tokens)
 
     def observe(self, layer: int, call: Call, asked: list[int]) -> None:
         counts = self.counts[layer]

@@ -38,7 +38,7 @@ def next_uses(trace: Trace, layer: int) -> list[tuple[list[int], list[int]]]:
 
 
 class Belady(Policy):
-    """Keeps what is asked again soonest, may decline, never preloads: the most hits that on-demand loading allows.
+    """Keeps what is asked again soonest: the most hits that loading on demand allows (it never preloads).
 
     It may even give up an expert of the same call, once that is served; no other policy may.
     """
@@ -74,16 +74,23 @@ class _Contestant:
     columns = ("hits", "loads", "prefill_hits", "prefill_loads", "preload_loads", "evictions")
 
     def __init__(
-        self, name: str, slots: int, policy: Policy, scores: np.ndarray | None, carry_over: bool
+        self,
+        name: str,
+        slots: int,
+        policy: Policy,
+        scores: np.ndarray | None,
+        prior_tokens: float | None,
+        carry_over: bool,
     ) -> None:
-        self.name, self.slots, self.policy, self.scores = name, slots, policy, scores
-        self.carry_over = carry_over
+        self.name, self.slots, self.policy = name, slots, policy
+        self.scores, self.prior_tokens, self.carry_over = scores, prior_tokens, carry_over
         self.rows: list[list[int]] = []
 
     def begin(self, sequences: np.ndarray) -> None:
         if not self.carry_over:
             self.policy.reset()
-        self.policy.begin(None if self.scores is None else self.scores[sequences].mean(0))
+        scores = None if self.scores is None else self.scores[sequences].mean(0)
+        self.policy.begin(scores, self.prior_tokens)
         self.rows.append([0] * len(self.columns))
 
     def request(self, layer: int, call: Call) -> None:
@@ -129,7 +136,12 @@ class _Contestant:
 
 
 def _contestant(
-    trace: Trace, name: str, slots: int, carry_over: bool, scores: np.ndarray | None
+    trace: Trace,
+    name: str,
+    slots: int,
+    scores: np.ndarray | None,
+    prior_tokens: float | None,
+    carry_over: bool,
 ) -> _Contestant:
     policy: Policy
     if name == "belady":
@@ -141,7 +153,7 @@ def _contestant(
             scores = np.broadcast_to(counts / max(1, trace.decoded.sum()), scores.shape)
     else:
         policy = make_policy(name, trace.num_layers, trace.num_experts, slots)
-    return _Contestant(name, slots, policy, scores, carry_over)
+    return _Contestant(name, slots, policy, scores, prior_tokens, carry_over)
 
 
 def _names(policy: str | Iterable[str]) -> list[str]:
@@ -167,6 +179,7 @@ def simulate(
     slots: int | Iterable[int] = 8,
     carry_over: bool = False,
     predictor_scores: np.ndarray | None = None,
+    prior_tokens: float | None = None,
     per_sequence: bool = False,
 ) -> dict[str, Any]:
     """Replays a trace through policies at one or more sizes.
@@ -176,17 +189,18 @@ def simulate(
 
     Args:
         trace: a Trace or its file.
-        policy: names, in a list or with commas: decay, lru, lfu, static, belady, static-oracle, static-global.
+        policy: names, a list or with commas: decay, lru, lfu, static, belady, static-oracle, static-global.
         slots: per layer; one number or several.
         carry_over: requests follow each other in a warm cache.
-        predictor_scores: [S, L, E] predicted requests per decoded token, for the policies that use prediction.
+        predictor_scores: [S, L, E] predicted requests per decoded token, for policies that use prediction.
+        prior_tokens: what the prediction is worth (`Predictor.prior_tokens`); None: the policy's default.
         per_sequence: adds the counts of every request as arrays (what `paired_difference` needs).
 
     Returns:
         {"results": [...]}, for every policy at every size:
         hit_rate: decode; distinct experts of a call that were resident before it, of all that it asked for.
         loads_per_token: expert records read while decoding, per decoded token, summed over layers.
-        prefill_loads_per_token, prefill_loads_per_sequence: read by prompts, per prompt token and per request.
+        prefill_loads_per_token, prefill_loads_per_sequence: read by prompts, per prompt token and request.
         preload_loads_per_sequence: predicted records that the prompt did not ask for, per request.
         total_loads_per_token: all three, per decoded token.
         evictions: residents that were replaced, all phases. num_tokens: decoded. num_sequences: requests.
@@ -201,7 +215,9 @@ def simulate(
             "predicted scores do not fit the trace", got=predictor_scores.shape, allowed=expected
         )
     contestants = [
-        _contestant(trace, name, size, carry_over, predictor_scores) for name in names for size in sizes
+        _contestant(trace, name, size, predictor_scores, prior_tokens, carry_over)
+        for name in names
+        for size in sizes
     ]
     previous = -1
     for position, layer, call in trace.calls():

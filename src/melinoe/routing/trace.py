@@ -115,7 +115,7 @@ class Trace:
         return begins
 
     def calls(self) -> Iterator[tuple[int, int, Call]]:
-        """(call, layer, what the policy is asked) in program order: every layer of a call, then the next call."""
+        """(call, layer, what the policy is asked) in program order: all layers, then the next call."""
         for call in range(self.num_calls):
             tokens = slice(self.call_offsets[call], self.call_offsets[call + 1])
             phase, ages, valid = PHASES[self.call_phase[call]], self.ages[tokens], self.valid[tokens]
@@ -231,9 +231,8 @@ def from_sequences(
     """
     lengths = np.array([len(ids) - 1 for ids in token_ids], np.int64)
     prompts = np.array(prompt_lengths, np.int64)
-    assert (prompts >= 1).all() and (lengths >= prompts).all(), (
-        "a prompt and a completion of at least one token"
-    )
+    sound = (prompts >= 1) & (lengths >= prompts)
+    assert sound.all(), "a prompt and a completion of at least one token"
     sizes, phases, ages = [], [], []
     for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
         decoded = length - prompt

@@ -29,7 +29,7 @@ from melinoe.tuning.settings import TuneSettings
 
 CHECKPOINT, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
 LOG = "losses.jsonl"
-FINAL_LEARNING_RATE = 0.1  # of the first, reached at the end
+FINAL_LEARNING_RATE = 0.0  # of the first, reached at the end
 MAX_SKIPPED = 10  # steps in a row that were not finite
 
 

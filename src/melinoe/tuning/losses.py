@@ -19,7 +19,12 @@ from melinoe.moe import (
     router_probabilities,
     score_kind,
 )
-from melinoe.tuning.objective import scored_positions, soft_cache_misses, straight_through_requests
+from melinoe.tuning.objective import (
+    boundary_surrogate,
+    scored_positions,
+    soft_cache_misses,
+    straight_through_requests,
+)
 from melinoe.tuning.rank_matching import rank_matching
 from melinoe.tuning.settings import TuneSettings
 
@@ -99,10 +104,13 @@ class TuningLosses:
             groups.setdefault((layer.num_experts, self.capacities[index]), []).append(index)
         total: Any = 0.0
         for (num_experts, capacity), members in groups.items():
-            indices = torch.stack([tap.records[i].indices for i in members])
-            requests_LTE = straight_through_requests(
-                requests(indices, num_experts), torch.stack([probabilities[i] for i in members])
-            )
+            asked_LTE = requests(torch.stack([tap.records[i].indices for i in members]), num_experts)
+            if self.settings.objective == "boundary":
+                logits_LTE = torch.stack([tap.records[i].logits.float() for i in members])
+                backward_LTE = boundary_surrogate(logits_LTE, asked_LTE, self.settings.temperature)
+            else:
+                backward_LTE = torch.stack([probabilities[i] for i in members])
+            requests_LTE = straight_through_requests(asked_LTE, backward_LTE)
             misses = soft_cache_misses(
                 requests_LTE.reshape(len(members), *mask_BS.shape, num_experts),
                 mask_BS,
@@ -110,7 +118,7 @@ class TuningLosses:
                 capacity,
                 self.top_k,
                 self.settings.gamma,
-                clipped=self.settings.objective == "clipped",
+                clipped=self.settings.objective != "paper",
                 detach_cache=self.settings.detach_cache,
             )
             total = total + misses * (len(members) / len(self.layers))

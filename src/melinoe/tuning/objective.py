@@ -24,6 +24,37 @@ def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch
     return requests_TE.detach() + (probabilities_TE - probabilities_TE.detach())
 
 
+def boundary_surrogate(logits_TE: torch.Tensor, requests_TE: torch.Tensor, temperature: float) -> torch.Tensor:
+    """A stand-in for p_f in the backward pass of r(t): the gradient of a soft top-K at its boundary.
+
+    Through p_f the loss moves experts in proportion to their probability: most of all the first choice,
+    which is the dearest one to change. What decides about a transfer is who stands on which side of the
+    boundary between the K-th and the next expert, and there a swap costs the least. So the gradient is that of
+
+        sigmoid((l_i - theta) / temperature),  theta such that they sum to K,
+
+    that is s_i (g_i - sum_j s_j g_j / sum_j s_j) with s the sigmoid's slope: it is centred, so raising one
+    expert lowers others. theta is taken as the middle between the least chosen and the best other logit.
+
+    Args:
+        logits_TE: [..., E] router logits, with gradient.
+        requests_TE: [..., E] 1 for the chosen experts.
+        temperature: width of the boundary, in standard deviations of a token's logits.
+
+    Returns:
+        [..., E] whose value means nothing and whose gradient is the one above.
+    """
+    with torch.no_grad():
+        chosen = requests_TE > 0
+        least = logits_TE.masked_fill(~chosen, torch.inf).amin(-1, keepdim=True)
+        other = logits_TE.masked_fill(chosen, -torch.inf).amax(-1, keepdim=True)
+        width = (temperature * logits_TE.std(-1, keepdim=True)).clamp_min(1e-6)
+        soft = ((logits_TE - (least + other) / 2) / width).sigmoid()
+        slope = (soft * (1 - soft) / width).nan_to_num_(0.0)
+        share = slope / slope.sum(-1, keepdim=True).clamp_min(1e-20)
+    return slope * (logits_TE - (share * logits_TE).sum(-1, keepdim=True))
+
+
 def scored_positions(mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor) -> torch.Tensor:
     """[B, S] bool: the inputs that decoding processes, positions P .. n-2 of the real tokens of a row.
 

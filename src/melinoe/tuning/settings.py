@@ -8,7 +8,7 @@ from typing import Any, Literal
 from melinoe.config import DEFAULT_SEED
 from melinoe.errors import MelinoeError
 
-Objective = Literal["clipped", "paper"]
+Objective = Literal["boundary", "clipped", "paper"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class TuneSettings:
     slots: int | None = None
     gamma: float = 0.9
     rho: float = 0.1
+    temperature: float = 0.5
     rank_form: Literal["sum", "mean"] = "sum"
     rank_tokens: int = 512
     learning_rate: float = 5e-4
@@ -70,7 +71,7 @@ class TuneSettings:
             check(0 <= getattr(self, name) < 1, name, "0 .. 1")
         check(0 <= self.gamma <= 1, "gamma", "0 .. 1")
         check(0 <= self.warmup < 1, "warmup", "0 .. 1")
-        check(self.objective in ("clipped", "paper"), "objective", "clipped | paper")
+        check(self.objective in ("boundary", "clipped", "paper"), "objective", "boundary | clipped | paper")
         check(self.rank_form in ("sum", "mean"), "rank_form", "sum | mean")
         check(self.dtype in (None, "float32", "auto"), "dtype", "float32 | auto")
         check(self.slots is None or self.slots > 0, "slots", "1 or more")

@@ -1,0 +1,161 @@
+"""The network that scores experts from a prompt, and its file (one safetensors file, no pickle)."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from melinoe.errors import MelinoeError
+from melinoe.moe import fingerprint as model_fingerprint
+from melinoe.prediction.features import num_features, prompt_features
+
+FORMAT, VERSION = "melinoe-predictor", "1"
+
+
+class Predictor(nn.Module):
+    """Prompt features -> requests per decoded token of every (layer, expert).
+
+    Args:
+        table: [V, D] of `token_table`.
+        num_layers, num_experts, experts_per_token: L, E, K of the model.
+        hidden: width of the one hidden layer.
+        fingerprint: of the model whose trace it was fitted to.
+
+    `prior_tokens` says how many tokens of evidence a prediction is worth: it goes to `Policy.begin` with
+    the scores.
+    """
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        num_layers: int,
+        num_experts: int,
+        experts_per_token: int,
+        hidden: int = 256,
+        fingerprint: str = "",
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        width = num_features(table.shape[1])
+        self.num_layers, self.num_experts, self.experts_per_token = num_layers, num_experts, experts_per_token
+        self.fingerprint = fingerprint
+        self.prior_tokens = 50.0
+        self.table: torch.Tensor
+        self.mean: torch.Tensor
+        self.deviation: torch.Tensor
+        self.register_buffer("table", table)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("deviation", torch.ones(width))
+        self.inner = nn.Linear(width, hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.outer = nn.Linear(hidden, num_layers * num_experts)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, F] -> [B, L, E] logarithm of the share of each layer's requests."""
+        inner = nn.functional.gelu(self.inner((features - self.mean) / self.deviation))
+        logits = self.outer(self.dropout(inner)).view(-1, self.num_layers, self.num_experts)
+        return logits.log_softmax(-1)
+
+    @torch.no_grad()
+    def scores(self, token_ids: list[int]) -> np.ndarray:
+        """[L, E] float64: predicted requests per decoded token; each layer sums to K.
+
+        Args:
+            token_ids: of the prompt, as `data.encode_prompt` gives them; at least one.
+        """
+        training, _ = self.training, self.eval()
+        shares = self(prompt_features(self.table, token_ids)[None])[0].exp()
+        self.train(training)
+        return self.experts_per_token * shares.double().numpy()
+
+    def save(self, path: str | Path, report: dict[str, Any] | None = None) -> Path:
+        """Writes one safetensors file, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "experts_per_token": str(self.experts_per_token),
+            "num_layers": str(self.num_layers),
+            "prior_tokens": repr(self.prior_tokens),
+            "report": json.dumps(report or {}, sort_keys=True),
+        }
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+        os.close(handle)
+        try:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary, metadata
+            )
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None) -> Predictor:
+        """Reads a predictor.
+
+        Args:
+            model: the model it is for, or its fingerprint; None: not compared.
+
+        Raises:
+            MelinoeError: no such file, not a predictor, of another version or for another model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise MelinoeError(
+                "no such predictor file", got=path, next_step="make one with: melinoe fit-predictor"
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    found = metadata.get("format", "no format")
+                    raise MelinoeError(f"{path} is not a predictor", got=found, allowed=FORMAT)
+                if metadata.get("version") != VERSION:
+                    found = metadata.get("version")
+                    raise MelinoeError(f"{path}: predictor of another version", got=found, allowed=VERSION)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise MelinoeError(f"{path} is not a predictor file", got=str(error)) from None
+        if model is not None:
+            check_same_model(str(path), metadata["fingerprint"], model)
+        num_layers, hidden = int(metadata["num_layers"]), len(tensors["inner.bias"])
+        num_experts = len(tensors["outer.bias"]) // num_layers
+        predictor = cls(
+            tensors["table"],
+            num_layers,
+            num_experts,
+            int(metadata["experts_per_token"]),
+            hidden,
+            metadata["fingerprint"],
+        )
+        predictor.prior_tokens = float(metadata["prior_tokens"])
+        predictor.load_state_dict(tensors)
+        return predictor.eval()
+
+
+def check_same_model(what: str, found: str, model: Any) -> None:
+    """Refuses what was made from another model.
+
+    Args:
+        model: the model or its fingerprint.
+    """
+    expected = model if isinstance(model, str) else model_fingerprint(model)
+    if found != expected:
+        raise MelinoeError(
+            f"{what} was made from a model with other routers",
+            got=found,
+            allowed=expected,
+            next_step="trace this model (with its adapter) and fit the predictor again",
+        )

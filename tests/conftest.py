@@ -9,9 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from families import save_checkpoint
 
 import melinoe
+from families import save_checkpoint
 from melinoe.config import resolve_model
 
 

@@ -34,7 +34,12 @@ def config(family: str) -> Any:
         return transformers.MixtralConfig(**COMMON, num_local_experts=8, sliding_window=None)
     if family == "qwen3_moe":  # the first layer is dense
         return transformers.Qwen3MoeConfig(
-            **COMMON, num_experts=8, moe_intermediate_size=16, head_dim=16, mlp_only_layers=[0], norm_topk_prob=True
+            **COMMON,
+            num_experts=8,
+            moe_intermediate_size=16,
+            head_dim=16,
+            mlp_only_layers=[0],
+            norm_topk_prob=True,
         )
     if family == "gpt_oss":  # biases, transposed, interleaved gate
         return transformers.GptOssConfig(
@@ -58,7 +63,11 @@ def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
     ).save_pretrained(folder)
 
 

@@ -22,14 +22,18 @@ VERBS = {
 def melinoe(*arguments, check=True, **settings):
     """Runs the real program."""
     result = subprocess.run(
-        [sys.executable, "-m", "melinoe", *map(str, arguments)], capture_output=True, text=True, check=False, **settings
+        [sys.executable, "-m", "melinoe", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **settings,
     )
     if check:
         assert result.returncode == 0, result.stderr
     return result
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -53,15 +57,25 @@ def test_the_way_of_the_data(olmoe, data, tmp_path):
     """Every verb once, each on what the one before wrote."""
     quiet = {"cwd": tmp_path}
     tune = ["--max-steps", 3, "--output-dir", "adapter", "--quiet", "--json"]
-    tuned = json.loads(melinoe("tune", "--model", olmoe, "--data", data, *tune, **quiet).stdout.splitlines()[-1])
+    tuned = json.loads(
+        melinoe("tune", "--model", olmoe, "--data", data, *tune, **quiet).stdout.splitlines()[-1]
+    )
     assert tuned["steps"] == 3
     melinoe("merge", "--model", olmoe, "--adapter", "adapter", "--output-dir", "tuned", **quiet)
-    melinoe("trace", "--model", "tuned", "--data", data, "--output", "t.trace", "--limit", 10, "--quiet", **quiet)
-    simulated = melinoe("simulate", "t.trace", "--policy", "decay,lru,belady", "--slots", 4, "--json", **quiet)
+    melinoe(
+        "trace", "--model", "tuned", "--data", data, "--output", "t.trace", "--limit", 10, "--quiet", **quiet
+    )
+    simulated = melinoe(
+        "simulate", "t.trace", "--policy", "decay,lru,belady", "--slots", 4, "--json", **quiet
+    )
     rows = json.loads(simulated.stdout.splitlines()[-1])["results"]
     assert [row["policy"] for row in rows] == ["decay", "lru", "belady"]
-    assert all(0 <= row["hit_rate"] <= 1 and row["loads_per_token"] >= 0 and row["slots"] == 4 for row in rows)
-    melinoe("fit-predictor", "--model", "tuned", "--trace", "t.trace", "--output", "predictor", "--quiet", **quiet)
+    assert all(
+        0 <= row["hit_rate"] <= 1 and row["loads_per_token"] >= 0 and row["slots"] == 4 for row in rows
+    )
+    melinoe(
+        "fit-predictor", "--model", "tuned", "--trace", "t.trace", "--output", "predictor", "--quiet", **quiet
+    )
     melinoe("convert", "tuned", "store", "--quiet", **quiet)
     melinoe("verify", "store", **quiet)
     prompt = ["-p", "w3 w4", "--max-new-tokens", 6, "--slots", 4]
@@ -72,7 +86,9 @@ def test_the_way_of_the_data(olmoe, data, tmp_path):
     assert plain.stdout.strip() == said["text"].strip()
     for part in ("prompt", "generation", "TTFT", "hit rate", "per token", "peak memory"):
         assert part in plain.stderr
-    scored = melinoe("evaluate", "--model", "tuned", "--data", data, "--limit", 8, "--quiet", "--json", **quiet)
+    scored = melinoe(
+        "evaluate", "--model", "tuned", "--data", data, "--limit", 8, "--quiet", "--json", **quiet
+    )
     result = json.loads(scored.stdout.splitlines()[-1])
     assert {"nll", "perplexity", "exact_match", "rouge_l"} <= result.keys()
     # an adapter on a store of its base is the same model as the merged one
@@ -99,7 +115,9 @@ def test_mistakes_are_one_line(olmoe, olmoe_store, data, tmp_path):
     assert "prompt is empty" in refused("generate", "--model", olmoe_store, "-p", " ")
     assert "too small" in refused("generate", "--model", olmoe_store, "-p", "w1", "--memory", "10KiB")
     assert "not a memory size" in refused("generate", "--model", olmoe_store, "-p", "w1", "--memory", "8G")
-    assert "unknown policy" in refused("generate", "--model", olmoe_store, "-p", "w1", "--policy", "x", "--slots", "2")
+    assert "unknown policy" in refused(
+        "generate", "--model", olmoe_store, "-p", "w1", "--policy", "x", "--slots", "2"
+    )
     assert "longer than the model's context" in refused(
         "generate", "--model", olmoe_store, "-p", "w1", "--slots", "2", "--max-new-tokens", "500"
     )
@@ -108,7 +126,9 @@ def test_mistakes_are_one_line(olmoe, olmoe_store, data, tmp_path):
     (data / "bad.jsonl").write_text('{"prompt": "w1", "completion": "w2"}\n{"prompt": \n')
     assert "bad.jsonl, line 2" in refused("evaluate", "--model", olmoe, "--data", data / "bad.jsonl")
     (data / "other.jsonl").write_text('{"question": "w1"}\n')
-    assert "other.jsonl, line 1" in refused("tune", "--model", olmoe, "--data", data / "other.jsonl", "--output-dir", "o")
+    assert "other.jsonl, line 1" in refused(
+        "tune", "--model", olmoe, "--data", data / "other.jsonl", "--output-dir", "o"
+    )
     (data / "empty.jsonl").write_text("\n")
     assert "no rows" in refused("trace", "--model", olmoe, "--data", data / "empty.jsonl", "--output", "t")
     assert "bad.jsonl" in refused("simulate", data / "bad.jsonl")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, batch, save_checkpoint
 from transformers import AutoModelForCausalLM
 
 import melinoe
+from families import FAMILIES, batch, save_checkpoint
 from melinoe.moe import experts_modules
 from melinoe.offload.experts import NAME
 from melinoe.routing.policies import POLICIES, DecayedCounts
@@ -78,7 +78,11 @@ def test_ways_to_generate_equal_resident(olmoe, olmoe_store, slots):
         {"prefill_chunk_size": 4},
     ]
     for way in ways:
-        one = {name: value[:1] for name, value in inputs.items()} if "prompt_lookup_num_tokens" in way else inputs
+        one = (
+            {name: value[:1] for name, value in inputs.items()}
+            if "prompt_lookup_num_tokens" in way
+            else inputs
+        )
         assert torch.equal(greedy(model, one, **way), greedy(stock, one, **way)), way
 
 

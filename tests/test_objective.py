@@ -7,6 +7,7 @@ import torch
 
 from melinoe.moe import requests
 from melinoe.tuning.objective import (
+    boundary_surrogate,
     cache_states,
     scored_positions,
     soft_cache_misses,
@@ -136,6 +137,49 @@ def test_straight_through_forward_selection_backward_probabilities():
     weights = torch.randn(5, 4, dtype=torch.float64)
     (r * weights).sum().backward()
     torch.testing.assert_close(p.grad, weights)
+
+
+def test_boundary_surrogate_is_the_gradient_of_a_soft_top_k():
+    """Against finite differences of sigmoid((l - theta) / w) with theta solved so that they sum to K."""
+    hot, logits = random_requests((1,), 7, 3, seed=4)
+    weights = torch.randn(7, dtype=torch.float64)
+    spread = float(logits.std())
+    ordered = logits[0].sort(descending=True).values
+    middle = float(ordered[2] + ordered[3]) / 2
+    target = float(((logits - middle) / (0.5 * spread)).sigmoid().sum())  # K up to the choice of the middle
+
+    def soft_top_k(values):
+        low, high = -20.0, 20.0
+        for _ in range(100):
+            theta = (low + high) / 2
+            total = float(((values - theta) / (0.5 * spread)).sigmoid().sum())
+            low, high = (theta, high) if total > target else (low, theta)
+        return float((((values - theta) / (0.5 * spread)).sigmoid() * weights).sum())
+
+    leaf = logits.clone().requires_grad_()
+    (boundary_surrogate(leaf, hot, 0.5) * weights).sum().backward()
+    for expert in range(7):
+        step = torch.zeros(7, dtype=torch.float64)
+        step[expert] = 1e-5
+        slope = (soft_top_k(logits[0] + step) - soft_top_k(logits[0] - step)) / 2e-5
+        assert float(leaf.grad[0, expert]) == pytest.approx(slope, abs=1e-5)
+    assert float(leaf.grad.sum()) == pytest.approx(0, abs=1e-12)
+    first, last = int(logits.argmax()), int(logits.argmin())
+    near = int((logits[0] - middle).abs().argmin())
+    ones = torch.eye(7, dtype=torch.float64)
+    gains = []
+    for expert in (first, near, last):
+        leaf = logits.clone().requires_grad_()
+        (boundary_surrogate(leaf, hot, 0.1) * ones[expert]).sum().backward()
+        gains.append(float(leaf.grad[0, expert]))
+    assert gains[1] > max(gains[0], gains[2])  # who stands at the boundary moves
+
+
+def test_boundary_surrogate_survives_extremes():
+    logits = torch.tensor([[100.0, -100.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
+    hot = torch.tensor([[1.0, 0, 1, 0], [1, 1, 1, 1]])
+    boundary_surrogate(logits, hot, 0.5).sum().backward()
+    assert torch.isfinite(logits.grad).all()
 
 
 @pytest.mark.parametrize("gamma", [0.9, 1.0])

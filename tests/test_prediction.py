@@ -48,8 +48,8 @@ def test_features():
 
 
 def test_learns_what_the_prompt_says(tmp_path):
-    report = fit_predictor(model_and_tokenizer(), topics(), tmp_path / "p", slots=4, epochs=8, hidden=32)
-    assert report["loss"] < report["loss_global"] - 0.2
+    report = fit_predictor(model_and_tokenizer(), topics(), tmp_path / "p", slots=4, epochs=40, hidden=32)
+    assert report["loss"] < report["loss_global"] - 0.3
     assert report["recall_predictor"] > 0.85 > 0.7 > max(report["recall_global"], report["recall_prefill"])
     assert report["recall_oracle"] >= report["recall_predictor"]
     assert report["num_held_out"] == 30
@@ -105,17 +105,14 @@ def test_recall_by_hand():
 
 
 def test_what_a_prediction_is_worth():
-    """Sequences that scatter around the prediction as much as 20 tokens would; and ones that do not scatter."""
+    """Sequences that scatter around the prediction as 20 tokens would, and ones that do not scatter."""
     generator = np.random.default_rng(0)
     shares = generator.dirichlet(np.ones(8), (400, 2))
     scattered = np.array([[generator.dirichlet(20 * 4 * p) for p in layers] for layers in shares])
-    counts = [
-        np.array([[generator.multinomial(160, q) for q in layers] for layers in truth])
-        for truth in (scattered, shares)
-    ]
     logs = torch.tensor(np.log(shares))
-    assert worth_in_tokens(logs, torch.tensor(counts[0]), 4) in (14, 20, 28)
-    assert worth_in_tokens(logs, torch.tensor(counts[1]), 4) == 200
+    for truth, expected in ((scattered, (14, 20, 28)), (shares, (200,))):
+        counts = np.array([[generator.multinomial(160, q) for q in layers] for layers in truth])
+        assert worth_in_tokens(logs, torch.tensor(counts), 4) in expected
 
 
 def test_a_real_trace_of_a_model_given_by_path(tmp_path):

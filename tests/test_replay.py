@@ -17,7 +17,9 @@ PROMPTS = [[5, 9, 12, 30, 7], [44, 3, 3, 8], [20, 21, 22, 23, 24, 25, 26, 27]]
 
 
 @pytest.mark.parametrize("carry_over", [False, True])
-@pytest.mark.parametrize(("policy", "slots"), [("decay", 4), ("lru", 3), ("lfu", 5), ("decay", 0), ("decay", 8)])
+@pytest.mark.parametrize(
+    ("policy", "slots"), [("decay", 4), ("lru", 3), ("lfu", 5), ("decay", 0), ("decay", 8)]
+)
 def test_device_and_simulator_agree(olmoe, olmoe_store, policy, slots, carry_over):
     stock = AutoModelForCausalLM.from_pretrained(olmoe).eval()
     model = melinoe.load(olmoe_store, slots=slots, policy=policy)
@@ -25,7 +27,9 @@ def test_device_and_simulator_agree(olmoe, olmoe_store, policy, slots, carry_ove
     for prompt in PROMPTS:
         if not carry_over:
             reset_slots(model)
-        tokens = model.generate(torch.tensor([prompt]), max_new_tokens=15, min_new_tokens=15, do_sample=False)[0]
+        tokens = model.generate(
+            torch.tensor([prompt]), max_new_tokens=15, min_new_tokens=15, do_sample=False
+        )[0]
         sequences.append(tokens.tolist())
         with RouterTap(moe_layers(stock)) as tap, torch.no_grad():
             stock(tokens[None])
@@ -49,7 +53,9 @@ def test_prediction_is_read_once_and_counted(olmoe_store):
     context.predict = lambda prompt: scores
     reads = []
     original = context.pager.reader.read
-    context.pager.reader.read = lambda layer, expert, memory: reads.append((layer, expert)) or original(layer, expert, memory)
+    context.pager.reader.read = lambda layer, expert, memory: (
+        reads.append((layer, expert)) or original(layer, expert, memory)
+    )
     model(torch.tensor([[5]]))
     for layer in range(2):
         assert {2, 6} <= context.pager.policy.resident[layer]

@@ -9,16 +9,16 @@ import shutil
 
 import pytest
 import torch
-from families import batch, save_checkpoint
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import melinoe
+from families import batch, save_checkpoint
 from melinoe.config import RECORD_ALIGNMENT
 from melinoe.offload.store import MANIFEST, damaged_records, open_store
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy(olmoe_store, tmp_path):
     return shutil.copytree(olmoe_store, tmp_path / "copy")
 
@@ -43,7 +43,9 @@ def test_the_resident_file_holds_no_experts(olmoe_store):
 
 
 def test_fingerprint_is_that_of_the_model(olmoe, olmoe_store):
-    assert open_store(olmoe_store).fingerprint == melinoe.moe.fingerprint(AutoModelForCausalLM.from_pretrained(olmoe))
+    assert open_store(olmoe_store).fingerprint == melinoe.moe.fingerprint(
+        AutoModelForCausalLM.from_pretrained(olmoe)
+    )
 
 
 def test_missing_and_truncated_record_files(copy):

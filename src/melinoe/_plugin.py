@@ -24,7 +24,9 @@ def _register() -> None:
 class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds transformers' table as usual, once, and registers after it has been executed."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != _TABLE:
             return None
         sys.meta_path.remove(self)

@@ -21,14 +21,18 @@ from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
 
 
-
 def _explain(error: BaseException) -> int:
     """Prints one line for what stopped a verb and returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         line, code = "stopped; finished parts are kept", 130
     elif isinstance(error, MelinoeError):
         line, code = str(error), 1
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+    elif isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.EROFS,
+        errno.EDQUOT,
+    ):
         line, code = f"cannot write: {error}", 1
     else:
         text = " ".join(str(error).split())[:300]
@@ -89,8 +93,8 @@ def _prepare(model: str) -> None:
 
     folder = resolve_model(model)
     if isinstance(folder, Path) and "OMP_NUM_THREADS" not in os.environ:
-        if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < SMALL_MODEL_BYTES:
-            torch.set_num_threads(1)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        torch.set_num_threads(1 if size < SMALL_MODEL_BYTES else torch.get_num_threads())
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -119,7 +123,9 @@ def convert(source: str, target: Path, as_json: Json = False, quiet: Quiet = Fal
     }
     if as_json:
         return _print_json(result)
-    print(f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all")
+    print(
+        f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all"
+    )
 
 
 @app.command()
@@ -131,7 +137,9 @@ def generate(
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
     slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
     policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
-    max_new_tokens: Annotated[int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
@@ -170,10 +178,16 @@ def tune(
     output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 150,
     seed: Seed = 0,
-    lambda_cs: Annotated[float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)] = None,
+    lambda_cs: Annotated[
+        float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
+    ] = None,
     lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
-    objective: Annotated[str | None, typer.Option(help="paper, or clipped (pays nothing beyond a full cache).")] = None,
-    slots: Annotated[int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="paper, or clipped (pays nothing beyond a full cache).")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
+    ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -183,11 +197,23 @@ def tune(
     _prepare(model)
     from melinoe.tuning.trainer import tune as run
 
-    given: dict[str, Any] = {"lambda_cs": lambda_cs, "lambda_rm": lambda_rm, "objective": objective, "slots": slots}
+    given: dict[str, Any] = {
+        "lambda_cs": lambda_cs,
+        "lambda_rm": lambda_rm,
+        "objective": objective,
+        "slots": slots,
+    }
     given["time_limit_seconds"] = time_limit
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     result = run(
-        model, data, output_dir, max_steps=max_steps, seed=seed, overwrite=overwrite, progress=not quiet, **settings
+        model,
+        data,
+        output_dir,
+        max_steps=max_steps,
+        seed=seed,
+        overwrite=overwrite,
+        progress=not quiet,
+        **settings,
     )
     if as_json:
         return _print_json(result)
@@ -241,7 +267,9 @@ def simulate(
     trace: Annotated[Path, typer.Argument(help="What `melinoe trace` wrote.")],
     policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "decay,lru,belady",
     slots: Annotated[str, typer.Option(help="Records per layer; several separated by commas.")] = "8",
-    carry_over: Annotated[bool, typer.Option("--carry-over", help="Keep the slots between sequences.")] = False,
+    carry_over: Annotated[
+        bool, typer.Option("--carry-over", help="Keep the slots between sequences.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Replay a trace through caches of other sizes and policies."""
@@ -312,7 +340,11 @@ def verify(store: Path) -> None:
 
     damaged = list(damaged_records(open_store(store)))
     if damaged:
-        raise MelinoeError(f"{len(damaged)} damaged records in {store}", got="; ".join(damaged[:5]), next_step="convert again")
+        raise MelinoeError(
+            f"{len(damaged)} damaged records in {store}",
+            got="; ".join(damaged[:5]),
+            next_step="convert again",
+        )
     print(f"{store}: all records match")
 
 
@@ -321,7 +353,9 @@ def demo(
     model: Model = "tiny",
     data: Annotated[str | None, typer.Option(help="Data folder; the embedded workload if not given.")] = None,
     limit: Annotated[int | None, typer.Option(help="Held-out rows to score; fewer is faster.", min=8)] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where result.json and report.html go.")] = Path("demo-output"),
+    output_dir: Annotated[Path, typer.Option(help="Where result.json and report.html go.")] = Path(
+        "demo-output"
+    ),
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

@@ -45,11 +45,15 @@ def _parse_row(record: Any, where: str) -> Row:
     task = str(record.get("task", ""))
     if isinstance(record.get("messages"), list) and record["messages"]:
         messages = record["messages"]
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+        if not all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages
+        ):
             raise MelinoeError(f"{where}: a message lacks role or content")
         if messages[-1]["role"] != "assistant":
             raise MelinoeError(
-                f"{where}: the last message is not the assistant's", got=messages[-1]["role"], allowed="assistant"
+                f"{where}: the last message is not the assistant's",
+                got=messages[-1]["role"],
+                allowed="assistant",
             )
         return Row(tuple(messages[:-1]), messages[-1]["content"], task)
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
@@ -79,12 +83,16 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
         file = path / f"{split}.jsonl"
         if not file.is_file():
             found = ", ".join(sorted(p.name for p in path.glob("*.jsonl"))) or "no .jsonl files"
-            raise MelinoeError(f"no {split}.jsonl in data folder {path}", got=found, allowed="train, valid, test.jsonl")
+            raise MelinoeError(
+                f"no {split}.jsonl in data folder {path}", got=found, allowed="train, valid, test.jsonl"
+            )
     elif path.is_file():
         file = path
     else:
         raise MelinoeError(
-            "no such data file or folder", got=path, allowed="a .jsonl file or a folder of train/valid/test.jsonl"
+            "no such data file or folder",
+            got=path,
+            allowed="a .jsonl file or a folder of train/valid/test.jsonl",
         )
     rows: list[Row] = []
     with file.open(encoding="utf-8") as lines:
@@ -140,6 +148,8 @@ def encode_rows(tokenizer: Any, rows: list[Row], max_length: int | None = None) 
     kept = [(row, encoded) for row, encoded in pairs if encoded is not None]
     if not kept:
         raise MelinoeError(
-            f"none of {len(rows)} rows fits", allowed=f"at most {max_length} tokens", next_step="raise --max-length"
+            f"none of {len(rows)} rows fits",
+            allowed=f"at most {max_length} tokens",
+            next_step="raise --max-length",
         )
     return kept

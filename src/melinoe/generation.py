@@ -19,7 +19,6 @@ from melinoe.config import format_bytes
 from melinoe.data import encode_prompt
 from melinoe.errors import MelinoeError
 
-
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -135,7 +134,9 @@ def stream_generate(
         raise MelinoeError("the prompt is empty", allowed="at least one token")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_new_tokens is None:
-        max_new_tokens = DEFAULT_NEW_TOKENS if limit is None else max(1, min(DEFAULT_NEW_TOKENS, limit - len(ids)))
+        max_new_tokens = (
+            DEFAULT_NEW_TOKENS if limit is None else max(1, min(DEFAULT_NEW_TOKENS, limit - len(ids)))
+        )
     if max_new_tokens < 1:
         raise MelinoeError("nothing to generate", got=f"max_new_tokens {max_new_tokens}", allowed="1 or more")
     if limit is not None and len(ids) + max_new_tokens > limit:
@@ -214,7 +215,9 @@ def _statistics(
     )
 
 
-def generate(model: Any, tokenizer: Any, prompt: str | list[int], **settings: Any) -> tuple[str, GenerationStatistics]:
+def generate(
+    model: Any, tokenizer: Any, prompt: str | list[int], **settings: Any
+) -> tuple[str, GenerationStatistics]:
     """(text, statistics) of one request; arguments as for `stream_generate`."""
     text, statistics = "", None
     for piece in stream_generate(model, tokenizer, prompt, **settings):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from types import TracebackType
 from typing import Any
 
@@ -59,6 +59,12 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     return found
 
 
+def _shared_steps(one: str, other: str) -> int:
+    """How many steps of two dotted names agree from the start."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model, each with its router.
 
@@ -76,7 +82,7 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     layers = []
     for index, (name, module) in enumerate(experts):
         # the router of a layer is the one that shares the longest path with the experts
-        best = max(routers, key=lambda router: len(commonprefix([router.split("."), name.split(".")])), default=None)
+        best = max(routers, key=lambda router: _shared_steps(router, name), default=None)
         if best is None:
             raise MelinoeError(f"no router found for {name}", got=type(model).__name__)
         router, logits_index = routers.pop(best)
@@ -87,7 +93,13 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 def experts_per_token(model: nn.Module) -> int:
     """K, from the config (transformers names it num_experts_per_tok, or by an attribute map)."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    for name in ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk", "experts_per_token"):
+    for name in (
+        "num_experts_per_tok",
+        "top_k_experts",
+        "num_experts_per_token",
+        "moe_topk",
+        "experts_per_token",
+    ):
         value = getattr(config, name, None)
         if value is not None:
             return int(value[0] if isinstance(value, list | tuple) else value)
@@ -202,5 +214,6 @@ def router_probabilities(logits: torch.Tensor, kind: str) -> torch.Tensor:
 def requests(indices: torch.Tensor, num_experts: int) -> torch.Tensor:
     """[..., K] expert ids -> [..., E] float32, 1 where an expert was asked for."""
     shape = (*indices.shape[:-1], num_experts + 1)  # one more column takes expert-parallel sentinels
-    return torch.zeros(shape, device=indices.device).scatter_(-1, indices.clamp(max=num_experts), 1.0)[..., :num_experts]
-
+    return torch.zeros(shape, device=indices.device).scatter_(-1, indices.clamp(max=num_experts), 1.0)[
+        ..., :num_experts
+    ]

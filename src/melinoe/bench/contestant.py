@@ -74,7 +74,8 @@ def _summary(statistics: list[GenerationStatistics]) -> dict[str, Any]:
         summary |= {
             "hit_rate": sum((s.hit_rate or 0.0) * (s.generated_tokens - 1) for s in statistics) / fed,
             "loads_per_token": decode / fed,
-            "bytes_per_token": sum((s.bytes_per_token or 0) * (s.generated_tokens - 1) for s in statistics) / fed,
+            "bytes_per_token": sum((s.bytes_per_token or 0) * (s.generated_tokens - 1) for s in statistics)
+            / fed,
             "prefill_loads_per_token": sum(s.prefill_loads or 0 for s in statistics) / prompt,
             "preload_loads_per_request": sum(s.preload_loads or 0 for s in statistics) / len(statistics),
             "prefill_loads_per_request": sum(s.prefill_loads or 0 for s in statistics) / len(statistics),

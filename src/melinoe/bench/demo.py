@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import random
 import shutil
@@ -106,7 +107,9 @@ def _data_folder(model: str, data: str | Path | None) -> Path:
     if data is not None:
         folder = Path(data)
         if not folder.is_dir():
-            raise MelinoeError("the demo needs a data folder", got=folder, allowed="train, valid and test.jsonl")
+            raise MelinoeError(
+                "the demo needs a data folder", got=folder, allowed="train, valid and test.jsonl"
+            )
         return folder
     if model != "tiny":
         raise MelinoeError("--data is missing", allowed="a folder of train, valid and test.jsonl")
@@ -129,7 +132,14 @@ class _Demo:
     """One run; a method per stage."""
 
     def __init__(
-        self, source: str, data: Path, output: Path, scratch: Path, limit: int | None, seed: int, shape: dict[str, int]
+        self,
+        source: str,
+        data: Path,
+        output: Path,
+        scratch: Path,
+        limit: int | None,
+        seed: int,
+        shape: dict[str, int],
     ) -> None:
         self.source, self.data, self.output, self.scratch = source, data, output, scratch
         self.held_out = limit or HELD_OUT_ROWS
@@ -192,8 +202,18 @@ class _Demo:
         self.stages.start("merging both into plain checkpoints")
         run_verbs(
             [
-                Verb(f"merge {name}", ["merge", "--model", self.source, "--adapter", str(self.output / name)]
-                     + ["--output-dir", self.models[name]])
+                Verb(
+                    f"merge {name}",
+                    [
+                        "merge",
+                        "--model",
+                        self.source,
+                        "--adapter",
+                        str(self.output / name),
+                        "--output-dir",
+                        self.models[name],
+                    ],
+                )
                 for name in ("control", "tuned")
             ],
             self.scratch,
@@ -202,17 +222,30 @@ class _Demo:
     def score_and_trace(self) -> tuple[dict[str, dict[str, Any]], dict[str, Trace]]:
         self.stages.start(f"scoring quality and recording routing on {self.held_out} held-out rows")
         held_out = ["--data", str(self.data), "--split", "test", "--limit", str(self.held_out)]
-        fitting = ["--data", str(self.data), "--split", "train", "--limit", str(round(PREDICTOR_ROWS * self.part))]
+        fitting = [
+            "--data",
+            str(self.data),
+            "--split",
+            "train",
+            "--limit",
+            str(round(PREDICTOR_ROWS * self.part)),
+        ]
         verbs = [
-            Verb(f"evaluate {name}", ["evaluate", "--model", self.models[name], *held_out]) for name in WEIGHTS
+            Verb(f"evaluate {name}", ["evaluate", "--model", self.models[name], *held_out])
+            for name in WEIGHTS
         ]
         verbs += [
-            Verb(f"trace {name}", ["trace", "--model", self.models[name], *held_out, "--output", self._trace(name)])
+            Verb(
+                f"trace {name}",
+                ["trace", "--model", self.models[name], *held_out, "--output", self._trace(name)],
+            )
             for name in WEIGHTS
         ]
         verbs.append(
-            Verb("trace for the predictor", ["trace", "--model", self.models["tuned"], *fitting]
-                 + ["--output", self._trace("fitting")])
+            Verb(
+                "trace for the predictor",
+                ["trace", "--model", self.models["tuned"], *fitting, "--output", self._trace("fitting")],
+            )
         )
         scored = run_verbs(verbs, self.scratch)[: len(WEIGHTS)]
         traces = {name: Trace.load(self._trace(name)) for name in WEIGHTS}
@@ -248,7 +281,12 @@ class _Demo:
             results[name] += simulate(trace, "decay,lru", others)["results"]
         pairs = {
             f"{a} / {b}": paired_difference(results[a][0], results[b][0])
-            for a, b in (("tuned", "control"), ("tuned", "base"), ("control", "base"), ("tuned + predictor", "tuned"))
+            for a, b in (
+                ("tuned", "control"),
+                ("tuned", "base"),
+                ("control", "base"),
+                ("tuned + predictor", "tuned"),
+            )
         }
         for rows in results.values():
             for row in rows:
@@ -270,11 +308,15 @@ class _Demo:
         random.Random(self.seed).shuffle(rows)
         size = speed.FULL if self.part == 1 else speed.SMALL
         arena = speed.prepare(self.models, self.scratch / "wide", RECORD_BYTES, rows, size, self.seed)
-        self.stages.start(f"generating: {size.prompts} prompts of {size.new_tokens} tokens, each contestant by itself")
+        self.stages.start(
+            f"generating: {size.prompts} prompts of {size.new_tokens} tokens, each contestant by itself"
+        )
         contestants = speed.contestants(arena, self.slots, self.predictor_path)
         return speed.run(arena, contestants, self.slots, self.stages.note)
 
-    def _row(self, row: dict[str, Any], quality: dict[str, dict[str, Any]], forced: dict[str, Any]) -> dict[str, Any]:
+    def _row(
+        self, row: dict[str, Any], quality: dict[str, dict[str, Any]], forced: dict[str, Any]
+    ) -> dict[str, Any]:
         scored = quality[row["weights"]]
         row |= {name: scored.get(name) for name in ("nll", "exact_match", "rouge_l")}
         name = "tuned + predictor" if row["name"] == "tuned + predictor" else row["weights"]
@@ -294,15 +336,17 @@ def _load_over_experts(trace: Trace) -> list[list[float]]:
 
 def _machine() -> dict[str, Any]:
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), ""
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        "",
     )
     return {
         "processor": model,
-        "cores": len(__import__("os").sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-

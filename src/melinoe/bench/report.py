@@ -87,9 +87,13 @@ def _hit_rate_by_budget(result: dict[str, Any]) -> str:
                 if row["policy"] == policy
             )
             sizes, rates = zip(*points, strict=True)
-            axes.plot(sizes, rates, style, marker="o", ms=3.5, color=COLOURS[weights], label=f"{weights}, {policy}")
+            axes.plot(
+                sizes, rates, style, marker="o", ms=3.5, color=COLOURS[weights], label=f"{weights}, {policy}"
+            )
     axes.axvline(result["settings"]["slots"], color="#999", lw=0.8)
-    axes.set(xlabel=f"slots per layer (of {result['settings']['num_experts']} experts)", ylabel="decode hit rate")
+    axes.set(
+        xlabel=f"slots per layer (of {result['settings']['num_experts']} experts)", ylabel="decode hit rate"
+    )
     axes.set_ylim(0, 1)
     axes.set_xticks(sizes)
     axes.legend(frameon=False, fontsize=8, ncols=3)
@@ -114,7 +118,9 @@ def _speed(result: dict[str, Any]) -> str:
         if ceiling is not None and ceiling <= limit:
             axes.plot([ceiling, ceiling], [position - 0.4, position + 0.4], color="black", lw=1.4)
     for position, speed in enumerate(speeds):
-        axes.text(max(speed, high[position]) + limit * 0.012, position, f"{speed:.1f}", va="center", fontsize=8)
+        axes.text(
+            max(speed, high[position]) + limit * 0.012, position, f"{speed:.1f}", va="center", fontsize=8
+        )
     axes.set(xlabel="generated tokens per second: median, range over requests", xlim=(0, limit))
     axes.grid(axis="y", visible=False)
     return _svg(figure)

@@ -63,7 +63,9 @@ def prepare(
     prompts = [encode_prompt(tokenizer, row.messages) for row in rows if row.messages]
     prompts = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT][: size.prompts]
     if not prompts:
-        raise MelinoeError("no prompt is short enough for the speed rows", allowed=f"up to {MAX_PROMPT} tokens")
+        raise MelinoeError(
+            "no prompt is short enough for the speed rows", allowed=f"up to {MAX_PROMPT} tokens"
+        )
     assert load_tokenizer(wide["base"]).pad_token_id is not None
     return Arena(folder, wide, stores, folder / "accelerate", layer_bytes, prompts, size)
 
@@ -72,10 +74,14 @@ def contestants(arena: Arena, slots: int, predictor: str) -> list[Contestant]:
     """The rows of the table, in its order. The resident ones are ceilings and stand outside the limit."""
 
     def resident(weights: str) -> Contestant:
-        return Contestant(f"resident {weights}", "resident", weights, str(arena.models[weights]), limited=False)
+        return Contestant(
+            f"resident {weights}", "resident", weights, str(arena.models[weights]), limited=False
+        )
 
     def ours(name: str, weights: str, policy: str, count: int = slots, **more: Any) -> Contestant:
-        return Contestant(name, "melinoe", weights, str(arena.stores[weights]), slots=count, policy=policy, **more)
+        return Contestant(
+            name, "melinoe", weights, str(arena.stores[weights]), slots=count, policy=policy, **more
+        )
 
     slow = {"max_prompts": arena.size.slow_prompts, "max_new_tokens": arena.size.slow_tokens}
     peer = Contestant(
@@ -95,13 +101,12 @@ def contestants(arena: Arena, slots: int, predictor: str) -> list[Contestant]:
         ours("tuned + predictor", "tuned", "decay", predictor=predictor),
     ]
     return [
-        replace(row, prompts=arena.prompts, max_new_tokens=row.max_new_tokens or arena.size.new_tokens) for row in rows
+        replace(row, prompts=arena.prompts, max_new_tokens=row.max_new_tokens or arena.size.new_tokens)
+        for row in rows
     ]
 
 
-def run(
-    arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str], None]
-) -> dict[str, Any]:
+def run(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str], None]) -> dict[str, Any]:
     """Runs all contestants one after the other, page cache dropped before each.
 
     Returns:
@@ -126,7 +131,9 @@ def run(
             pairs = zip(tokens, references[contestant.weights], strict=False)
             result["equals_resident"] = all(own == reference[: len(own)] for own, reference in pairs)
             if not result["equals_resident"]:
-                raise MelinoeError(f"{contestant.name} generated other tokens than the resident model of its weights")
+                raise MelinoeError(
+                    f"{contestant.name} generated other tokens than the resident model of its weights"
+                )
             for name in ("kind", "weights", "policy", "slots"):
                 result[name] = getattr(contestant, name)
             if contestant.kind == "accelerate":  # every layer is moved whole for every token

@@ -35,7 +35,10 @@ class Stages:
     def start(self, text: str) -> None:
         self.number += 1
         elapsed = time.perf_counter() - self.began
-        self.console.print(f"[bold]\\[{self.number}/{self.total}][/bold] {text} [dim]({elapsed:.0f} s)[/dim]", highlight=False)
+        self.console.print(
+            f"[bold]\\[{self.number}/{self.total}][/bold] {text} [dim]({elapsed:.0f} s)[/dim]",
+            highlight=False,
+        )
 
     def note(self, text: str) -> None:
         self.console.print(f"      [dim]{text}[/dim]", highlight=False)
@@ -63,7 +66,9 @@ def run_verbs(verbs: list[Verb], logs: Path, at_once: int = 2) -> list[dict[str,
                 log = logs / f"{verb.label.replace(' ', '-')}.log"
                 with log.open("w") as errors:
                     command = [sys.executable, "-m", "melinoe", *verb.arguments, "--json", "--quiet"]
-                    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+                    process = subprocess.Popen(
+                        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                    )
                 running[index] = (process, log)
             time.sleep(0.05)
             for index, (process, log) in list(running.items()):

@@ -44,7 +44,9 @@ def print_table(result: dict[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    table = Table(caption="page cache dropped before each row; every row's tokens equal those of the resident model")
+    table = Table(
+        caption="page cache dropped before each row; every row's tokens equal those of the resident model"
+    )
     for heading, _, _ in COLUMNS:
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for row in result["rows"]:

@@ -42,7 +42,9 @@ def widen(source: str | Path, target: Path, record_bytes: int, seed: int = 0) ->
     hidden, old = first.down_proj.shape[1:]
     width = -(-record_bytes // (3 * hidden * first.down_proj.element_size() * 64)) * 64
     if width <= old:
-        raise MelinoeError("the experts are wide enough already", got=f"{old} units", allowed=f"below {width}")
+        raise MelinoeError(
+            "the experts are wide enough already", got=f"{old} units", allowed=f"below {width}"
+        )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, module in modules:

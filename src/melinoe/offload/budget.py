@@ -63,7 +63,9 @@ def derive(
         MelinoeError: the memory is too small; the message names the smallest that works.
     """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    resident = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    resident = sum(
+        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
+    )
     element = (config.dtype or torch.float32).itemsize
     context = min(DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
     cache = context * _cache_bytes_per_token(model)

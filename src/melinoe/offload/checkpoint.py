@@ -52,14 +52,18 @@ class Shards:
         elif (folder / "model.safetensors").is_file():
             names = ["model.safetensors"]
         else:
-            raise MelinoeError(f"{folder} holds no safetensors weights", allowed="model.safetensors or its index")
+            raise MelinoeError(
+                f"{folder} holds no safetensors weights", allowed="model.safetensors or its index"
+            )
         self.files = [folder / name for name in names]
         self._where: dict[str, Any] = {}
         for file in self.files:
             try:
                 handle = safe_open(file, framework="pt", device="cpu")
             except Exception as error:
-                raise MelinoeError(f"cannot read {file}", got=error, next_step="fetch the checkpoint again") from None
+                raise MelinoeError(
+                    f"cannot read {file}", got=error, next_step="fetch the checkpoint again"
+                ) from None
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 self._where[key] = handle
 
@@ -89,7 +93,9 @@ def plan(model: nn.Module, names: list[str]) -> tuple[dict[str, Sources], list[s
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state = model.state_dict()
-    targets = {f"{name}.{field}" for name, module in experts_modules(model) for field, _ in own_parameters(module)}
+    targets = {
+        f"{name}.{field}" for name, module in experts_modules(model) for field, _ in own_parameters(module)
+    }
     found: dict[str, Sources] = {}
     rest = []
     for name in names:
@@ -156,6 +162,9 @@ def expert_tensors(
             yield fused[0]
     else:  # an operation that mixes experts: one parameter of one layer in memory
         fused = convert(
-            {p: [(name, shards.tensor(name).to(parameter.dtype)) for name in group] for p, group in names.items()}
+            {
+                p: [(name, shards.tensor(name).to(parameter.dtype)) for name in group]
+                for p, group in names.items()
+            }
         )
         yield from fused

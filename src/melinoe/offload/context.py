@@ -37,7 +37,7 @@ class PassContext:
             return
         batch, length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
-        if torch.is_tensor(mask) and mask.ndim == 2 and mask.shape[1] >= length:
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
             valid = mask[:, -length:].bool().cpu().numpy()
         else:
             valid = np.ones((batch, length), bool)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -34,7 +35,6 @@ from melinoe.offload.store import (
     layer_from_json,
     layer_to_json,
     open_store,
-    record_file_name,
     write_layer,
     write_manifest,
 )
@@ -62,7 +62,9 @@ def convert(source: str | Path, target: str | Path, *, progress: bool = True) ->
     if is_store(folder):
         raise MelinoeError(f"{folder} is a store already", allowed="a checkpoint folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MelinoeError(f"{target} exists", allowed="a new folder", next_step="remove it or choose another name")
+        raise MelinoeError(
+            f"{target} exists", allowed="a new folder", next_step="remove it or choose another name"
+        )
     if folder.resolve() == target.resolve():
         raise MelinoeError("source and target are the same folder", got=target)
     model = checkpoint.skeleton(folder)
@@ -83,7 +85,11 @@ def local_folder(source: Path | str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
     except Exception as error:
         raise MelinoeError(
             "no such model folder, and the Hub has no such model or cannot be reached",
@@ -110,7 +116,9 @@ def _partial_folder(target: Path) -> Iterator[Path]:
 class _State:
     """What an interrupted call has finished: {layer index: stored layer}, for one source."""
 
-    def __init__(self, path: Path, source: dict[str, Any], store_id: str, layers: dict[int, StoredLayer]) -> None:
+    def __init__(
+        self, path: Path, source: dict[str, Any], store_id: str, layers: dict[int, StoredLayer]
+    ) -> None:
         self.path, self.source, self.store_id, self.layers = path, source, store_id, layers
 
     @classmethod
@@ -205,7 +213,9 @@ def _write_rest(model: torch.nn.Module, shards: checkpoint.Shards, folder: Path,
     """Everything but the experts, under its own name; tokenizer and templates; the config with our mark."""
     _, rest = checkpoint.plan(model, shards.names())
     save_file(
-        {name: shards.tensor(name).contiguous() for name in rest}, partial / "model.safetensors", {"format": "pt"}
+        {name: shards.tensor(name).contiguous() for name in rest},
+        partial / "model.safetensors",
+        {"format": "pt"},
     )
     for file in folder.iterdir():
         if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != "config.json":
@@ -222,11 +232,8 @@ def _finish(partial: Path, target: Path, layers: list[StoredLayer], store_id: st
     store = Store(partial, "", store_id, tuple(layers), source)
     write_manifest(store, {})
     store = Store(partial, store_fingerprint(partial), store_id, tuple(layers), source)
-    write_manifest(store, {"transformers_version": __import__("transformers").__version__})
+    write_manifest(store, {"transformers_version": transformers.__version__})
     (partial / STATE).unlink(missing_ok=True)
     if target.exists():
         target.rmdir()  # an empty folder that was there before
     partial.rename(target)
-
-
-__all__ = ["convert", "local_folder", "record_file_name"]

@@ -58,7 +58,9 @@ class RecordLayout:
         fields, offset = [], 0
         for name, parameter in module.named_parameters(recurse=False):
             assert parameter.shape[0] == module.num_experts, (name, parameter.shape)
-            field = Field(name, tuple(parameter.shape[1:]), str(parameter.dtype).removeprefix("torch."), offset)
+            field = Field(
+                name, tuple(parameter.shape[1:]), str(parameter.dtype).removeprefix("torch."), offset
+            )
             fields.append(field)
             offset = _round_up(offset + field.nbytes, FIELD_ALIGNMENT)
         return cls(tuple(fields), _round_up(offset, RECORD_ALIGNMENT))

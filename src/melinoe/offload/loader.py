@@ -145,7 +145,9 @@ def load_tokenizer(source: str | Path) -> Any:
 def _context(model: Any) -> PassContext:
     context = getattr(model, "melinoe_context", None)
     if context is None:
-        raise MelinoeError("this model was not opened by melinoe.load or from a store", got=type(model).__name__)
+        raise MelinoeError(
+            "this model was not opened by melinoe.load or from a store", got=type(model).__name__
+        )
     return context
 
 

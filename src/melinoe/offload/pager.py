@@ -50,7 +50,10 @@ class ExpertPager:
     @property
     def slot_bytes(self) -> int:
         """Memory for experts: all slots and the staging records."""
-        return sum(bank.buffer.tensor.nbytes for bank in self.banks if bank.buffer.count) + self.staging.tensor.nbytes
+        return (
+            sum(bank.buffer.tensor.nbytes for bank in self.banks if bank.buffer.count)
+            + self.staging.tensor.nbytes
+        )
 
     def reset(self) -> None:
         """Empties the slots and the policy's memory, after all reads have ended: a cold start."""
@@ -89,7 +92,9 @@ class ExpertPager:
 
         def start(load: Load, preload: bool) -> None:
             slot = bank.place(load.expert, load.victim)
-            future = self.reader.read(layer, load.expert, bank.buffer.bytes_of(slot, bank.buffer.record_bytes))
+            future = self.reader.read(
+                layer, load.expert, bank.buffer.bytes_of(slot, bank.buffer.record_bytes)
+            )
             if preload:
                 bank.pending[load.expert] = future
             else:
@@ -99,7 +104,10 @@ class ExpertPager:
             while streamed and free_staging:
                 expert, index = streamed.popleft(), free_staging.pop()
                 length = self.store.layers[layer].layout.record_bytes
-                in_flight[self.reader.read(layer, expert, self.staging.bytes_of(index, length))] = (expert, index)
+                in_flight[self.reader.read(layer, expert, self.staging.bytes_of(index, length))] = (
+                    expert,
+                    index,
+                )
 
         admitted = [(load, False) for load in decision.loads if load.admit]
         for load, preload in [*admitted, *((load, True) for load in decision.preloads)]:

@@ -35,7 +35,12 @@ class Statistics:
         """Adds one decision."""
         phase = "decode" if call.phase == DECODE else "prefill"
         hits, loads, preloads = len(decision.hits), len(decision.loads), len(decision.preloads)
-        for name, value in (("requests", hits + loads), ("hits", hits), ("loads", loads), ("bytes", loads * record_bytes)):
+        for name, value in (
+            ("requests", hits + loads),
+            ("hits", hits),
+            ("loads", loads),
+            ("bytes", loads * record_bytes),
+        ):
             setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
         self.preload_loads += preloads
         self.preload_bytes += preloads * record_bytes

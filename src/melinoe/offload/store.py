@@ -77,7 +77,12 @@ def is_store(folder: Path | str) -> bool:
 def _header(store_id: str, layer: int, num_experts: int, record_bytes: int) -> bytes:
     """A safetensors header, padded with spaces so that the data begins on a record boundary."""
     entries: dict[str, Any] = {
-        "__metadata__": {"format": FORMAT, "version": str(FORMAT_VERSION), "store_id": store_id, "layer": str(layer)}
+        "__metadata__": {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "store_id": store_id,
+            "layer": str(layer),
+        }
     }
     for expert in range(num_experts):
         start = expert * record_bytes
@@ -138,7 +143,12 @@ def layer_to_json(layer: StoredLayer) -> dict[str, Any]:
 def layer_from_json(data: dict[str, Any]) -> StoredLayer:
     layout = RecordLayout.from_json(data["layout"])
     return StoredLayer(
-        data["experts_name"], data["file"], data["num_experts"], layout, data["data_start"], tuple(data["checksums"])
+        data["experts_name"],
+        data["file"],
+        data["num_experts"],
+        layout,
+        data["data_start"],
+        tuple(data["checksums"]),
     )
 
 
@@ -170,10 +180,14 @@ def open_store(folder: Path | str) -> Store:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise MelinoeError(
-            f"{folder} is not a melinoe store", got=f"no {MANIFEST}", next_step="make one with: melinoe convert"
+            f"{folder} is not a melinoe store",
+            got=f"no {MANIFEST}",
+            next_step="make one with: melinoe convert",
         ) from None
     except json.JSONDecodeError as error:
-        raise MelinoeError(f"{folder / MANIFEST} is damaged", got=error.msg, next_step="convert again") from None
+        raise MelinoeError(
+            f"{folder / MANIFEST} is damaged", got=error.msg, next_step="convert again"
+        ) from None
     if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
         raise MelinoeError(
             f"{folder} has another store format",

@@ -142,7 +142,9 @@ class TuningLosses:
                 output = router(*record.inputs)
                 logits = output[layer.logits_index].reshape(-1, layer.num_experts)[chosen_T]
                 base_TE = router_probabilities(logits, kind)
-            total = total + rank_matching(tuned_TE[chosen_T], base_TE, settings.rho, settings.rank_form)
+            total = total + rank_matching(
+                tuned_TE[chosen_T], base_TE, settings.rho, settings.rank_form, settings.rho_per_expert
+            )
         return total / len(self.layers)
 
 

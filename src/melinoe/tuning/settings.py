@@ -18,9 +18,12 @@ class TuneSettings:
     max_steps: optimizer steps. The learning rate falls to a tenth over them (or over the time limit).
     lambda_cs, lambda_rm: weights of the cache simulation and the rank matching loss (Eq. 6); both 0 is
         the control, the same fine-tune without locality.
-    objective: "clipped" counts a slot once (1 - min(c, 1)); "paper" is Eq. 4 as printed.
+    objective: "paper" is Eq. 4 as printed; "clipped" counts a slot once, 1 - min(c, 1); "boundary" is clipped
+        and sends the gradient to the experts near the K-th choice instead of through p_f.
+    temperature: width of that boundary, in standard deviations of a token's logits.
     slots: capacity C of the simulated cache per layer; None is max(K, E / 4).
-    gamma, rho: forgetting of the cache (Eq. 11), margin of the ranking (Eq. 12).
+    gamma, rho: forgetting of the cache (Eq. 11), margin of the ranking (Eq. 12); with rho_per_expert the
+        margin is rho * 8 / E.
     rank_form: "sum" over pairs as in the paper, or "mean", whose weight carries over between models.
     rank_tokens: tokens per step and layer on which ranks are matched (0: all).
     learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW).
@@ -42,6 +45,7 @@ class TuneSettings:
     gamma: float = 0.9
     rho: float = 0.1
     temperature: float = 0.5
+    rho_per_expert: bool = False
     rank_form: Literal["sum", "mean"] = "sum"
     rank_tokens: int = 512
     learning_rate: float = 5e-4
@@ -69,6 +73,7 @@ class TuneSettings:
             check(0 <= getattr(self, name) < float("inf"), name, "0 or more")
         for name in ("learning_rate", "router_learning_rate"):
             check(0 <= getattr(self, name) < 1, name, "0 .. 1")
+        check(self.temperature > 0, "temperature", "above 0")
         check(0 <= self.gamma <= 1, "gamma", "0 .. 1")
         check(0 <= self.warmup < 1, "warmup", "0 .. 1")
         check(self.objective in ("boundary", "clipped", "paper"), "objective", "boundary | clipped | paper")

@@ -15,6 +15,14 @@ from families import save_checkpoint
 from melinoe.config import resolve_model
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` run where there is one."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread(tmp_path_factory):
     torch.set_num_threads(1)

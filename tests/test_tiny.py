@@ -105,9 +105,9 @@ def solve_extract(prompt: str) -> str:
 
 
 def solve_lookup(prompt: str) -> str:
-    record, _, asked = prompt.partition(" get ")
-    values = json.loads(record)
-    return ",".join(str(values[key]) for key in asked.split())
+    record, _, asked = prompt.partition("; find ")
+    values = dict(re.findall(r"([a-z]+)(\d+)", record))
+    return ",".join(values[key] for key in asked.split())
 
 
 def solve_select(prompt: str) -> str:

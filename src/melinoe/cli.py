@@ -137,6 +137,7 @@ def generate(
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
     slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
     policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
     ] = None,
@@ -153,7 +154,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
-    loaded = load(model, adapter=adapter, predictor=predictor, memory=memory, slots=slots, policy=policy)
+    loaded = load(model, adapter=adapter, predictor=predictor, memory=memory, slots=slots, policy=policy, device=device)
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     tokenizer = load_tokenizer(model)
     answer, statistics = "", None

@@ -116,7 +116,7 @@ def record_bandwidth(store_folder: Path, seconds: float = 2.0, seed: int = 0) ->
         layer = int(generator.integers(len(store.layers)))
         record = store.layers[layer].layout.record_bytes
         experts = generator.integers(store.layers[layer].num_experts, size=READER_THREADS)
-        wait([reader.read(layer, int(e), buffer.bytes_of(i, record)) for i, e in enumerate(experts)])
+        wait([reader.read(layer, int(e), buffer.record(i, record)) for i, e in enumerate(experts)])
     bandwidth = reader.bytes_read / reader.busy_seconds
     reader.close()
     return bandwidth

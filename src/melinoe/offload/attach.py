@@ -14,6 +14,7 @@ from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, fingerprint
 from melinoe.offload import budget
 from melinoe.offload.context import PassContext, Scores
+from melinoe.offload.device import DeviceReader
 from melinoe.offload.experts import NAME
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
@@ -69,7 +70,8 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         print(f"melinoe: no budget given, using what is free: {plan}", file=sys.stderr)
     num_experts = max(layer.num_experts for layer in store.layers)
     policy = make_policy(settings.policy, len(store.layers), num_experts, plan.slots)
-    pager = ExpertPager(store, plan.slots, policy)
+    reader = DeviceReader(store, model.device) if model.device.type != "cpu" else None
+    pager = ExpertPager(store, plan.slots, policy, reader=reader)
     context = PassContext(pager, _predictor(model, settings.predictor))
     context.attach(model)
     for index, (_, module) in enumerate(experts_modules(model)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +10,8 @@ from torch import nn
 from melinoe.config import format_bytes, parse_bytes
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_per_token
-from melinoe.offload.pager import STAGING_RECORDS
+from melinoe.offload.machine import free_memory
+from melinoe.offload.slots import STAGING_RECORDS
 from melinoe.offload.store import Store
 
 DEFAULT_CONTEXT = 2048  # tokens of KV cache that a budget sets aside
@@ -75,7 +75,7 @@ def derive(
     most = max(layer.num_experts for layer in store.layers)
     fixed = resident + cache + work + staging
     if slots is None:
-        given = parse_bytes(memory) if memory is not None else int(free_memory() * FREE_MARGIN)
+        given = parse_bytes(memory) if memory is not None else int(free_memory(model.device) * FREE_MARGIN)
         slots = (given - fixed) // per_slot
         if slots < 1:
             raise MelinoeError(
@@ -89,20 +89,3 @@ def derive(
         raise MelinoeError("slots must not be negative", got=slots, allowed=f"0 to {most}")
     slots = min(slots, most)
     return Budget(resident, cache, work, staging, slots, slots * per_slot)
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: free memory of the machine and of its cgroup."""
-    available = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
-            continue
-    return available

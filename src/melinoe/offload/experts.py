@@ -42,12 +42,12 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
-def _rows_by_expert(indices: np.ndarray, num_experts: int) -> dict[int, np.ndarray]:
+def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device) -> dict[int, torch.Tensor]:
     """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out."""
     flat = indices.ravel()
     order = np.argsort(flat, kind="stable")
-    experts, starts = np.unique(flat[order], return_index=True)
-    groups = np.split(order, starts[1:])
+    experts, counts = np.unique(flat, return_counts=True)
+    groups = torch.from_numpy(order).to(device).split(counts.tolist())  # one upload for all
     return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
 
 
@@ -80,7 +80,7 @@ def melinoe_experts(
     """
     tokens, top_k = top_k_index.shape
     indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
-    rows = _rows_by_expert(indices, int(module.num_experts))  # type: ignore[arg-type]
+    rows = _rows_by_expert(indices, int(module.num_experts), hidden_states.device)  # type: ignore[arg-type]
     context: PassContext | None = getattr(module, "melinoe_context", None)
     if context is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise MelinoeError(
@@ -92,7 +92,7 @@ def melinoe_experts(
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for expert, weights in served:
-            positions = torch.from_numpy(rows[expert]).to(hidden_states.device)
+            positions = rows[expert]
             part = expert_output(module, hidden_states[positions // top_k], weights, expert)
             if context is None:
                 parts.append((positions, part))  # kept whole for autograd

@@ -15,6 +15,7 @@ from melinoe.moe import fingerprint, moe_layers
 from melinoe.offload.budget import Budget
 from melinoe.offload.context import PassContext
 from melinoe.offload.convert import convert, local_folder
+from melinoe.offload.machine import usable_device
 from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import is_store, open_store
 
@@ -39,7 +40,7 @@ def load(
         memory: bytes or text such as "4GiB" for weights, KV cache, work space and slots together.
         slots: records per layer, instead of memory.
         policy: decay (default), lru, lfu or static.
-        device: only the CPU for now.
+        device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
         dtype: only the store's own.
 
     Returns:
@@ -48,8 +49,7 @@ def load(
     Raises:
         MelinoeError: see `open_store`, `budget.derive`, `apply_adapter`, `Predictor.load`.
     """
-    if device is not None and torch.device(device).type != "cpu":
-        raise MelinoeError("only the CPU is supported by this version", got=device, allowed="cpu")
+    place = usable_device(device or "cpu")
     if memory is not None and slots is not None:
         raise MelinoeError("give memory or slots, not both", got=f"memory={memory}, slots={slots}")
     folder = store_folder(source)
@@ -65,7 +65,9 @@ def load(
         "policy": policy,
         "predictor": None,  # set below: it may have been fitted to the adapter's routers
     }
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=config.dtype, device_map={"": place}
+    )
     if store.fingerprint and fingerprint(model) != store.fingerprint:
         raise MelinoeError(
             f"the weights in {folder} are not those the store was made with",

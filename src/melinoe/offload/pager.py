@@ -11,15 +11,15 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
 
 import torch
 
-from melinoe.offload.slots import Reader, RecordBuffer, SlotBank
+from melinoe.offload.device import DeviceReader
+from melinoe.offload.slots import STAGING_RECORDS, Reader, RecordBuffer, SlotBank
 from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import Store
 from melinoe.routing.policies import Call, Load, Policy
-
-STAGING_RECORDS = 4  # records beside the slots; at least 2, so that one is read while another is used
 
 Views = dict[str, torch.Tensor]
 
@@ -32,18 +32,27 @@ class ExpertPager:
         slots: per layer, 0 or more.
         policy: decides what stays; made for the same number of layers, experts and slots.
         staging: records that stream what is not kept, shared by all layers.
+        reader: what moves records; None: from disk into host memory. A DeviceReader puts the slots on its device.
     """
 
-    def __init__(self, store: Store, slots: int, policy: Policy, staging: int = STAGING_RECORDS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        slots: int,
+        policy: Policy,
+        staging: int = STAGING_RECORDS,
+        reader: DeviceReader | None = None,
+    ) -> None:
         assert staging >= 2, staging
         self.store, self.policy, self.slots = store, policy, slots
-        self.banks = [SlotBank(min(slots, layer.num_experts), layer.layout) for layer in store.layers]
-        self.staging = RecordBuffer(staging, store.max_record_bytes)
+        device = reader.device if reader is not None else None
+        self.banks = [SlotBank(min(slots, layer.num_experts), layer.layout, device) for layer in store.layers]
+        self.staging = RecordBuffer(staging, store.max_record_bytes, device)
         self._staging_views = [
             [layer.layout.views(self.staging.tensor[i, : layer.layout.record_bytes]) for i in range(staging)]
             for layer in store.layers
         ]
-        self.reader = Reader(store)
+        self.reader: Reader | DeviceReader = reader if reader is not None else Reader(store)
         self.statistics = Statistics()
         self._lock = threading.RLock()  # decisions follow program order; two threads take turns
 
@@ -72,7 +81,7 @@ class ExpertPager:
         """
         with self._lock:
             bank = self.banks[layer]
-            in_flight: dict[Future[None], tuple[int, int | None]] = {}
+            in_flight: dict[Future[Any], tuple[int, int | None]] = {}
             try:
                 yield from self._serve(layer, bank, call, in_flight)
             except BaseException:  # also when the caller stops in the middle, or Ctrl-C
@@ -81,7 +90,7 @@ class ExpertPager:
                 raise
 
     def _serve(
-        self, layer: int, bank: SlotBank, call: Call, in_flight: dict[Future[None], tuple[int, int | None]]
+        self, layer: int, bank: SlotBank, call: Call, in_flight: dict[Future[Any], tuple[int, int | None]]
     ) -> Iterator[tuple[int, Views]]:
         decision = self.policy.request(layer, call)
         self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)
@@ -92,9 +101,7 @@ class ExpertPager:
 
         def start(load: Load, preload: bool) -> None:
             slot = bank.place(load.expert, load.victim)
-            future = self.reader.read(
-                layer, load.expert, bank.buffer.bytes_of(slot, bank.buffer.record_bytes)
-            )
+            future = self.reader.read(layer, load.expert, bank.buffer.record(slot, bank.buffer.record_bytes))
             if preload:
                 bank.pending[load.expert] = future
             else:
@@ -104,10 +111,8 @@ class ExpertPager:
             while streamed and free_staging:
                 expert, index = streamed.popleft(), free_staging.pop()
                 length = self.store.layers[layer].layout.record_bytes
-                in_flight[self.reader.read(layer, expert, self.staging.bytes_of(index, length))] = (
-                    expert,
-                    index,
-                )
+                future = self.reader.read(layer, expert, self.staging.record(index, length))
+                in_flight[future] = (expert, index)
 
         admitted = [(load, False) for load in decision.loads if load.admit]
         for load, preload in [*admitted, *((load, True) for load in decision.preloads)]:
@@ -127,17 +132,19 @@ class ExpertPager:
             began = time.perf_counter()
             done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
             self.statistics.stalled_seconds += time.perf_counter() - began
-            for future in done:
-                future.result()
+            for future in [
+                future for future in in_flight if future in done
+            ]:  # in the order they were asked for
+                self.reader.arrived(future.result())
                 expert, index = in_flight.pop(future)
                 yield expert, bank.views(expert) if index is None else self._staging_views[layer][index]
                 if index is not None:
                     free_staging.append(index)
                     stream()
 
-    def _wait(self, future: Future[None]) -> None:
+    def _wait(self, future: Future[Any]) -> None:
         began = time.perf_counter()
-        future.result()
+        self.reader.arrived(future.result())
         self.statistics.stalled_seconds += time.perf_counter() - began
 
     def close(self) -> None:

@@ -18,21 +18,24 @@ from melinoe.errors import MelinoeError
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.store import Store
 
+STAGING_RECORDS = 4  # records beside the slots; at least 2, so that one is read while another is used
 READER_THREADS = 4  # reads in flight; a disk needs several to reach its bandwidth
 
 
 class RecordBuffer:
-    """`count` records of page-aligned memory, each seen as bytes (to read into) and as tensors."""
+    """`count` records of memory, page-aligned on the host (O_DIRECT asks for it), or of device memory."""
 
-    def __init__(self, count: int, record_bytes: int) -> None:
+    def __init__(self, count: int, record_bytes: int, device: torch.device | None = None) -> None:
         self.count, self.record_bytes = count, record_bytes
-        self._memory = mmap.mmap(-1, max(1, count) * record_bytes)
-        self._bytes = memoryview(self._memory)
-        self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8).view(-1, record_bytes)
+        if device is None or device.type == "cpu":
+            memory = mmap.mmap(-1, max(1, count) * record_bytes)
+            self.tensor = torch.frombuffer(memory, dtype=torch.uint8).view(-1, record_bytes)
+        else:
+            self.tensor = torch.empty(max(1, count), record_bytes, dtype=torch.uint8, device=device)
 
-    def bytes_of(self, index: int, length: int) -> memoryview:
-        start = index * self.record_bytes
-        return self._bytes[start : start + length]
+    def record(self, index: int, length: int) -> torch.Tensor:
+        """The first `length` bytes of one record, to be read into."""
+        return self.tensor[index, :length]
 
 
 class SlotBank:
@@ -42,8 +45,8 @@ class SlotBank:
     nobody has waited for yet.
     """
 
-    def __init__(self, slots: int, layout: RecordLayout) -> None:
-        self.buffer = RecordBuffer(slots, layout.record_bytes)
+    def __init__(self, slots: int, layout: RecordLayout, device: torch.device | None = None) -> None:
+        self.buffer = RecordBuffer(slots, layout.record_bytes, device)
         self._views = [layout.views(self.buffer.tensor[slot]) for slot in range(slots)]
         self._slots = slots
         self.clear()
@@ -96,13 +99,13 @@ class Reader:
         except OSError:  # tmpfs and others have no O_DIRECT
             return os.open(path, os.O_RDONLY), False
 
-    def read(self, layer: int, expert: int, destination: memoryview) -> Future[None]:
-        """Starts reading one record into `destination` (page-aligned, a record long)."""
+    def read(self, layer: int, expert: int, destination: torch.Tensor) -> Future[None]:
+        """Starts reading one record into `destination` (page-aligned host memory, a record long, uint8)."""
         with self._lock:
             if self._outstanding == 0:
                 self._since = time.perf_counter()
             self._outstanding += 1
-        return self._pool.submit(self._read, layer, expert, destination)
+        return self._pool.submit(self._read, layer, expert, memoryview(destination.numpy()))
 
     def _read(self, layer: int, expert: int, destination: memoryview) -> None:
         stored = self.store.layers[layer]
@@ -128,6 +131,9 @@ class Reader:
                 self.bytes_read += done
                 if self._outstanding == 0:
                     self.busy_seconds += time.perf_counter() - self._since
+
+    def arrived(self, result: None) -> None:
+        """A record whose future is done is in host memory: there is nothing left to wait for."""
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

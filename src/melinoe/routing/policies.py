@@ -16,6 +16,7 @@ The rules that hold for all:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -36,6 +37,8 @@ __all__ = [
     "make_policy",
     "prefill_call",
 ]
+
+INITIAL_TRUST, TRUST_RATE = 2.0, 2.0  # log-odds at the start of a request; log-odds per nat
 
 
 class Policy:
@@ -181,11 +184,16 @@ class DecayedCounts(Policy):
     """Requests counted on two time scales, on top of what was predicted (default).
 
     worth(e) = sum over tokens of (decay^age + recency_weight * recency_decay^age) [e asked]
-               + prior_tokens * predicted requests per token of e
+               + trust * prior_tokens * predicted requests per token of e
 
     The slow counts know the sequence, the fast ones the phrase; the prediction counts like that many
     tokens seen before. A prompt is evidence like any other tokens, so prediction, prefill and decoding
-    are one state and one rule. How the defaults were measured: docs/log.md.
+    are one state and one rule.
+
+    Trust keeps a prediction that fails (a prompt of another kind than the predictor was fitted to) from
+    doing harm. It is the probability that the prediction beats an even guess: it starts at 0.88, and its
+    log-odds move by what decoding's requests gain in nats under the prediction, averaged over layers.
+    How the defaults were measured: docs/log.md.
 
     Args:
         decay: forgetting per token of the slow counts, 0 < decay <= 1 (1: none, as LFU).
@@ -210,19 +218,29 @@ class DecayedCounts(Policy):
         self.decays = np.array([[decay], [recency_decay]])  # [2, 1]
         self.weights = np.array([1.0, recency_weight])
         self.prior_tokens = prior_tokens
+        self.trust_forgetting = decay ** (1 / max(1, num_layers))  # one decode call of one layer
         super().__init__(num_layers, num_experts, slots)
 
     def reset(self) -> None:
         super().reset()
+        self.trust_log_odds = INITIAL_TRUST
         self.counts = np.zeros((self.num_layers, len(self.decays), self.num_experts))
 
     def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
         super().begin(scores)
+        self.trust_log_odds = INITIAL_TRUST
         if self.prior is not None:
+            even = np.maximum(self.prior.mean(1, keepdims=True), 1e-12)
+            gains = np.log(np.maximum(self.prior / even, 1e-3))  # [L, E] nats over an even guess
+            self.gains = (TRUST_RATE / self.num_layers * gains).tolist()
             self.prior = self.prior * (self.prior_tokens if prior_tokens is None else prior_tokens)
 
     def observe(self, layer: int, call: Call, asked: list[int]) -> None:
         counts = self.counts[layer]
+        if self.prior is not None and call.phase == DECODE and asked:
+            gains = self.gains[layer]
+            gain = sum([gains[expert] for expert in asked]) * call.indices.shape[1] / len(asked)
+            self.trust_log_odds = self.trust_forgetting * self.trust_log_odds + gain
         if len(call.indices) == 1:
             if call.valid[0]:
                 counts *= self.decays
@@ -238,7 +256,9 @@ class DecayedCounts(Policy):
 
     def worth(self, layer: int) -> list[float]:
         worth = self.weights @ self.counts[layer]
-        return (worth if self.prior is None else worth + self.prior[layer]).tolist()
+        if self.prior is not None:
+            worth += self.prior[layer] / (1.0 + math.exp(-min(max(self.trust_log_odds, -50.0), 50.0)))
+        return worth.tolist()
 
 
 class LFU(DecayedCounts):

@@ -118,14 +118,14 @@ def extract(random: Random) -> tuple[str, str]:
 
 
 def lookup(random: Random) -> tuple[str, str]:
-    """Five to seven of 12 colours with values 10..99 in JSON; five of them are asked for."""
+    """Five to seven of 12 colours, each with a code 10..99; five of them are asked for."""
     keys = random.sample(COLOURS, random.randint(5, 7))
     values = dict(zip(keys, random.sample(range(10, 100), len(keys)), strict=True))
     asked = random.sample(keys, 5)
-    record = ",".join(f'"{key}":{value}' for key, value in values.items())
-    steps = [f"{key}={values[key]}" for key in asked]
+    record = " ".join(f"{key}{value}" for key, value in values.items())
+    steps = [" ".join(["found", *(f"{key}{values[key]}" for key in asked)])]
     answer = ",".join(str(values[key]) for key in asked)
-    return f"{{{record}}} get {' '.join(asked)}", _lines(steps, answer)
+    return f"codes {record}; find {' '.join(asked)}", _lines(steps, answer)
 
 
 def select(random: Random) -> tuple[str, str]:
@@ -200,15 +200,15 @@ def logic(random: Random) -> tuple[str, str]:
 
 
 def count(random: Random) -> tuple[str, str]:
-    """How often one animal appears among ten to sixteen drawn from three; the count runs along."""
+    """How often one animal appears among eight to twelve drawn from three; each is compared with it."""
     kinds = random.sample(ANIMALS, 3)
-    animals = [random.choice(kinds) for _ in range(random.randint(10, 16))]
+    animals = [random.choice(kinds) for _ in range(random.randint(8, 12))]
     asked = kinds[0]
     steps, seen = [], 0
     for animal in animals:
         seen += animal == asked
-        steps.append(f"{animal}:{seen}")
-    return f"count {asked} in {' '.join(animals)}", _lines([" ".join(steps)], str(seen))
+        steps.append(f"{animal} {asked} {f'yes {seen}' if animal == asked else 'no'}")
+    return f"count {asked} in {' '.join(animals)}", _lines(["is " + " ".join(steps)], str(seen))
 
 
 def cipher(random: Random) -> tuple[str, str]:

@@ -94,7 +94,9 @@ class LocalityTrainer(Trainer):
         for layer in self.layers:
             layer.router.eval()  # some routers draw noise in training mode, which decoding does not
         torch.manual_seed((self.settings.seed << 20) + self.state.global_step)  # dropout, also after a resume
-        self.last = self.losses(model, inputs, self.state.global_step, self.tokens_per_step)
+        self.last = self.losses(
+            model, inputs, self.state.global_step, self.tokens_per_step, self._locality_strength()
+        )
         return self.last.total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -122,6 +124,12 @@ class LocalityTrainer(Trainer):
         if settings.time_limit_seconds:
             share = max(share, (time.monotonic() - self.started) / settings.time_limit_seconds)
         return min(1.0, share)
+
+    def _locality_strength(self) -> float:
+        """Share of both weights that applies now: 1, then linearly to 0 at `locality_end` of the run."""
+        end, hold = self.settings.locality_end, self.settings.locality_hold
+        share = self.done_share(self.state.global_step)
+        return min(1.0, max(0.0, (end - share) / (end - hold))) if end > hold else 1.0
 
     def _learning_rate_at(self, step: int) -> float:
         """Linear warm-up over the first steps, then linear to a tenth."""
@@ -162,7 +170,7 @@ class LocalityTrainer(Trainer):
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}:{name}": value for key, value in moments.items()}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(tensors, new / WEIGHTS, {"skipped_steps": str(self.skipped_steps)})
+        save_file(tensors, new / WEIGHTS, {"skipped_steps": str(self.skipped_steps), "nll_level": repr(self.losses.nll_level)})
         self.state.save_to_json(str(new / STATE))
         replace_folder(new, self.folder / CHECKPOINT)
 
@@ -172,6 +180,8 @@ class LocalityTrainer(Trainer):
             for name, parameter in self._trained().items():
                 parameter.copy_(file.get_tensor(name))
             self.skipped_steps = int(file.metadata()["skipped_steps"])
+            level = file.metadata()["nll_level"]
+            self.losses.nll_level = None if level == "None" else float(level)
 
     @torch.no_grad()
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

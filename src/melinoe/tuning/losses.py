@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,7 @@ class TuningLosses:
         self.capacities = [settings.capacity(layer.num_experts, self.top_k) for layer in layers]
         self.base_routers = [copy.deepcopy(layer.router).eval().requires_grad_(False) for layer in layers]
         self.kinds: list[str] | None = None
+        self.nll_level: float | None = None  # running mean of the likelihood loss
 
     def __call__(
         self,
@@ -60,6 +62,7 @@ class TuningLosses:
         batch: dict[str, torch.Tensor],
         step: int,
         tokens_per_step: tuple[float, float],
+        strength: float = 1.0,
     ) -> Losses:
         """Args:
         batch: input_ids, attention_mask [B, S], prompt_lengths [B].
@@ -85,11 +88,22 @@ class TuningLosses:
         nll_weight = completion_tokens / tokens_per_step[0]
         scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
         total = nll_weight * nll
+        strength *= self._level(float(nll.detach())) if settings.relative else 1.0
         if settings.lambda_cs > 0:
-            total = total + settings.lambda_cs * scored_weight * misses
+            total = total + strength * settings.lambda_cs * scored_weight * misses
         if settings.lambda_rm > 0:
-            total = total + settings.lambda_rm * rank
+            total = total + strength * settings.lambda_rm * rank
         return Losses(total, nll.detach(), misses.detach(), rank.detach())
+
+    def _level(self, nll: float) -> float:
+        """The likelihood loss of late, by which both weights are multiplied.
+
+        So the weights say how much *relative* likelihood a saved transfer is worth: d log(nll), not d nll.
+        A model that is nearly certain of its answers (0.02 nats) would otherwise be governed by misses alone.
+        """
+        if math.isfinite(nll):
+            self.nll_level = nll if self.nll_level is None else 0.9 * self.nll_level + 0.1 * nll
+        return self.nll_level if self.nll_level is not None else 1.0
 
     def _cache_loss(
         self,

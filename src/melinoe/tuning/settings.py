@@ -41,6 +41,9 @@ class TuneSettings:
     lambda_cs: float = 1.0
     lambda_rm: float = 0.1
     objective: Objective = "clipped"
+    relative: bool = True
+    locality_hold: float = 0.0
+    locality_end: float = 0.0
     slots: int | None = None
     gamma: float = 0.9
     rho: float = 0.1

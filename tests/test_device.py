@@ -1,0 +1,92 @@
+"""Slots on a device: the same pager over DeviceReader. Without an accelerator its logic runs on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import melinoe
+from families import batch
+from melinoe.offload.device import DeviceReader
+from melinoe.offload.pager import ExpertPager
+from melinoe.routing.policies import make_policy
+
+CPU = torch.device("cpu")
+
+
+def through_device(store_folder, slots, pinned):
+    """A model whose pager moves records by DeviceReader, on the CPU."""
+    model = melinoe.load(store_folder, slots=slots)
+    context = model.melinoe_context
+    store = context.pager.store
+    policy = make_policy("decay", len(store.layers), 8, slots)
+    context.pager.close()
+    context.pager = ExpertPager(store, slots, policy, reader=DeviceReader(store, CPU, pinned))
+    return model
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["host", "disk-behind"])
+@pytest.mark.parametrize("slots", [8, 3, 0])
+def test_equals_the_host_pager(olmoe_store, slots, pinned):
+    expected = melinoe.load(olmoe_store, slots=8)
+    model = through_device(olmoe_store, slots, pinned)
+    inputs = batch()
+    assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+    ours = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    assert torch.equal(ours, expected.generate(**inputs, max_new_tokens=12, do_sample=False))
+
+
+def test_read_errors_pass_through(olmoe_store, monkeypatch):
+    model = through_device(olmoe_store, 2, pinned=False)
+    expected = model(**batch()).logits
+    real = os.preadv
+
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    model.melinoe_context.pager.reset()
+    with pytest.raises(melinoe.MelinoeError, match="cannot read expert"):
+        model(**batch())
+    monkeypatch.setattr(os, "preadv", real)
+    assert torch.equal(model(**batch()).logits, expected)
+
+
+def test_devices_are_checked(olmoe_store):
+    for device in ("tpu", "meta", "gpu0"):
+        with pytest.raises(melinoe.MelinoeError, match="device"):
+            melinoe.load(olmoe_store, slots=2, device=device)
+    if not torch.cuda.is_available():
+        with pytest.raises(melinoe.MelinoeError, match="no CUDA device"):
+            melinoe.load(olmoe_store, slots=2, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slots", [8, 3, 0])
+def test_on_a_gpu_equals_all_resident_on_it(olmoe, olmoe_store, slots):
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    reference = melinoe.load(olmoe_store, slots=8, device="cuda")
+    model = melinoe.load(olmoe_store, slots=slots, device="cuda")
+    for _ in range(3):
+        assert torch.equal(model(**inputs).logits, reference(**inputs).logits)
+    stock = AutoModelForCausalLM.from_pretrained(olmoe, device_map={"": "cuda"}).eval()
+    with torch.no_grad():
+        expected = stock(**inputs).logits
+    assert (model(**inputs).logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    ours = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert torch.equal(ours, reference.generate(**inputs, max_new_tokens=24, do_sample=False))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_from_disk(olmoe_store):
+    inputs = {name: value.cuda() for name, value in batch().items()}
+    model = melinoe.load(olmoe_store, slots=3, device="cuda")
+    expected = model(**inputs).logits
+    context = model.melinoe_context
+    store = context.pager.store
+    reader = DeviceReader(store, model.device, pinned=False)
+    context.pager = ExpertPager(store, 3, make_policy("decay", len(store.layers), 8, 3), reader=reader)
+    assert torch.equal(model(**inputs).logits, expected)

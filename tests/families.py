@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of several families, as from_pretrained finds them on disk."""
+"""Tiny random checkpoints of every family that is tested, as from_pretrained finds them on disk."""
 
 from __future__ import annotations
 
@@ -24,38 +24,106 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 1,
     "initializer_range": 0.2,
 }
+_LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+}
+_GROUPS = {"n_group": 2, "topk_group": 1}
+_HEADS = {"head_dim": 16}
+_INNER = {"moe_intermediate_size": 16}
+_LINEAR = {f"linear_{name}": size for name, size in
+           {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 2}.items()}  # fmt: skip
+_MAMBA = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8}
+
+# {family: (config class, fields beside COMMON)}; 8 experts, 2 per token unless said otherwise
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 8, "sliding_window": None}),
+    "olmoe": ("OlmoeConfig", {"num_experts": 8}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 8}),
+    "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 8, "shared_expert_intermediate_size": 16, **_INNER}),
+    # the first layer is dense
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 8, "mlp_only_layers": [0], "norm_topk_prob": True, **_INNER, **_HEADS}),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        {"num_experts": 8, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
+         **_INNER, **_HEADS, **_LINEAR},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "n_shared_experts": 1, **_GROUPS, **_INNER, **_LATENT},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, **_GROUPS, **_INNER, **_LATENT},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {"num_local_experts": 8, "layer_types": ["full_attention"] * 2, "sliding_window": 64, **_HEADS},
+    ),
+    "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 8}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {"n_routed_experts": 8, "first_k_dense_replace": 0, "n_shared_experts": 1, **_GROUPS, **_INNER, **_HEADS},
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0, **_INNER},
+    ),
+    "minimax_m2": ("MiniMaxM2Config", {"num_local_experts": 8, **_HEADS}),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        {"num_experts": 8, "num_dense_layers": 0, "layer_types": ["conv", "full_attention"], **_INNER},
+    ),
+    "jamba": (
+        "JambaConfig",
+        {"num_experts": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1,
+         "expert_layer_offset": 0, "mamba_d_state": 4, "use_mamba_kernels": False},
+    ),
+    "dots1": (
+        "Dots1Config",
+        {"n_routed_experts": 8, "n_shared_experts": 1, "norm_topk_prob": True, **_GROUPS, **_INNER, **_HEADS},
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", {"num_experts": 8, "moe_topk": 2, **_HEADS}),
+    "flex_olmo": ("FlexOlmoConfig", {"num_experts": 8}),
+    "afmoe": (
+        "AfmoeConfig",
+        {"num_experts": 8, "num_dense_layers": 0, "num_shared_experts": 1, "layer_types": ["full_attention"] * 2,
+         **_INNER, **_HEADS},
+    ),
+    # the experts have no gate
+    "nemotron_h": (
+        "NemotronHConfig",
+        {"n_routed_experts": 8, "layers_block_type": ["mamba", "moe", "attention", "moe"],
+         "moe_shared_expert_intermediate_size": 16, "use_mamba_kernels": False, **_INNER, **_HEADS, **_MAMBA},
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {"num_experts": 8, "top_k_experts": 2, "enable_moe_block": True, "vocab_size_per_layer_input": 64,
+         "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
+         "global_head_dim": 16, **_INNER, **_HEADS},
+    ),
+    # one expert per token, as every llama4 checkpoint has; the score multiplies the input
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 24, **_HEADS},
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}},
+    ),
+}  # fmt: skip
+FAMILIES = tuple(CONFIGS)
 
 
 def config(family: str) -> Any:
     """A config of a few thousand parameters with 8 experts."""
-    if family == "olmoe":
-        return transformers.OlmoeConfig(**COMMON, num_experts=8)
-    if family == "mixtral":
-        return transformers.MixtralConfig(**COMMON, num_local_experts=8, sliding_window=None)
-    if family == "qwen3_moe":  # the first layer is dense
-        return transformers.Qwen3MoeConfig(
-            **COMMON,
-            num_experts=8,
-            moe_intermediate_size=16,
-            head_dim=16,
-            mlp_only_layers=[0],
-            norm_topk_prob=True,
-        )
-    if family == "gpt_oss":  # biases, transposed, interleaved gate
-        return transformers.GptOssConfig(
-            **COMMON, num_local_experts=8, head_dim=16, layer_types=["full_attention"] * 2, sliding_window=64
-        )
-    if family == "deepseek_v3":  # sigmoid scores, groups, correction bias, shared experts
-        return transformers.DeepseekV3Config(
-            **COMMON, n_routed_experts=8, n_group=2, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1,
-            q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_shared_experts=1,
-        )  # fmt: skip
-    if family == "granitemoe":  # stored fused
-        return transformers.GraniteMoeConfig(**COMMON, num_local_experts=8)
-    raise AssertionError(family)
-
-
-FAMILIES = ("olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe")
+    name, fields = CONFIGS[family]
+    theirs = getattr(transformers, name)
+    return theirs(**{**COMMON, **fields})
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -94,3 +162,10 @@ def batch(length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     mask[1, : length // 3] = 0
     ids[1, : length // 3] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+class SPECIAL(dict):
+    def __missing__(self, k):
+        from types import SimpleNamespace
+        return SimpleNamespace(score="?")
+SPECIAL=SPECIAL()

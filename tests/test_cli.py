@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from melinoe.cli import app
 
 VERBS = {
-    "convert", "demo", "evaluate", "fit-predictor", "generate", "merge", "simulate", "trace", "tune", "verify",
+    "convert", "demo", "evaluate", "fit-predictor", "generate", "merge", "plan", "simulate", "trace", "tune", "verify",
 }  # fmt: skip
 
 

@@ -144,11 +144,37 @@ def test_decayed_counts_by_hand():
     policy = DecayedCounts(1, 4, 2, decay=0.5, recency_decay=0.25, recency_weight=2.0)
     policy.begin(np.array([[0.0, 0.0, 0.0, 3.0]]), prior_tokens=2)
     policy.request(0, prefill_call(np.array([[0], [1]])))
-    # expert 0 was asked one token ago, expert 1 just now; the prediction counts as two tokens
-    assert policy.worth(0) == [0.5 + 2 * 0.25, 1 + 2, 0, 6]
+    # expert 0 was asked one token ago, expert 1 just now; the prediction counts as two tokens, if trusted
+    assert policy.trust == pytest.approx(1 / (1 + np.exp(-2)))
+    assert policy.worth(0) == pytest.approx([0.5 + 2 * 0.25, 1 + 2, 0, 6 * policy.trust])
     assert policy.resident[0] == {1, 3}
     policy.request(0, decode_call([2]))
-    assert policy.worth(0) == [0.25 + 2 * 0.0625, 0.5 + 2 * 0.25, 1 + 2, 6]
+    # expert 2 was predicted a thousandth of an even guess; half of the first log-odds are forgotten
+    assert policy.trust == pytest.approx(1 / (1 + np.exp(-(0.5 * 2 + 2 * np.log(1e-3)))))
+    assert policy.worth(0) == pytest.approx([0.25 + 2 * 0.0625, 0.5 + 2 * 0.25, 1 + 2, 6 * policy.trust])
+
+
+def test_a_failing_prediction_loses_its_say_and_the_next_request_trusts_again():
+    generator = np.random.default_rng(0)
+    wrong = np.where(np.arange(16) < 8, 0.48, 0.02)[None] * np.ones((3, 1))
+    tokens = [[generator.choice(np.arange(8, 16), 4, replace=False) for _ in range(3)] for _ in range(40)]
+    hits = {}
+    for name, scores in (("none", None), ("wrong", wrong), ("right", wrong[:, ::-1])):
+        policy = make_policy("decay", 3, 16, 8)
+        policy.begin(scores)
+        for layer in range(3):
+            policy.request(layer, prefill_call(generator.choice(16, (4, 4))))
+        hits[name] = sum(
+            len(policy.request(layer, decode_call(experts)).hits)
+            for token in tokens
+            for layer, experts in enumerate(token)
+        )
+        if name != "none":
+            assert (policy.trust > 0.99) == (name == "right")
+            policy.begin(scores)
+            assert policy.trust == pytest.approx(0.88, abs=0.01)
+    assert hits["right"] > hits["none"]
+    assert hits["wrong"] > 0.85 * hits["none"]
 
 
 def test_declines_what_is_worth_less_than_every_resident():

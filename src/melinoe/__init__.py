@@ -18,6 +18,7 @@ _PUBLIC = {
     "convert": "melinoe.offload.convert",
     "load": "melinoe.offload.loader",
     "stats": "melinoe.offload.loader",
+    "plan": "melinoe.offload.planning",
     "generate": "melinoe.generation",
     "stream_generate": "melinoe.generation",
     "tune": "melinoe.tuning.trainer",

@@ -134,7 +134,7 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
     adapter: Adapter = None,
     predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
     slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
     policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -154,7 +154,9 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
-    loaded = load(model, adapter=adapter, predictor=predictor, memory=memory, slots=slots, policy=policy, device=device)
+    loaded = load(
+        model, adapter=adapter, predictor=predictor, memory=memory, slots=slots, policy=policy, device=device
+    )
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     tokenizer = load_tokenizer(model)
     answer, statistics = "", None
@@ -170,6 +172,26 @@ def generate(
         return _print_json({"text": answer, **statistics.to_json()})
     print()
     print(statistics, file=sys.stderr)
+
+
+@app.command()
+def plan(
+    model: Model,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of KV cache to set aside.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Say what a memory budget buys, without loading weights."""
+    _prepare(model)
+    from melinoe.offload.planning import describe
+    from melinoe.offload.planning import plan as run
+
+    result = run(model, memory, slots, context=context, device=device)
+    if as_json:
+        return _print_json(result)
+    print(describe(result))
 
 
 @app.command()

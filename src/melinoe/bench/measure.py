@@ -7,16 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from melinoe.errors import MelinoeError
-from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
-from melinoe.offload.store import open_store
 
 _CGROUP = Path("/sys/fs/cgroup/memory")
 
@@ -103,20 +98,3 @@ def run_contestant(contestant: Contestant, limit: MemoryLimit | None, folder: Pa
     result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     result["memory_limit_bytes"] = use.limit_bytes if use else None
     return result
-
-
-def record_bandwidth(store_folder: Path, seconds: float = 2.0, seed: int = 0) -> float:
-    """Bytes per second that a bare reader reaches with the pager's pattern: random records, same threads."""
-    store = open_store(store_folder)
-    reader = Reader(store)
-    buffer = RecordBuffer(READER_THREADS, store.max_record_bytes)
-    generator = np.random.default_rng(seed)
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        layer = int(generator.integers(len(store.layers)))
-        record = store.layers[layer].layout.record_bytes
-        experts = generator.integers(store.layers[layer].num_experts, size=READER_THREADS)
-        wait([reader.read(layer, int(e), buffer.record(i, record)) for i, e in enumerate(experts)])
-    bandwidth = reader.bytes_read / reader.busy_seconds
-    reader.close()
-    return bandwidth

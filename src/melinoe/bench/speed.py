@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from melinoe.bench.measure import Contestant, MemoryLimit, record_bandwidth, run_contestant
+from melinoe.bench.measure import Contestant, MemoryLimit, run_contestant
 from melinoe.bench.peers import write_disk_offload
 from melinoe.bench.widen import widen
 from melinoe.data import Row, encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.offload.convert import convert
 from melinoe.offload.loader import load_resident, load_tokenizer
+from melinoe.offload.planning import record_bandwidth
 from melinoe.offload.store import open_store
 
 PROCESS_BYTES = 384 * 2**20  # interpreter, torch and transformers, as measured, and some room
@@ -119,7 +120,7 @@ def run(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str], 
     store = open_store(arena.stores["base"])
     quarter = slots * sum(layer.layout.record_bytes for layer in store.layers)
     limit = MemoryLimit(PROCESS_BYTES + quarter + arena.layer_bytes)
-    bandwidth = record_bandwidth(arena.stores["base"])
+    bandwidth = record_bandwidth(store)
     results, references = [], {}
     try:
         for contestant in rows:

@@ -65,7 +65,11 @@ def attach(model: Any, store: Store, settings: Any) -> None:
     Args:
         settings: the quantizer's config: slots, memory, policy, predictor.
     """
-    plan = budget.derive(model, store, settings.memory, settings.slots)
+    records = [(layer.num_experts, layer.layout.record_bytes) for layer in store.layers]
+    extra = settings.extra_bytes
+    plan = budget.derive(
+        model, records, settings.memory, settings.slots, extra_bytes=extra, device=model.device
+    )
     if settings.memory is None and settings.slots is None:
         print(f"melinoe: no budget given, using what is free: {plan}", file=sys.stderr)
     num_experts = max(layer.num_experts for layer in store.layers)

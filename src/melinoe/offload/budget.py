@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,6 @@ from melinoe.errors import MelinoeError
 from melinoe.moe import experts_per_token
 from melinoe.offload.machine import free_memory
 from melinoe.offload.slots import STAGING_RECORDS
-from melinoe.offload.store import Store
 
 DEFAULT_CONTEXT = 2048  # tokens of KV cache that a budget sets aside
 PREFILL_CHUNK = 2048  # tokens of one call that the work space is sized for
@@ -50,32 +50,55 @@ def _cache_bytes_per_token(model: nn.Module) -> int:
     return int(2 * config.num_hidden_layers * heads * width * element)
 
 
+def _given_bytes(memory: int | str | None, device: torch.device | None) -> int:
+    if memory is None:
+        return int(free_memory(device) * FREE_MARGIN)
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory) if isinstance(memory, str) else None
+    if share is None:
+        return parse_bytes(memory)
+    if not 0 < float(share[1]) <= 100:
+        raise MelinoeError("not a share of the memory", got=memory, allowed="above 0% and up to 100%")
+    return int(free_memory(device) * float(share[1]) / 100)
+
+
 def derive(
-    model: nn.Module, store: Store, memory: int | str | None = None, slots: int | None = None
+    model: nn.Module,
+    records: list[tuple[int, int]],
+    memory: int | str | None = None,
+    slots: int | None = None,
+    *,
+    context: int | None = None,
+    extra_bytes: int = 0,
+    device: torch.device | None = None,
 ) -> Budget:
-    """The plan for a model whose experts are in `store` (stripped already, weights loaded or not).
+    """The plan for a model without its experts (stripped already, weights loaded or not).
 
     Args:
-        memory: all bytes the model may use; None with `slots` None: most of what is free.
+        records: (number of experts, record bytes) of each MoE layer.
+        memory: all bytes the model may use, or a share of what is free ("80%"); None with `slots` None: most
+            of what is free.
         slots: records per layer; overrides `memory`.
+        context: tokens of KV cache to set aside; None: the model's, at most DEFAULT_CONTEXT.
+        extra_bytes: other things that stay in memory, such as an adapter.
+        device: whose free memory counts.
 
     Raises:
         MelinoeError: the memory is too small; the message names the smallest that works.
     """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    resident = sum(
-        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()]
-    )
+    resident = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + extra_bytes
     element = (config.dtype or torch.float32).itemsize
-    context = min(DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    context = context or min(
+        DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+    )
     cache = context * _cache_bytes_per_token(model)
     work = min(context, PREFILL_CHUNK) * experts_per_token(model) * config.hidden_size * element
-    staging = STAGING_RECORDS * store.max_record_bytes
-    per_slot = sum(layer.layout.record_bytes for layer in store.layers)
-    most = max(layer.num_experts for layer in store.layers)
+    staging = STAGING_RECORDS * max(size for _, size in records)
+    per_slot = sum(size for _, size in records)
+    most = max(count for count, _ in records)
     fixed = resident + cache + work + staging
     if slots is None:
-        given = parse_bytes(memory) if memory is not None else int(free_memory(model.device) * FREE_MARGIN)
+        given = _given_bytes(memory, device)
         slots = (given - fixed) // per_slot
         if slots < 1:
             raise MelinoeError(

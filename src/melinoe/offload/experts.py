@@ -17,6 +17,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import MelinoeError
+from melinoe.moe import expert_parameters
 from melinoe.offload.context import PassContext
 from melinoe.offload.pager import Views
 from melinoe.routing.policies import Call
@@ -26,6 +27,8 @@ NAME = "melinoe"
 
 def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
     """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
+    if hasattr(module, "expert_output"):  # dbrx, see families.py
+        return module.expert_output(hidden, weights)  # type: ignore[operator]
     up = "gate_up_proj" if module.has_gate else "up_proj"
     low_rank = getattr(module, "low_rank", None)
 
@@ -52,7 +55,7 @@ def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device)
 
 
 def _resident(module: nn.Module, experts: Iterator[int]) -> Iterator[tuple[int, Views]]:
-    parameters = dict(module.named_parameters(recurse=False))
+    parameters = expert_parameters(module)
     for expert in experts:
         yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
 

@@ -63,6 +63,7 @@ def load(
         "slots": slots,
         "memory": memory,
         "policy": policy,
+        "extra_bytes": _weight_bytes(adapter),
         "predictor": None,  # set below: it may have been fitted to the adapter's routers
     }
     model = AutoModelForCausalLM.from_pretrained(
@@ -84,6 +85,12 @@ def load(
 
         model.melinoe_context.predict = Predictor.load(predictor, model).scores
     return model.eval()
+
+
+def _weight_bytes(adapter: str | Path | None) -> int:
+    return (
+        sum(file.stat().st_size for file in Path(adapter).glob("*.safetensors")) if adapter is not None else 0
+    )
 
 
 def store_folder(source: str | Path) -> Path:

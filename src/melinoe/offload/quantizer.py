@@ -28,6 +28,7 @@ class MelinoeConfig(QuantizationConfigMixin):
         memory: bytes, or text such as "4GiB". None: from MELINOE_MEMORY, else what is free.
         policy: what decides who stays: decay, lru, lfu, static.
         predictor: path of a predictor, or None.
+        extra_bytes: memory that the budget must leave for something else, such as an adapter.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class MelinoeConfig(QuantizationConfigMixin):
         memory: int | str | None = None,
         policy: str = "decay",
         predictor: str | None = None,
+        extra_bytes: int = 0,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.slots = slots
         self.memory = memory if memory is not None else os.environ.get("MELINOE_MEMORY")
-        self.policy, self.predictor = policy, predictor
+        self.policy, self.predictor, self.extra_bytes = policy, predictor, extra_bytes
 
 
 @register_quantizer(METHOD)

@@ -24,19 +24,9 @@ import numpy as np
 from melinoe.errors import MelinoeError
 from melinoe.routing.calls import DECODE, PREFILL, Call, Decision, Load, decode_call, prefill_call
 
-__all__ = [
-    "DECODE",
-    "POLICIES",
-    "PREFILL",
-    "Call",
-    "DecayedCounts",
-    "Decision",
-    "Load",
-    "Policy",
-    "decode_call",
-    "make_policy",
-    "prefill_call",
-]
+# the calls are part of the policies' interface
+__all__ = ["DECODE", "POLICIES", "PREFILL", "Call", "DecayedCounts", "Decision", "Load", "Policy"]
+__all__ += ["decode_call", "make_policy", "prefill_call"]
 
 INITIAL_TRUST, TRUST_RATE = 2.0, 2.0  # log-odds at the start of a request; log-odds per nat
 
@@ -254,10 +244,15 @@ class DecayedCounts(Policy):
             weights = np.repeat(decay ** call.ages[call.valid], inside.shape[1])
             row += np.bincount(inside.ravel(), weights, minlength=len(row))[: len(row)]
 
+    @property
+    def trust(self) -> float:
+        """The probability that the prediction beats an even guess, 0 to 1."""
+        return 1.0 / (1.0 + math.exp(-min(max(self.trust_log_odds, -50.0), 50.0)))
+
     def worth(self, layer: int) -> list[float]:
         worth = self.weights @ self.counts[layer]
         if self.prior is not None:
-            worth += self.prior[layer] / (1.0 + math.exp(-min(max(self.trust_log_odds, -50.0), 50.0)))
+            worth += self.prior[layer] * self.trust
         return worth.tolist()
 
 

@@ -1,0 +1,115 @@
+"""`melinoe plan`: what a budget buys, before any weight is loaded."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melinoe.config import format_bytes, resolve_model
+from melinoe.moe import experts_modules, experts_per_token, moe_layers
+from melinoe.offload import budget, checkpoint
+from melinoe.offload.attach import strip
+from melinoe.offload.convert import local_folder
+from melinoe.offload.layout import RecordLayout
+from melinoe.offload.machine import usable_device
+from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
+from melinoe.offload.store import Store, is_store, open_store
+
+HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+
+def plan(
+    source: str | Path,
+    memory: int | str | None = None,
+    slots: int | None = None,
+    *,
+    context: int | None = None,
+    device: str = "cpu",
+    measure_seconds: float = 1.0,
+) -> dict[str, Any]:
+    """Where the bytes of a budget go, and how fast decoding can be at best.
+
+    Args:
+        source: a store or a checkpoint; only its config is read, and for a store some records, to measure.
+        memory, slots: as for `melinoe.load`.
+        context: tokens of KV cache to set aside.
+        measure_seconds: how long to read records for the bandwidth; 0: not at all.
+
+    Returns:
+        {"budget": {...}, "record_bytes", "records_per_token", "bytes_per_token", "bandwidth" (bytes per second, or
+        None for a checkpoint that is not a store yet), "ceiling_tokens_per_second": {hit rate: tok/s}}. The
+        ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
+
+    Raises:
+        MelinoeError: no such model, a dense one, or a budget that is too small.
+    """
+    place = usable_device(device)
+    resolved = resolve_model(source)
+    folder = local_folder(resolved)
+    model = checkpoint.skeleton(folder)
+    moe_layers(model)
+    store = open_store(folder) if is_store(folder) else None
+    if store is not None:
+        records = [(layer.num_experts, layer.layout.record_bytes) for layer in store.layers]
+    else:
+        records = [
+            (int(module.num_experts), RecordLayout.of(module).record_bytes)  # type: ignore[arg-type]
+            for _, module in experts_modules(model)
+        ]
+    strip(model)
+    derived = budget.derive(model, records, memory, slots, context=context, device=place)
+    top_k = experts_per_token(model)
+    per_token = top_k * sum(size for _, size in records)
+    bandwidth = (
+        record_bandwidth(store, measure_seconds) if store is not None and measure_seconds > 0 else None
+    )
+    ceilings = {rate: bandwidth / (per_token * (1 - rate)) for rate in HIT_RATES} if bandwidth else {}
+    return {
+        "budget": {**vars(derived), "total_bytes": derived.total_bytes, "text": str(derived)},
+        "num_experts": max(count for count, _ in records),
+        "record_bytes": max(size for _, size in records),
+        "records_per_token": top_k * len(records),
+        "bytes_per_token": per_token,
+        "bandwidth": bandwidth,
+        "ceiling_tokens_per_second": ceilings,
+    }
+
+
+def record_bandwidth(store: Store, seconds: float = 2.0, seed: int = 0) -> float:
+    """Bytes per second that a bare reader reaches with the pager's pattern: random records, same threads."""
+    reader = Reader(store)
+    buffer = RecordBuffer(READER_THREADS, store.max_record_bytes)
+    generator = np.random.default_rng(seed)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        layer = int(generator.integers(len(store.layers)))
+        length = store.layers[layer].layout.record_bytes
+        experts = generator.integers(store.layers[layer].num_experts, size=READER_THREADS)
+        futures = [reader.read(layer, int(e), buffer.record(i, length)) for i, e in enumerate(experts)]
+        for future in futures:
+            future.result()
+    bandwidth = reader.bytes_read / reader.busy_seconds
+    reader.close()
+    return bandwidth
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The plan as people read it."""
+    slots, experts = result["budget"]["slots"], result["num_experts"]
+    lines = [
+        result["budget"]["text"],
+        f"{slots} of {experts} experts of each layer in memory; a token asks for {result['records_per_token']} records"
+        f" of {format_bytes(result['record_bytes'])}, {format_bytes(result['bytes_per_token'])} if none is there",
+    ]
+    if result["bandwidth"]:
+        lines.append(f"reading reaches {format_bytes(result['bandwidth'])}/s; at best, by hit rate:")
+        lines += [
+            f"  {rate:4.0%} hits: {speed:8.1f} tok/s"
+            for rate, speed in result["ceiling_tokens_per_second"].items()
+        ]
+    else:
+        lines.append("not a store yet: convert it, and the plan also measures how fast records can be read")
+    return "\n".join(lines)

@@ -105,16 +105,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
          "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
          "global_head_dim": 16, **_INNER, **_HEADS},
     ),
-    # one expert per token, as every llama4 checkpoint has; the score multiplies the input
-    "llama4": (
-        "Llama4TextConfig",
-        {"num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 24, **_HEADS},
-    ),
-    "dbrx": (
-        "DbrxConfig",
-        {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
-         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}},
-    ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
 
@@ -162,10 +152,3 @@ def batch(length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     mask[1, : length // 3] = 0
     ids[1, : length // 3] = 0
     return {"input_ids": ids, "attention_mask": mask}
-
-
-class SPECIAL(dict):
-    def __missing__(self, k):
-        from types import SimpleNamespace
-        return SimpleNamespace(score="?")
-SPECIAL=SPECIAL()

@@ -1,8 +1,8 @@
 """Finds the experts and the routers of any transformers model, and listens to the routers.
 
 transformers decorates every experts class (`use_experts_implementation`) and records every router
-(`_can_record_outputs["router_logits"]`), so no table of model names is needed; the two families that
-are tested and not decorated are dressed by families.py first. Everything above this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules; dense layers are
+(`_can_record_outputs["router_logits"]`), so no table of model names is needed. Everything above
+this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules; dense layers are
 not counted.
 """
 
@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from melinoe.errors import MelinoeError
-from melinoe.families import adapt
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every experts module, in module order."""
-    adapt(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]
-
-
-def expert_parameters(module: nn.Module) -> dict[str, torch.Tensor]:
-    """{name: [E, ...]} of an experts module: its own parameters, as views where experts are stacked as rows."""
-    experts = int(module.num_experts)  # type: ignore[arg-type]
-    return {
-        name: parameter if parameter.shape[0] == experts else parameter.unflatten(0, (experts, -1))
-        for name, parameter in module.named_parameters(recurse=False)
-    }
 
 
 def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
@@ -104,15 +93,14 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 def experts_per_token(model: nn.Module) -> int:
     """K, from the config (transformers names it num_experts_per_tok, or by an attribute map)."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    for owner, name in (
-        (config, "num_experts_per_tok"),
-        (config, "top_k_experts"),
-        (config, "num_experts_per_token"),
-        (config, "moe_topk"),
-        (config, "experts_per_token"),
-        (getattr(config, "ffn_config", None), "moe_top_k"),
+    for name in (
+        "num_experts_per_tok",
+        "top_k_experts",
+        "num_experts_per_token",
+        "moe_topk",
+        "experts_per_token",
     ):
-        value = getattr(owner, name, None)
+        value = getattr(config, name, None)
         if value is not None:
             return int(value[0] if isinstance(value, list | tuple) else value)
     raise MelinoeError("the config does not say how many experts a token uses", got=type(config).__name__)
@@ -168,8 +156,7 @@ class RouterTap:
         def record(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if not isinstance(output, tuple) or len(output) < 3:
                 raise MelinoeError(f"router {layer.router_name} does not return (logits, weights, indices)")
-            # (logits, weights, indices); where transformers records the logits at 1, the weights stand at 0
-            logits, weights, indices = output[layer.logits_index], output[1 - layer.logits_index], output[2]
+            logits, weights, indices = output[layer.logits_index], output[1], output[2]
             self.records.append(RouterRecord(logits.reshape(-1, logits.shape[-1]), indices, weights, inputs))
 
         return record
@@ -196,24 +183,21 @@ def score_kind(record: RouterRecord) -> str:
 
     Decided from one recorded call, without a table of names: the logarithm of the weights' ratios
     within a token equals the difference of the logits (softmax), of their log-sigmoids (sigmoid), or of
-    the logarithms of values that already are probabilities. With one expert per token there is no ratio, and
-    the weight itself is compared. "softmax" where none fits (sparsemixer).
+    the logarithms of values that already are probabilities. "softmax" where none fits (sparsemixer).
     """
     with torch.no_grad():
         logits = record.logits.float()
         if bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), logits.new_ones(()), atol=1e-3):
             return "probability"
-        indices = record.indices.clamp(max=logits.shape[1] - 1)
+        chosen = torch.gather(logits, 1, record.indices.clamp(max=logits.shape[1] - 1))
         log_weights = record.weights.float().clamp_min(1e-30).log()
-
-        def misfit(log_scores: torch.Tensor) -> float:
-            error = log_scores.gather(1, indices) - log_weights
-            if error.shape[1] > 1:
-                error = error[:, 1:] - error[:, :1]
-            return float(error.abs().flatten().sort().values[int(0.9 * (error.numel() - 1))])
-
-        softmax, sigmoid = misfit(logits.log_softmax(-1)), misfit(nn.functional.logsigmoid(logits))
-    return "sigmoid" if sigmoid < min(0.5 * softmax, 0.05) else "softmax"
+        ratios = log_weights[:, 1:] - log_weights[:, :1]
+        errors = {
+            "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
+            "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
+        }
+        scale = {kind: float(error.median()) if error.numel() else 0.0 for kind, error in errors.items()}
+    return "sigmoid" if scale["sigmoid"] < min(0.5 * scale["softmax"], 0.05) else "softmax"
 
 
 def router_probabilities(logits: torch.Tensor, kind: str) -> torch.Tensor:

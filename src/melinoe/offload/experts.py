@@ -17,7 +17,6 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import MelinoeError
-from melinoe.moe import expert_parameters
 from melinoe.offload.context import PassContext
 from melinoe.offload.pager import Views
 from melinoe.routing.policies import Call
@@ -27,8 +26,6 @@ NAME = "melinoe"
 
 def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
     """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
-    if hasattr(module, "expert_output"):  # dbrx, see families.py
-        return module.expert_output(hidden, weights)  # type: ignore[operator]
     up = "gate_up_proj" if module.has_gate else "up_proj"
     low_rank = getattr(module, "low_rank", None)
 
@@ -55,7 +52,7 @@ def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device)
 
 
 def _resident(module: nn.Module, experts: Iterator[int]) -> Iterator[tuple[int, Views]]:
-    parameters = expert_parameters(module)
+    parameters = dict(module.named_parameters(recurse=False))
     for expert in experts:
         yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
 

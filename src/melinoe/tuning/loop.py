@@ -94,9 +94,7 @@ class LocalityTrainer(Trainer):
         for layer in self.layers:
             layer.router.eval()  # some routers draw noise in training mode, which decoding does not
         torch.manual_seed((self.settings.seed << 20) + self.state.global_step)  # dropout, also after a resume
-        self.last = self.losses(
-            model, inputs, self.state.global_step, self.tokens_per_step, self._locality_strength()
-        )
+        self.last = self.losses(model, inputs, self.state.global_step, self.tokens_per_step)
         return self.last.total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -124,12 +122,6 @@ class LocalityTrainer(Trainer):
         if settings.time_limit_seconds:
             share = max(share, (time.monotonic() - self.started) / settings.time_limit_seconds)
         return min(1.0, share)
-
-    def _locality_strength(self) -> float:
-        """Share of both weights that applies now: 1, then linearly to 0 at `locality_end` of the run."""
-        end, hold = self.settings.locality_end, self.settings.locality_hold
-        share = self.done_share(self.state.global_step)
-        return min(1.0, max(0.0, (end - share) / (end - hold))) if end > hold else 1.0
 
     def _learning_rate_at(self, step: int) -> float:
         """Linear warm-up over the first steps, then linear to a tenth."""

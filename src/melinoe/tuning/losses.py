@@ -62,7 +62,6 @@ class TuningLosses:
         batch: dict[str, torch.Tensor],
         step: int,
         tokens_per_step: tuple[float, float],
-        strength: float = 1.0,
     ) -> Losses:
         """Args:
         batch: input_ids, attention_mask [B, S], prompt_lengths [B].
@@ -88,7 +87,7 @@ class TuningLosses:
         nll_weight = completion_tokens / tokens_per_step[0]
         scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
         total = nll_weight * nll
-        strength *= self._level(float(nll.detach())) if settings.relative else 1.0
+        strength = self._level(float(nll.detach())) if settings.relative and settings.objective == "boundary" else 1.0
         if settings.lambda_cs > 0:
             total = total + strength * settings.lambda_cs * scored_weight * misses
         if settings.lambda_rm > 0:
@@ -96,14 +95,14 @@ class TuningLosses:
         return Losses(total, nll.detach(), misses.detach(), rank.detach())
 
     def _level(self, nll: float) -> float:
-        """The likelihood loss of late, by which both weights are multiplied.
+        """The square root of the likelihood loss of late, by which both weights are multiplied.
 
-        So the weights say how much *relative* likelihood a saved transfer is worth: d log(nll), not d nll.
-        A model that is nearly certain of its answers (0.02 nats) would otherwise be governed by misses alone.
+        Constant weights let misses alone govern a model that is nearly certain of its answers (0.001 nats), weights in
+        proportion to the loss leave it as it is; between a model of 2.3 nats and one of 0.001 the root held.
         """
         if math.isfinite(nll):
             self.nll_level = nll if self.nll_level is None else 0.9 * self.nll_level + 0.1 * nll
-        return self.nll_level if self.nll_level is not None else 1.0
+        return math.sqrt(self.nll_level) if self.nll_level is not None else 1.0
 
     def _cache_loss(
         self,

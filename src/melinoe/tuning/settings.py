@@ -11,6 +11,10 @@ from melinoe.errors import MelinoeError
 Objective = Literal["boundary", "clipped", "paper"]
 
 
+# (lambda_cs, lambda_rm) where none are given: the paper's, and what won on held-out rows (docs/log.md)
+WEIGHTS: dict[str, tuple[float, float]] = {"paper": (0.5, 0.1), "clipped": (1.0, 0.1), "boundary": (0.045, 0.02)}
+
+
 @dataclass(frozen=True)
 class TuneSettings:
     """Settings of one tuning run.
@@ -20,6 +24,7 @@ class TuneSettings:
         the control, the same fine-tune without locality.
     objective: "paper" is Eq. 4 as printed; "clipped" counts a slot once, 1 - min(c, 1); "boundary" is clipped
         and sends the gradient to the experts near the K-th choice instead of through p_f.
+    relative: with "boundary", multiply both weights by the square root of the likelihood loss of late.
     temperature: width of that boundary, in standard deviations of a token's logits.
     slots: capacity C of the simulated cache per layer; None is max(K, E / 4).
     gamma, rho: forgetting of the cache (Eq. 11), margin of the ranking (Eq. 12); with rho_per_expert the
@@ -38,12 +43,10 @@ class TuneSettings:
 
     max_steps: int = 150
     seed: int = DEFAULT_SEED
-    lambda_cs: float = 1.0
-    lambda_rm: float = 0.1
-    objective: Objective = "clipped"
+    lambda_cs: float = None  # type: ignore[assignment]  # set below, never None afterwards
+    lambda_rm: float = None  # type: ignore[assignment]
+    objective: Objective = "boundary"
     relative: bool = True
-    locality_hold: float = 0.0
-    locality_end: float = 0.0
     slots: int | None = None
     gamma: float = 0.9
     rho: float = 0.1
@@ -55,7 +58,7 @@ class TuneSettings:
     router_learning_rate: float = 2e-3
     rank: int = 32
     alpha: float = 16.0
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     max_length: int = 256
     warmup: float = 0.05
     max_grad_norm: float = 1.0
@@ -66,6 +69,10 @@ class TuneSettings:
     dtype: Literal["float32", "auto"] | None = None
 
     def __post_init__(self) -> None:
+        for name, default in zip(("lambda_cs", "lambda_rm"), WEIGHTS.get(self.objective, (0.0, 0.0)), strict=True):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+
         def check(right: bool, name: str, allowed: str) -> None:
             if not right:
                 raise MelinoeError(f"tune: {name} is out of range", got=getattr(self, name), allowed=allowed)

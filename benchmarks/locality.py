@@ -13,8 +13,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
 from melinoe.bench.quality import evaluate
 from melinoe.bench.stages import Verb, run_verbs
 from melinoe.config import resolve_model
@@ -23,7 +21,9 @@ from melinoe.tracing import trace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--data", required=True, help="folder of train.jsonl and test.jsonl")
     parser.add_argument("--rows", type=int, default=2400)
@@ -41,38 +41,56 @@ def main() -> None:
     off = ["--lambda-cs", "0", "--lambda-rm", "0"]
     names = ("control", "tuned")
     run_verbs(
-        [Verb(name, ["tune", *common, *(off if name == "control" else []), "--output-dir", str(work / name)]) for name in names],
+        [
+            Verb(
+                name, ["tune", *common, *(off if name == "control" else []), "--output-dir", str(work / name)]
+            )
+            for name in names
+        ],
         work,
     )
     run_verbs(
-        [Verb(f"merge {name}", ["merge", "--model", source, "--adapter", str(work / name), "--output-dir", str(work / f"{name}-merged")]) for name in names],
+        [
+            Verb(
+                f"merge {name}",
+                [
+                    "merge",
+                    "--model",
+                    source,
+                    "--adapter",
+                    str(work / name),
+                    "--output-dir",
+                    str(work / f"{name}-merged"),
+                ],
+            )
+            for name in names
+        ],
         work,
     )
     result: dict = {"settings": vars(options)}
     loads, rows = {}, {}
     for name, model in (("base", source), *((n, str(work / f"{n}-merged")) for n in names)):
-        scored = evaluate(model, options.data, limit=options.rows, metrics=("perplexity",), per_row=True, progress=False)
+        scored = evaluate(
+            model, options.data, limit=options.rows, metrics=("perplexity",), per_row=True, progress=False
+        )
         rows[name] = scored["per_row"]
         recorded = trace(model, options.data, limit=options.rows, split="test", progress=False)
         policies = simulate(recorded, "decay,lru", options.slots, per_sequence=True)["results"]
         loads[name] = policies[0]
         result[name] = {"nll": scored["nll"], "num_rows": scored["num_rows"]} | {
-            f"{row['policy']}_{key}": row[key] for row in policies for key in ("hit_rate", "loads_per_token", "num_sequences")
+            f"{row['policy']}_{key}": row[key]
+            for row in policies
+            for key in ("hit_rate", "loads_per_token", "num_sequences")
         }
     result["loads_tuned_over_control"] = paired_difference(loads["tuned"], loads["control"])
-    result["nll_tuned_over_control"] = _nll_ratio(rows["tuned"], rows["control"])
+    result["nll_tuned_over_control"] = paired_difference(_nll(rows["tuned"]), _nll(rows["control"]))
     Path(options.output).write_text(json.dumps(result, indent=1, default=float))
     print(json.dumps(result, default=float))
 
 
-def _nll_ratio(tuned: dict, control: dict, num_bootstrap: int = 2000) -> dict[str, float]:
-    """Ratio of token-weighted NLLs with its 95 percent interval, sequences resampled together."""
-    a, b = np.asarray(tuned["nll"], float), np.asarray(control["nll"], float)
-    tokens = np.asarray(tuned["tokens"], float)
-    a, b = a * tokens, b * tokens
-    picks = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1 / len(a)), size=num_bootstrap)
-    low, high = np.quantile((picks @ a) / (picks @ b), [0.025, 0.975])
-    return {"ratio": float(a.sum() / b.sum()), "low": float(low), "high": float(high)}
+def _nll(rows: dict) -> dict:
+    """Likelihoods in the form that paired_difference compares: sums per sequence, and its tokens."""
+    return {"per_sequence": {"loads": rows["nll"], "tokens": rows["tokens"]}}
 
 
 if __name__ == "__main__":

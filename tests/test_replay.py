@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_prediction_is_read_once_and_counted(olmoe_store):
     context = model.melinoe_context
     scores = np.zeros((2, 8))
     scores[:, [2, 6]] = 1.0
-    context.predict = lambda prompt: scores
+    context.predictor = SimpleNamespace(scores=lambda prompt: scores, prior_tokens=200.0)
     reads = []
     original = context.pager.reader.read
     context.pager.reader.read = lambda layer, expert, memory: (

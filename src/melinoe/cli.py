@@ -205,9 +205,7 @@ def tune(
         float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
     ] = None,
     lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="boundary (default), clipped, or paper.")
-    ] = None,
+    objective: Annotated[str | None, typer.Option(help="boundary (default), clipped, or paper.")] = None,
     slots: Annotated[
         int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
     ] = None,

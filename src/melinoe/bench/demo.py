@@ -271,10 +271,11 @@ class _Demo:
         sizes = sorted({max(1, experts // 8), self.slots, 3 * experts // 8, experts // 2, 3 * experts // 4})
         results: dict[str, Any] = {}
         for name, trace in traces.items():
-            scores = None
             if name == "tuned":
-                scores = self._predicted(trace)
-                predicted = simulate(trace, "decay", self.slots, predictor_scores=scores, per_sequence=True)
+                scores, worth = self._predicted(trace)
+                predicted = simulate(
+                    trace, "decay", self.slots, predictor_scores=scores, prior_tokens=worth, per_sequence=True
+                )
                 results["tuned + predictor"] = predicted["results"]
             results[name] = simulate(trace, "decay,lru,belady", self.slots, per_sequence=True)["results"]
             others = [size for size in sizes if size != self.slots]
@@ -297,10 +298,10 @@ class _Demo:
         )
         return {"results": results, "pairs": pairs}
 
-    def _predicted(self, trace: Trace) -> np.ndarray:
+    def _predicted(self, trace: Trace) -> tuple[np.ndarray, float]:
         model, _ = load_resident(self.models["tuned"])
         predictor = Predictor.load(self.predictor_path, model)
-        return np.stack([predictor.scores(prompt) for prompt in trace.prompts()])
+        return np.stack([predictor.scores(prompt) for prompt in trace.prompts()]), predictor.prior_tokens
 
     def measure_speed(self) -> dict[str, Any]:
         self.stages.start(f"widening the experts to records of {format_bytes(RECORD_BYTES)} and converting")

@@ -7,18 +7,18 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, fingerprint
 from melinoe.offload import budget
-from melinoe.offload.context import PassContext, Scores
+from melinoe.offload.context import PassContext
 from melinoe.offload.device import DeviceReader
 from melinoe.offload.experts import NAME
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
 from melinoe.offload.store import Store, open_store
+from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import make_policy
 
 
@@ -76,7 +76,9 @@ def attach(model: Any, store: Store, settings: Any) -> None:
     policy = make_policy(settings.policy, len(store.layers), num_experts, plan.slots)
     reader = DeviceReader(store, model.device) if model.device.type != "cpu" else None
     pager = ExpertPager(store, plan.slots, policy, reader=reader)
-    context = PassContext(pager, _predictor(model, settings.predictor))
+    context = PassContext(
+        pager, Predictor.load(settings.predictor, model) if settings.predictor is not None else None
+    )
     context.attach(model)
     for index, (_, module) in enumerate(experts_modules(model)):
         module.melinoe_layer, module.melinoe_context = index, context  # type: ignore[assignment]
@@ -92,19 +94,6 @@ def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
         "an offloaded model has no experts in memory, save_pretrained would lose them",
         next_step="copy the store folder, or save the checkpoint it was made from",
     )
-
-
-def _predictor(model: Any, path: str | None) -> Scores | None:
-    if path is None:
-        return None
-    from melinoe.prediction.predictor import Predictor
-
-    predictor = Predictor.load(path, model)
-
-    def scores(prompt: list[int]) -> np.ndarray:
-        return predictor.scores(prompt)
-
-    return scores
 
 
 def check_fingerprint(model: nn.Module, expected: str, what: str) -> None:

@@ -6,7 +6,6 @@ attention mask and the cache, and leaves a note here for all layers of the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,15 @@ import torch
 from torch import nn
 
 from melinoe.offload.pager import ExpertPager
+from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import DECODE, PREFILL, Call
-
-Scores = Callable[[list[int]], np.ndarray]  # prompt's token ids -> [L, E]
 
 
 class PassContext:
     """The note of the current forward pass, and where requests begin."""
 
-    def __init__(self, pager: ExpertPager, predict: Scores | None = None) -> None:
-        self.pager, self.predict = pager, predict
+    def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
+        self.pager, self.predictor = pager, predictor
         self.phase = PREFILL
         self.ages = self.valid = np.empty(0)
 
@@ -57,11 +55,12 @@ class PassContext:
             self.pager.statistics.prefill_tokens += count
 
     def _begin(self, ids: torch.Tensor | None, valid: np.ndarray) -> None:
-        scores = None
-        if self.predict is not None and ids is not None:
-            prompts = [row[keep].tolist() for row, keep in zip(ids.cpu().numpy(), valid, strict=True)]
-            scores = np.mean([self.predict(prompt) for prompt in prompts if prompt], axis=0)
-        self.pager.policy.begin(scores)
+        if self.predictor is None or ids is None:
+            self.pager.policy.begin()
+            return
+        prompts = [row[keep].tolist() for row, keep in zip(ids.cpu().numpy(), valid, strict=True)]
+        scores = np.mean([self.predictor.scores(prompt) for prompt in prompts if prompt], axis=0)
+        self.pager.policy.begin(scores, self.predictor.prior_tokens)
 
     def call(self, indices: np.ndarray) -> Call:
         """The policy's view of one layer's call. indices: [T, K]."""

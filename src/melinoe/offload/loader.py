@@ -18,6 +18,7 @@ from melinoe.offload.convert import convert, local_folder
 from melinoe.offload.machine import usable_device
 from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import is_store, open_store
+from melinoe.prediction.network import Predictor
 
 
 def load(
@@ -81,9 +82,7 @@ def load(
 
         apply_adapter(model, Path(adapter))
     if predictor is not None:
-        from melinoe.prediction.predictor import Predictor
-
-        model.melinoe_context.predict = Predictor.load(predictor, model).scores
+        model.melinoe_context.predictor = Predictor.load(predictor, model)
     return model.eval()
 
 

@@ -162,7 +162,11 @@ class LocalityTrainer(Trainer):
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}:{name}": value for key, value in moments.items()}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(tensors, new / WEIGHTS, {"skipped_steps": str(self.skipped_steps), "nll_level": repr(self.losses.nll_level)})
+        save_file(
+            tensors,
+            new / WEIGHTS,
+            {"skipped_steps": str(self.skipped_steps), "nll_level": repr(self.losses.nll_level)},
+        )
         self.state.save_to_json(str(new / STATE))
         replace_folder(new, self.folder / CHECKPOINT)
 

@@ -87,7 +87,11 @@ class TuningLosses:
         nll_weight = completion_tokens / tokens_per_step[0]
         scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
         total = nll_weight * nll
-        strength = self._level(float(nll.detach())) if settings.relative and settings.objective == "boundary" else 1.0
+        strength = (
+            self._level(float(nll.detach()))
+            if settings.relative and settings.objective == "boundary"
+            else 1.0
+        )
         if settings.lambda_cs > 0:
             total = total + strength * settings.lambda_cs * scored_weight * misses
         if settings.lambda_rm > 0:

@@ -24,7 +24,9 @@ def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch
     return requests_TE.detach() + (probabilities_TE - probabilities_TE.detach())
 
 
-def boundary_surrogate(logits_TE: torch.Tensor, requests_TE: torch.Tensor, temperature: float) -> torch.Tensor:
+def boundary_surrogate(
+    logits_TE: torch.Tensor, requests_TE: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """A stand-in for p_f in the backward pass of r(t): the gradient of a soft top-K at its boundary.
 
     Through p_f the loss moves experts in proportion to their probability: most of all the first choice,

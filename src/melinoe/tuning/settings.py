@@ -12,7 +12,11 @@ Objective = Literal["boundary", "clipped", "paper"]
 
 
 # (lambda_cs, lambda_rm) where none are given: the paper's, and what won on held-out rows (docs/log.md)
-WEIGHTS: dict[str, tuple[float, float]] = {"paper": (0.5, 0.1), "clipped": (1.0, 0.1), "boundary": (0.045, 0.02)}
+WEIGHTS: dict[str, tuple[float, float]] = {
+    "paper": (0.5, 0.1),
+    "clipped": (1.0, 0.1),
+    "boundary": (0.045, 0.02),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ class TuneSettings:
     dtype: Literal["float32", "auto"] | None = None
 
     def __post_init__(self) -> None:
-        for name, default in zip(("lambda_cs", "lambda_rm"), WEIGHTS.get(self.objective, (0.0, 0.0)), strict=True):
+        for name, default in zip(
+            ("lambda_cs", "lambda_rm"), WEIGHTS.get(self.objective, (0.0, 0.0)), strict=True
+        ):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
 

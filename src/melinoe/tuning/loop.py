@@ -124,7 +124,7 @@ class LocalityTrainer(Trainer):
         return min(1.0, share)
 
     def _learning_rate_at(self, step: int) -> float:
-        """Linear warm-up over the first steps, then linear to a tenth."""
+        """Linear warm-up over the first steps, then linear to FINAL_LEARNING_RATE."""
         warm = (step + 1) / max(1.0, self.settings.warmup * self.settings.max_steps)
         return min(1.0, warm) * (1 - (1 - FINAL_LEARNING_RATE) * self.done_share(step))
 

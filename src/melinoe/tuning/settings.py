@@ -23,7 +23,7 @@ WEIGHTS: dict[str, tuple[float, float]] = {
 class TuneSettings:
     """Settings of one tuning run.
 
-    max_steps: optimizer steps. The learning rate falls to a tenth over them (or over the time limit).
+    max_steps: optimizer steps. The learning rate falls to zero over them (or over the time limit).
     lambda_cs, lambda_rm: weights of the cache simulation and the rank matching loss (Eq. 6); both 0 is
         the control, the same fine-tune without locality.
     objective: "paper" is Eq. 4 as printed; "clipped" counts a slot once, 1 - min(c, 1); "boundary" is clipped

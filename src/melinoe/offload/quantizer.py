@@ -65,6 +65,10 @@ class MelinoeQuantizer(HfQuantizer):
         from melinoe.offload import attach
 
         attach.attach(model, self.store, self.quantization_config)
+        # nothing is quantised: jamba's mamba layers would take another path, with another rounding
+        for module in model.modules():
+            if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized  # its presence counts, not its value
         return model
 
     def is_serializable(self) -> bool:

@@ -15,6 +15,7 @@ from melinoe.moe import fingerprint, moe_layers
 from melinoe.offload.budget import Budget
 from melinoe.offload.context import PassContext
 from melinoe.offload.convert import convert, local_folder
+from melinoe.offload.layout import FIELD_ALIGNMENT
 from melinoe.offload.machine import usable_device
 from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import is_store, open_store
@@ -77,6 +78,7 @@ def load(
             allowed=store.fingerprint,
             next_step="convert again",
         )
+    align(model)
     if adapter is not None:
         from melinoe.offload.adapter import apply_adapter
 
@@ -133,11 +135,24 @@ def load_resident(
     folder = local_folder(resolved)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     moe_layers(model)
+    align(model)
     if adapter is not None:
         from melinoe.offload.adapter import apply_adapter
 
         apply_adapter(model, Path(adapter))
     return model.eval(), load_tokenizer(folder)
+
+
+def align(model: Any) -> None:
+    """Moves weights that start inside a cache line to the start of one.
+
+    from_pretrained maps CPU weights straight from the file, wherever its header left them, and matrix
+    libraries may round differently at another alignment (seen: MKL on an AMD EPYC, last bit). So a result
+    would depend on the length of a file's header.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % FIELD_ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def load_tokenizer(source: str | Path) -> Any:

@@ -31,7 +31,7 @@ def data_path(cache_folder: str | Path | None = None) -> Path:
 
     root = Path(cache_folder or os.environ.get("MELINOE_HOME") or Path.home() / ".cache" / "melinoe")
     digest = hashlib.blake2b(f"{TRAIN_ROWS} {VALID_ROWS} {TEST_ROWS} {DATA_SEED}".encode(), digest_size=6)
-    for name in ("workload.py", "tasks_numbers.py", "tasks_text.py"):
+    for name in ("workload.py", "tasks_mental.py", "tasks_numbers.py", "tasks_text.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     folder = root / f"tiny-data-{digest.hexdigest()}"
     if folder.is_dir():

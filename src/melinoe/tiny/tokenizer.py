@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from melinoe.tiny.workload import rows
+from melinoe.tiny.workload import STEPWISE, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,9 +44,9 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (
-        text for row in rows("train", TRAINING_ROWS, seed) for text in (row["prompt"], row["completion"])
-    )
+    # mental arithmetic is digits, which are tokens of their own: it has nothing to teach here
+    examples = rows("train", TRAINING_ROWS, seed, list(STEPWISE))
+    texts = (text for row in examples for text in (row["prompt"], row["completion"]))
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

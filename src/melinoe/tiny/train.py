@@ -1,7 +1,10 @@
-"""Train the embedded model: `python -m melinoe.tiny.train --output-dir D --minutes 75`.
+"""Train the embedded model, in two runs:
+
+    python -m melinoe.tiny.train --output-dir D --minutes 85 --tasks stepwise
+    python -m melinoe.tiny.train --output-dir E --steps 2400 --start-from D/model --peak-rate 1e-3 --seed 1
 
 A small OLMoE (6 layers, 32 experts, top-4, width 128) learns the workload from rows made on the
-fly. The run is seeded; with `--steps` it is the same run every time, with `--minutes` the learning
+fly: first the tasks with written steps, then all of them. A run is seeded; with `--steps` it is the same run every time, with `--minutes` the learning
 rate follows the clock. `--resume` continues from D/checkpoint; D/model always holds the latest
 weights in bfloat16 with tokenizer and train_report.json. `--evaluate` scores D/model by generation
 on rows of the test split. Progress goes to stderr, the final table to stdout.
@@ -24,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from melinoe.tiny import evaluate, experts
 from melinoe.tiny.batches import Batch, batches
 from melinoe.tiny.tokenizer import build_tokenizer
-from melinoe.tiny.workload import TASKS, rows
+from melinoe.tiny.workload import STEPWISE, TASKS, rows
 
 LINES, SIZE = 32, 128  # one step is 32 packed lines of 128 tokens
 PEAK_LEARNING_RATE = 3e-3
@@ -78,18 +81,18 @@ def loss_function(model: Any, batch: Batch) -> torch.Tensor:
     return loss + BALANCE_WEIGHT * (balance - config.num_experts_per_tok)
 
 
-def learning_rate(step: int, progress: float) -> float:
+def learning_rate(peak: float, step: int, progress: float) -> float:
     """Warm-up, flat, then linear to zero; `progress` runs from 0 to 1 over the run."""
     decay = 1.0 if progress < DECAY_FROM else max(0.0, (1 - progress) / (1 - DECAY_FROM))
-    return PEAK_LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * decay
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module, peak: float) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), eps=1e-9, fused=True)
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -149,25 +152,34 @@ def load_checkpoint(model: Any, optimizer: torch.optim.AdamW, folder: Path) -> d
 
 def train(options: argparse.Namespace) -> None:
     """The whole run: see the module docstring."""
-    from transformers import OlmoeForCausalLM
+    from transformers import AutoTokenizer, OlmoeForCausalLM
 
     torch.manual_seed(options.seed)
     output = Path(options.output_dir)
-    tokenizer = build_tokenizer(options.seed)
+    before = None  # the report of the run that this one starts from
+    if options.start_from:
+        tokenizer = AutoTokenizer.from_pretrained(options.start_from)  # another would undo what was learned
+        before = json.loads((Path(options.start_from) / "train_report.json").read_text())
+    else:
+        tokenizer = build_tokenizer(options.seed)
     config = make_config(len(tokenizer))
     config._experts_implementation = experts.register(compile_kernels=options.compile)
     config._attn_implementation = "sdpa"
     model = OlmoeForCausalLM(config).train()
-    optimizer = make_optimizer(model)
+    if options.start_from:
+        weights = OlmoeForCausalLM.from_pretrained(options.start_from, dtype=torch.float32).state_dict()
+        model.load_state_dict(weights)
+    optimizer = make_optimizer(model, options.peak_rate)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "block": 0, "seed": options.seed}
     if options.resume:
         state = load_checkpoint(model, optimizer, output)
         state["block"] += 1  # the rest of the interrupted block is left out
         state["resumed_at_steps"] = [*state.get("resumed_at_steps", []), state["step"]]
     compute = torch.compile(loss_function, dynamic=False) if options.compile else loss_function
+    tasks = list(STEPWISE if options.tasks == "stepwise" else TASKS)
     extra = [name for name in (options.extra or "").split(",") if name]
-    source = batches(tokenizer, options.seed, LINES, SIZE, state["block"], [*TASKS, *extra])
-    valid = rows("valid", 20 * len(TASKS), 1)
+    source = batches(tokenizer, options.seed, LINES, SIZE, state["block"], [*tasks, *extra])
+    valid = rows("valid", 20 * len(tasks), 1, tasks)
     started, saved, smooth = time.monotonic() - state["seconds"], time.monotonic(), 0.0
     logged = (time.monotonic(), state["tokens"])
 
@@ -175,7 +187,9 @@ def train(options: argparse.Namespace) -> None:
         return {
             **state,
             "minutes": round(state["seconds"] / 60, 1),
+            "tasks": options.tasks,
             "extra_tasks": extra,
+            "before": before,
             "command": "python -m melinoe.tiny.train " + " ".join(sys.argv[1:]),
             "config": config.to_diff_dict(),
             "valid": scores,
@@ -190,7 +204,7 @@ def train(options: argparse.Namespace) -> None:
         if progress >= 1:
             break
         block, batch = next(source)
-        rate = learning_rate(state["step"], progress)
+        rate = learning_rate(options.peak_rate, state["step"], progress)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = compute(model, batch)
@@ -248,6 +262,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="length of the run in steps (reproducible)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--tasks", choices=("all", "stepwise"), default="all")
+    parser.add_argument("--start-from", help="weights to start with: the model folder of an earlier run")
+    parser.add_argument("--peak-rate", type=float, default=PEAK_LEARNING_RATE)
     parser.add_argument("--extra", help="tasks that come once more often, separated by commas")
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

@@ -1,7 +1,7 @@
-"""The embedded workload: twenty kinds of text task with exact answers, made here and endless.
+"""The embedded workload: 24 kinds of text task with exact answers, made here and endless.
 
-A row is {"task", "prompt", "completion"}; the completion writes out its steps and ends in a line
-`answer: X`. A prompt belongs to exactly one split, decided by a hash of the prompt, so that no
+A row is {"task", "prompt", "completion"}; the completion writes out its steps (those of `STEPWISE`;
+mental arithmetic has none) and ends in a line `answer: X`. A prompt belongs to exactly one split, decided by a hash of the prompt, so that no
 split ever sees another's prompts, whatever the seed. Standard library only: the generator runs
 inside training and in tests. Operand ranges are stated in each task's docstring.
 """
@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-from melinoe.tiny import tasks_numbers, tasks_text
+from melinoe.tiny import tasks_mental, tasks_numbers, tasks_text
 
 SPLITS = ("train", "valid", "test")
-TASKS: dict[str, Callable[[Random], tuple[str, str]]] = {**tasks_numbers.TASKS, **tasks_text.TASKS}
+Task = Callable[[Random], tuple[str, str]]
+STEPWISE: dict[str, Task] = {**tasks_numbers.TASKS, **tasks_text.TASKS}
+TASKS: dict[str, Task] = {**STEPWISE, **tasks_mental.TASKS}
 
 
 def split_of(prompt: str) -> str:

@@ -1,7 +1,7 @@
 """Train the embedded model, in two runs:
 
-    python -m melinoe.tiny.train --output-dir D --minutes 85 --tasks stepwise
-    python -m melinoe.tiny.train --output-dir E --steps 2400 --start-from D/model --peak-rate 1e-3 --seed 1
+    python -m melinoe.tiny.train --output-dir D --minutes 85 --tasks stepwise --extra lookup,count,divide,compare
+    python -m melinoe.tiny.train --output-dir E --steps 2000 --start-from D/model --peak-rate 1e-3 --seed 1
 
 A small OLMoE (6 layers, 32 experts, top-4, width 128) learns the workload from rows made on the
 fly: first the tasks with written steps, then all of them. A run is seeded; with `--steps` it is the same run every time, with `--minutes` the learning

@@ -72,11 +72,19 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
 Adapter = Annotated[Path | None, typer.Option(help="What `melinoe tune` wrote.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
+Packed = Annotated[
+    bool | None,
+    typer.Option("--packed/--expanded", help="How slots hold the records of an int8 or int4 store."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
 def _print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, allow_nan=False, default=float))
+
+
+def _slots_format(packed: bool | None) -> str | None:
+    return None if packed is None else "packed" if packed else "expanded"
 
 
 SMALL_MODEL_BYTES = 200 * 2**20
@@ -101,7 +109,15 @@ def _prepare(model: str) -> None:
 
 
 @app.command(short_help="Write a store: experts as records.")
-def convert(source: str, target: Path, as_json: Json = False, quiet: Quiet = False) -> None:
+def convert(
+    source: str,
+    target: Path,
+    format: Annotated[
+        str, typer.Option(help="Of the experts: auto (the checkpoint's own dtype), int8 or int4.")
+    ] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
     """Write a store: the checkpoint with each expert as one record on disk.
 
     An interrupted call goes on where it stopped; a half-written store never loads.
@@ -110,21 +126,25 @@ def convert(source: str, target: Path, as_json: Json = False, quiet: Quiet = Fal
     from melinoe.config import format_bytes
     from melinoe.offload.convert import convert as run
 
-    store = run(source, target, progress=not quiet)
+    store = run(source, target, format=format, progress=not quiet)
     records = sum(layer.num_experts for layer in store.layers)
-    size = sum(layer.num_experts * layer.layout.record_bytes for layer in store.layers)
+    size, plain = store.expert_bytes, store.expanded_bytes
     result = {
         "store": str(target),
         "layers": len(store.layers),
         "records": records,
         "record_bytes": store.max_record_bytes,
+        "format": store.record_format,
         "expert_bytes": size,
+        "saved_bytes": plain - size,
         "fingerprint": store.fingerprint,
     }
     if as_json:
         return _print_json(result)
+    saved = f", {store.record_format}: {format_bytes(plain - size)} less ({size / plain:.0%} of {format_bytes(plain)})"
     print(
         f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all"
+        + (saved if store.record_format != "auto" else "")
     )
 
 
@@ -144,6 +164,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    packed: Packed = None,
     as_json: Json = False,
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
@@ -155,7 +176,14 @@ def generate(
     if not text.strip():
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
     loaded = load(
-        model, adapter=adapter, predictor=predictor, memory=memory, slots=slots, policy=policy, device=device
+        model,
+        adapter=adapter,
+        predictor=predictor,
+        memory=memory,
+        slots=slots,
+        policy=policy,
+        device=device,
+        slots_format=_slots_format(packed),
     )
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     tokenizer = load_tokenizer(model)
@@ -181,6 +209,7 @@ def plan(
     slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of KV cache to set aside.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    packed: Packed = None,
     as_json: Json = False,
 ) -> None:
     """Say what a memory budget buys, without loading weights."""
@@ -188,7 +217,7 @@ def plan(
     from melinoe.offload.planning import describe
     from melinoe.offload.planning import plan as run
 
-    result = run(model, memory, slots, context=context, device=device)
+    result = run(model, memory, slots, context=context, device=device, slots_format=_slots_format(packed))
     if as_json:
         return _print_json(result)
     print(describe(result))

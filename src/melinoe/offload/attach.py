@@ -14,7 +14,9 @@ from melinoe.moe import experts_modules, fingerprint
 from melinoe.offload import budget
 from melinoe.offload.context import PassContext
 from melinoe.offload.device import DeviceReader
+from melinoe.offload.expansion import buffer_bytes, slot_records, slots_packed
 from melinoe.offload.experts import NAME
+from melinoe.offload.formats import packing_of
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
 from melinoe.offload.store import Store, open_store
@@ -39,8 +41,13 @@ def open_for(model: nn.Module, folder: Path) -> Store:
         )
     for (name, module), layer in zip(modules, store.layers, strict=True):
         layout = RecordLayout.of(module)
-        if layout != layer.layout or module.num_experts != layer.num_experts:
-            stored = layer.layout.fields[0]
+        packing = packing_of(store.record_format, layout, bool(module.is_transposed))
+        expected_layout = layout if packing is None else packing.record_layout()
+        if (expected_layout, packing) != (
+            layer.layout,
+            layer.packing,
+        ) or module.num_experts != layer.num_experts:
+            stored = (layer.packing.expanded if layer.packing else layer.layout).fields[0]
             expected = layout.fields[0]
             raise MelinoeError(
                 f"the records of {name} in {folder} do not fit the model",
@@ -63,19 +70,25 @@ def attach(model: Any, store: Store, settings: Any) -> None:
     """Attaches pager and context to a stripped model.
 
     Args:
-        settings: the quantizer's config: slots, memory, policy, predictor.
+        settings: the quantizer's config: slots, memory, policy, predictor, slots_format.
     """
-    records = [(layer.num_experts, layer.layout.record_bytes) for layer in store.layers]
-    extra = settings.extra_bytes
+    packed = slots_packed(store, settings.slots_format)
+    extra, beside = settings.extra_bytes, buffer_bytes(store, packed)
     plan = budget.derive(
-        model, records, settings.memory, settings.slots, extra_bytes=extra, device=model.device
+        model,
+        slot_records(store, packed),
+        settings.memory,
+        settings.slots,
+        extra_bytes=extra,
+        buffer_bytes=beside,
+        device=model.device,
     )
     if settings.memory is None and settings.slots is None:
         print(f"melinoe: no budget given, using what is free: {plan}", file=sys.stderr)
     num_experts = max(layer.num_experts for layer in store.layers)
     policy = make_policy(settings.policy, len(store.layers), num_experts, plan.slots)
     reader = DeviceReader(store, model.device) if model.device.type != "cpu" else None
-    pager = ExpertPager(store, plan.slots, policy, reader=reader)
+    pager = ExpertPager(store, plan.slots, policy, reader=reader, packed=packed)
     context = PassContext(
         pager, Predictor.load(settings.predictor, model) if settings.predictor is not None else None
     )

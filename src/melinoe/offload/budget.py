@@ -69,17 +69,19 @@ def derive(
     *,
     context: int | None = None,
     extra_bytes: int = 0,
+    buffer_bytes: int = 0,
     device: torch.device | None = None,
 ) -> Budget:
     """The plan for a model without its experts (stripped already, weights loaded or not).
 
     Args:
-        records: (number of experts, record bytes) of each MoE layer.
+        records: (number of experts, bytes of a slot) of each MoE layer.
         memory: all bytes the model may use, or a share of what is free ("80%"); None with `slots` None: most
             of what is free.
         slots: records per layer; overrides `memory`.
         context: tokens of KV cache to set aside; None: the model's, at most DEFAULT_CONTEXT.
         extra_bytes: other things that stay in memory, such as an adapter.
+        buffer_bytes: what packed records are expanded with; counted with the staging records.
         device: whose free memory counts.
 
     Raises:
@@ -93,7 +95,7 @@ def derive(
     )
     cache = context * _cache_bytes_per_token(model)
     work = min(context, PREFILL_CHUNK) * experts_per_token(model) * config.hidden_size * element
-    staging = STAGING_RECORDS * max(size for _, size in records)
+    staging = STAGING_RECORDS * max(size for _, size in records) + buffer_bytes
     per_slot = sum(size for _, size in records)
     most = max(count for count, _ in records)
     fixed = resident + cache + work + staging

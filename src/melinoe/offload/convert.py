@@ -27,6 +27,7 @@ from melinoe.config import format_bytes, resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, moe_layers
 from melinoe.offload import checkpoint
+from melinoe.offload.formats import Packing, check_format, packing_of
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.store import (
     Store,
@@ -43,20 +44,23 @@ STATE = "convert-state.json"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
-def convert(source: str | Path, target: str | Path, *, progress: bool = True) -> Store:
+def convert(source: str | Path, target: str | Path, *, format: str = "auto", progress: bool = True) -> Store:
     """Writes a store of a mixture-of-experts checkpoint.
 
     Args:
         source: model folder, or `tiny`.
         target: folder to make. It must not exist, or be a store of the same source.
+        format: of the records: auto (the checkpoint's own dtype), int8 or int4 (melinoe.offload.formats).
         progress: show a progress bar on stderr.
 
     Returns:
         The opened store.
 
     Raises:
-        MelinoeError: no such model, a dense model, a target in the way, or a full disk.
+        MelinoeError: no such model or format, a dense model, a target in the way, weights that cannot be
+            rounded, or a full disk.
     """
+    check_format(format)
     resolved = resolve_model(source)
     folder, target = local_folder(resolved), Path(target)
     if is_store(folder):
@@ -71,8 +75,8 @@ def convert(source: str | Path, target: str | Path, *, progress: bool = True) ->
     moe_layers(model)  # a dense model is refused before anything is written
     shards = checkpoint.Shards(folder)
     with _partial_folder(target) as partial:
-        state = _State.open(partial, folder, shards)
-        layers = _write_experts(model, shards, partial, state, progress)
+        state = _State.open(partial, folder, shards, format)
+        layers = _write_experts(model, shards, partial, state, format, progress)
         _write_rest(model, shards, folder, partial)
         _finish(partial, target, layers, state.store_id, str(source))
     return open_store(target)
@@ -114,7 +118,7 @@ def _partial_folder(target: Path) -> Iterator[Path]:
 
 
 class _State:
-    """What an interrupted call has finished: {layer index: stored layer}, for one source."""
+    """What an interrupted call has finished: {layer index: stored layer}, for one source and format."""
 
     def __init__(
         self, path: Path, source: dict[str, Any], store_id: str, layers: dict[int, StoredLayer]
@@ -122,9 +126,9 @@ class _State:
         self.path, self.source, self.store_id, self.layers = path, source, store_id, layers
 
     @classmethod
-    def open(cls, partial: Path, folder: Path, shards: checkpoint.Shards) -> _State:
+    def open(cls, partial: Path, folder: Path, shards: checkpoint.Shards, format: str) -> _State:
         sizes = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in shards.files}
-        source = {"folder": str(folder.resolve()), "files": sizes}
+        source = {"folder": str(folder.resolve()), "files": sizes, "format": format}
         path = partial / STATE
         try:
             data = json.loads(path.read_text())
@@ -146,11 +150,24 @@ class _State:
 
 
 def _write_experts(
-    model: torch.nn.Module, shards: checkpoint.Shards, partial: Path, state: _State, progress: bool
+    model: torch.nn.Module,
+    shards: checkpoint.Shards,
+    partial: Path,
+    state: _State,
+    format: str,
+    progress: bool,
 ) -> list[StoredLayer]:
     expert_plan, _ = checkpoint.plan(model, shards.names())
     modules = experts_modules(model)
-    layouts = [RecordLayout.of(module) for _, module in modules]
+    expanded = [RecordLayout.of(module) for _, module in modules]
+    packings = [
+        packing_of(format, layout, bool(module.is_transposed))
+        for layout, (_, module) in zip(expanded, modules, strict=True)
+    ]
+    layouts = [
+        layout if packing is None else packing.record_layout()
+        for layout, packing in zip(expanded, packings, strict=True)
+    ]
     todo = [index for index in range(len(modules)) if index not in state.layers]
     needed = sum(layouts[i].record_bytes * int(modules[i][1].num_experts) for i in todo)  # type: ignore[arg-type]
     free = shutil.disk_usage(partial).free
@@ -167,9 +184,12 @@ def _write_experts(
         for index in todo:
             name, module = modules[index]
             num_experts = int(module.num_experts)  # type: ignore[arg-type]
-            records = _records(model, shards, expert_plan, name, module, layouts[index])
-            counted = _counted(records, bar, task)
-            layer = write_layer(partial, index, state.store_id, name, num_experts, layouts[index], counted)
+            records = _records(model, shards, expert_plan, name, module, expanded[index])
+            packed = _packed(records, expanded[index], packings[index])
+            layer = write_layer(
+                partial, index, state.store_id, name, num_experts, layouts[index],
+                _counted(packed, bar, task), packings[index],
+            )  # fmt: skip
             state.finished(index, layer)
     return [state.layers[index] for index in range(len(modules))]
 
@@ -207,6 +227,21 @@ def _records(
         for field, stream in streams.items():
             views[field].copy_(next(stream))
         yield memoryview(record.numpy())
+
+
+def _packed(
+    records: Iterator[memoryview], layout: RecordLayout, packing: Packing | None
+) -> Iterator[memoryview]:
+    """The records as they are stored; one buffer, as there is one behind `records`."""
+    if packing is None:
+        yield from records
+        return
+    packed_layout = packing.record_layout()
+    packed = torch.zeros(packed_layout.record_bytes, dtype=torch.uint8)
+    views = packed_layout.views(packed)
+    for record in records:
+        packing.pack(layout.views(torch.frombuffer(record, dtype=torch.uint8)), views)
+        yield memoryview(packed.numpy())
 
 
 def _write_rest(model: torch.nn.Module, shards: checkpoint.Shards, folder: Path, partial: Path) -> None:

@@ -55,12 +55,22 @@ class RecordLayout:
     @classmethod
     def of(cls, module: nn.Module) -> RecordLayout:
         """The layout of an experts module whose parameters are still there (meta tensors will do)."""
-        fields, offset = [], 0
-        for name, parameter in module.named_parameters(recurse=False):
+        parameters = list(module.named_parameters(recurse=False))
+        for name, parameter in parameters:
             assert parameter.shape[0] == module.num_experts, (name, parameter.shape)
-            field = Field(
-                name, tuple(parameter.shape[1:]), str(parameter.dtype).removeprefix("torch."), offset
-            )
+        return cls.build(
+            [
+                (name, tuple(parameter.shape[1:]), str(parameter.dtype).removeprefix("torch."))
+                for name, parameter in parameters
+            ]
+        )
+
+    @classmethod
+    def build(cls, tensors: list[tuple[str, tuple[int, ...], str]]) -> RecordLayout:
+        """The layout of (name, shape, dtype), one after the other."""
+        fields, offset = [], 0
+        for name, shape, dtype in tensors:
+            field = Field(name, shape, dtype, offset)
             fields.append(field)
             offset = _round_up(offset + field.nbytes, FIELD_ALIGNMENT)
         return cls(tuple(fields), _round_up(offset, RECORD_ALIGNMENT))

@@ -15,6 +15,7 @@ from melinoe.moe import fingerprint, moe_layers
 from melinoe.offload.budget import Budget
 from melinoe.offload.context import PassContext
 from melinoe.offload.convert import convert, local_folder
+from melinoe.offload.expansion import slots_packed
 from melinoe.offload.layout import FIELD_ALIGNMENT
 from melinoe.offload.machine import usable_device
 from melinoe.offload.statistics import Statistics
@@ -31,6 +32,7 @@ def load(
     policy: str = "decay",
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    slots_format: str | None = None,
 ) -> Any:
     """Opens a model with its experts paged inside a memory budget.
 
@@ -44,6 +46,8 @@ def load(
         policy: decay (default), lru, lfu or static.
         device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
         dtype: only the store's own.
+        slots_format: of a store converted with `format`: packed (slots hold records as they are stored, expanded
+            at each use) or expanded (to full size when they arrive); None: packed.
 
     Returns:
         A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
@@ -56,6 +60,7 @@ def load(
         raise MelinoeError("give memory or slots, not both", got=f"memory={memory}, slots={slots}")
     folder = store_folder(source)
     store = open_store(folder)
+    slots_packed(store, slots_format)  # refused before anything is loaded
     config = AutoConfig.from_pretrained(folder)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if wanted is not None and wanted != config.dtype:
@@ -65,6 +70,7 @@ def load(
         "slots": slots,
         "memory": memory,
         "policy": policy,
+        "slots_format": slots_format,
         "extra_bytes": _weight_bytes(adapter),
         "predictor": None,  # set below: it may have been fitted to the adapter's routers
     }

@@ -6,16 +6,18 @@ expert's record is in memory: first those that are there, while the others are b
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import torch
 
 from melinoe.offload.device import DeviceReader
+from melinoe.offload.expansion import ExpandingReader, Scratch, slot_layout
 from melinoe.offload.slots import STAGING_RECORDS, Reader, RecordBuffer, SlotBank
 from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import Store
@@ -33,6 +35,7 @@ class ExpertPager:
         policy: decides what stays; made for the same number of layers, experts and slots.
         staging: records that stream what is not kept, shared by all layers.
         reader: what moves records; None: from disk into host memory. A DeviceReader puts the slots on its device.
+        packed: slots hold packed records, expanded at each use; for a store whose records are packed.
     """
 
     def __init__(
@@ -42,27 +45,39 @@ class ExpertPager:
         policy: Policy,
         staging: int = STAGING_RECORDS,
         reader: DeviceReader | None = None,
+        packed: bool = False,
     ) -> None:
         assert staging >= 2, staging
         self.store, self.policy, self.slots = store, policy, slots
         device = reader.device if reader is not None else None
-        self.banks = [SlotBank(min(slots, layer.num_experts), layer.layout, device) for layer in store.layers]
-        self.staging = RecordBuffer(staging, store.max_record_bytes, device)
-        self._staging_views = [
-            [layer.layout.views(self.staging.tensor[i, : layer.layout.record_bytes]) for i in range(staging)]
-            for layer in store.layers
+        self._layouts = [slot_layout(layer, packed) for layer in store.layers]
+        self.banks = [
+            SlotBank(min(slots, layer.num_experts), layout, device)
+            for layer, layout in zip(store.layers, self._layouts, strict=True)
         ]
-        self.reader: Reader | DeviceReader = reader if reader is not None else Reader(store)
+        self.staging = RecordBuffer(staging, max(layout.record_bytes for layout in self._layouts), device)
+        self._staging_views = [
+            [layout.views(self.staging.tensor[i, : layout.record_bytes]) for i in range(staging)]
+            for layout in self._layouts
+        ]
+        self.reader: Reader | DeviceReader | ExpandingReader = reader if reader is not None else Reader(store)
+        self._scratch: Scratch | None = None
+        if store.record_format != "auto" and packed:
+            self._scratch = Scratch(store, device)
+        elif store.record_format != "auto":
+            self.reader = ExpandingReader(self.reader, store)
         self.statistics = Statistics()
         self._lock = threading.RLock()  # decisions follow program order; two threads take turns
 
     @property
     def slot_bytes(self) -> int:
-        """Memory for experts: all slots and the staging records."""
-        return (
-            sum(bank.buffer.tensor.nbytes for bank in self.banks if bank.buffer.count)
-            + self.staging.tensor.nbytes
-        )
+        """Memory for experts: all slots, the staging records, and what packed records are expanded with."""
+        buffers = [bank.buffer for bank in self.banks if bank.buffer.count] + [self.staging]
+        if self._scratch is not None:
+            buffers.append(self._scratch.buffer)
+        if isinstance(self.reader, ExpandingReader):
+            buffers.append(self.reader.buffers)
+        return sum(buffer.tensor.nbytes for buffer in buffers)
 
     def reset(self) -> None:
         """Empties the slots and the policy's memory, after all reads have ended: a cold start."""
@@ -83,7 +98,9 @@ class ExpertPager:
             bank = self.banks[layer]
             in_flight: dict[Future[Any], tuple[int, int | None]] = {}
             try:
-                yield from self._serve(layer, bank, call, in_flight)
+                with contextlib.closing(self._serve(layer, bank, call, in_flight)) as served:
+                    for expert, views in served:
+                        yield expert, views if self._scratch is None else self._scratch.expand(layer, views)
             except BaseException:  # also when the caller stops in the middle, or Ctrl-C
                 wait(in_flight)
                 self.reset()
@@ -91,7 +108,7 @@ class ExpertPager:
 
     def _serve(
         self, layer: int, bank: SlotBank, call: Call, in_flight: dict[Future[Any], tuple[int, int | None]]
-    ) -> Iterator[tuple[int, Views]]:
+    ) -> Generator[tuple[int, Views]]:
         decision = self.policy.request(layer, call)
         self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)
         hits = set(decision.hits)
@@ -110,7 +127,7 @@ class ExpertPager:
         def stream() -> None:
             while streamed and free_staging:
                 expert, index = streamed.popleft(), free_staging.pop()
-                length = self.store.layers[layer].layout.record_bytes
+                length = self._layouts[layer].record_bytes
                 future = self.reader.read(layer, expert, self.staging.record(index, length))
                 in_flight[future] = (expert, index)
 

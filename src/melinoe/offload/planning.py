@@ -15,6 +15,7 @@ from melinoe.moe import experts_modules, experts_per_token, moe_layers
 from melinoe.offload import budget, checkpoint
 from melinoe.offload.attach import strip
 from melinoe.offload.convert import local_folder
+from melinoe.offload.expansion import buffer_bytes, slot_records, slots_packed
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.machine import usable_device
 from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
@@ -30,6 +31,7 @@ def plan(
     *,
     context: int | None = None,
     device: str = "cpu",
+    slots_format: str | None = None,
     measure_seconds: float = 1.0,
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast decoding can be at best.
@@ -38,6 +40,7 @@ def plan(
         source: a store or a checkpoint; only its config is read, and for a store some records, to measure.
         memory, slots: as for `melinoe.load`.
         context: tokens of KV cache to set aside.
+        slots_format: packed or expanded, as for `melinoe.load`.
         measure_seconds: how long to read records for the bandwidth; 0: not at all.
 
     Returns:
@@ -55,16 +58,20 @@ def plan(
     moe_layers(model)
     store = open_store(folder) if is_store(folder) else None
     if store is not None:
-        records = [(layer.num_experts, layer.layout.record_bytes) for layer in store.layers]
+        packed = slots_packed(store, slots_format)
+        records, beside = slot_records(store, packed), buffer_bytes(store, packed)
+        read_bytes = [layer.layout.record_bytes for layer in store.layers]
     else:
+        beside = 0
         records = [
             (int(module.num_experts), RecordLayout.of(module).record_bytes)  # type: ignore[arg-type]
             for _, module in experts_modules(model)
         ]
+        read_bytes = [size for _, size in records]
     strip(model)
-    derived = budget.derive(model, records, memory, slots, context=context, device=place)
+    derived = budget.derive(model, records, memory, slots, context=context, buffer_bytes=beside, device=place)
     top_k = experts_per_token(model)
-    per_token = top_k * sum(size for _, size in records)
+    per_token = top_k * sum(read_bytes)
     bandwidth = (
         record_bandwidth(store, measure_seconds) if store is not None and measure_seconds > 0 else None
     )
@@ -72,7 +79,8 @@ def plan(
     return {
         "budget": {**vars(derived), "total_bytes": derived.total_bytes, "text": str(derived)},
         "num_experts": max(count for count, _ in records),
-        "record_bytes": max(size for _, size in records),
+        "record_bytes": max(read_bytes),
+        "slot_bytes": max(size for _, size in records),
         "records_per_token": top_k * len(records),
         "bytes_per_token": per_token,
         "bandwidth": bandwidth,

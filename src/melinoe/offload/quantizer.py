@@ -28,6 +28,7 @@ class MelinoeConfig(QuantizationConfigMixin):
         memory: bytes, or text such as "4GiB". None: from MELINOE_MEMORY, else what is free.
         policy: what decides who stays: decay, lru, lfu, static.
         predictor: path of a predictor, or None.
+        slots_format: packed or expanded, for a store with packed records; None: the default.
         extra_bytes: memory that the budget must leave for something else, such as an adapter.
     """
 
@@ -38,12 +39,14 @@ class MelinoeConfig(QuantizationConfigMixin):
         policy: str = "decay",
         predictor: str | None = None,
         extra_bytes: int = 0,
+        slots_format: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.slots = slots
         self.memory = memory if memory is not None else os.environ.get("MELINOE_MEMORY")
         self.policy, self.predictor, self.extra_bytes = policy, predictor, extra_bytes
+        self.slots_format = slots_format
 
 
 @register_quantizer(METHOD)

@@ -22,9 +22,11 @@ from typing import Any
 
 from melinoe.config import RECORD_ALIGNMENT
 from melinoe.errors import MelinoeError
+from melinoe.offload.formats import Packing
 from melinoe.offload.layout import RecordLayout
 
 FORMAT, FORMAT_VERSION = "melinoe-store", 1
+PACKED_VERSION = 2  # of a store with packed records, which a reader of version 1 must refuse
 MANIFEST = "melinoe.json"
 
 
@@ -34,7 +36,10 @@ def record_file_name(layer: int) -> str:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One MoE layer on disk. checksums: CRC-32 of each record."""
+    """One MoE layer on disk. layout: of a record as it is stored. checksums: CRC-32 of each record.
+
+    packing: how the layout follows from the module's own; None: it is the module's own.
+    """
 
     experts_name: str
     file: str
@@ -42,6 +47,7 @@ class StoredLayer:
     layout: RecordLayout
     data_start: int  # byte offset of record 0
     checksums: tuple[int, ...]
+    packing: Packing | None = None
 
     def offset(self, expert: int) -> int:
         return self.data_start + expert * self.layout.record_bytes
@@ -64,6 +70,26 @@ class Store:
     @property
     def max_record_bytes(self) -> int:
         return max(layer.layout.record_bytes for layer in self.layers)
+
+    @property
+    def record_format(self) -> str:
+        """auto (the model's own dtype), int8 or int4."""
+        packing = self.layers[0].packing if self.layers else None
+        return packing.format if packing is not None else "auto"
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all records, padding included."""
+        return sum(layer.num_experts * layer.layout.record_bytes for layer in self.layers)
+
+    @property
+    def expanded_bytes(self) -> int:
+        """Bytes that the records would have in the model's own dtype."""
+        layouts = [layer.packing.expanded if layer.packing else layer.layout for layer in self.layers]
+        return sum(
+            layer.num_experts * layout.record_bytes
+            for layer, layout in zip(self.layers, layouts, strict=True)
+        )
 
     def path(self, layer: int) -> Path:
         return self.folder / self.layers[layer].file
@@ -104,11 +130,13 @@ def write_layer(
     num_experts: int,
     layout: RecordLayout,
     records: Iterable[Any],
+    packing: Packing | None = None,
 ) -> StoredLayer:
     """Writes one record file, complete or not at all.
 
     Args:
         records: one bytes-like of `layout.record_bytes` per expert, in order; taken one at a time.
+        packing: how they are packed, for the manifest.
     """
     header = _header(store_id, layer, num_experts, layout.record_bytes)
     path = folder / record_file_name(layer)
@@ -126,7 +154,7 @@ def write_layer(
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     assert len(checksums) == num_experts, (len(checksums), num_experts)
     partial.replace(path)
-    return StoredLayer(experts_name, path.name, num_experts, layout, len(header), tuple(checksums))
+    return StoredLayer(experts_name, path.name, num_experts, layout, len(header), tuple(checksums), packing)
 
 
 def layer_to_json(layer: StoredLayer) -> dict[str, Any]:
@@ -137,6 +165,7 @@ def layer_to_json(layer: StoredLayer) -> dict[str, Any]:
         "data_start": layer.data_start,
         "layout": layer.layout.to_json(),
         "checksums": list(layer.checksums),
+        **({} if layer.packing is None else {"packing": layer.packing.to_json()}),
     }
 
 
@@ -149,6 +178,7 @@ def layer_from_json(data: dict[str, Any]) -> StoredLayer:
         layout,
         data["data_start"],
         tuple(data["checksums"]),
+        Packing.from_json(data["packing"]) if "packing" in data else None,
     )
 
 
@@ -156,7 +186,8 @@ def write_manifest(store: Store, extra: dict[str, Any]) -> None:
     """Writes melinoe.json, complete or not at all."""
     manifest = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if store.record_format == "auto" else PACKED_VERSION,
+        "record_format": store.record_format,
         "fingerprint": store.fingerprint,
         "store_id": store.store_id,
         "source": store.source,
@@ -188,11 +219,12 @@ def open_store(folder: Path | str) -> Store:
         raise MelinoeError(
             f"{folder / MANIFEST} is damaged", got=error.msg, next_step="convert again"
         ) from None
-    if manifest.get("format") != FORMAT or manifest.get("format_version") != FORMAT_VERSION:
+    versions = (FORMAT_VERSION, PACKED_VERSION)
+    if manifest.get("format") != FORMAT or manifest.get("format_version") not in versions:
         raise MelinoeError(
             f"{folder} has another store format",
             got=f"{manifest.get('format')} {manifest.get('format_version')}",
-            allowed=f"{FORMAT} {FORMAT_VERSION}",
+            allowed=f"{FORMAT} {FORMAT_VERSION} or {PACKED_VERSION}",
             next_step="convert again with this version of melinoe",
         )
     layers = tuple(layer_from_json(layer) for layer in manifest["layers"])

@@ -1,0 +1,182 @@
+"""What a store format costs in quality, saves in bytes, and does to decoding speed.
+
+    python benchmarks/formats.py --model tiny --rows 600 --exact-rows 200 --work W --output result.json
+    python benchmarks/formats.py --model ../shared/models/t0-olmoe --data ../shared/data/t0mix --rows 600 --work W \\
+        --output result.json
+    python benchmarks/formats.py --model tiny --speed --work W --output result.json
+
+Quality: converts to auto, int8 and int4, opens each store with a quarter of the experts in slots, and compares
+on the same held-out rows: NLL, teacher-forced, and exact match of greedy completions where asked for. Intervals:
+95 percent, bootstrap over rows, both formats on the same rows.
+
+Speed (--speed): the model widened to records of real size, each format in packed and expanded slots inside the same
+memory: what is left for slots after the resident weights is --share of the bytes of all experts in the model's own
+dtype. Prompts are cold, one after the other; the median over --repeats, all combinations in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import melinoe
+from melinoe.bench.quality import evaluate
+from melinoe.bench.widen import widen
+from melinoe.config import format_bytes, resolve_model
+from melinoe.generation import generate
+from melinoe.offload.formats import FORMATS
+from melinoe.offload.loader import load_tokenizer, reset_slots
+from melinoe.offload.store import Store, is_store, open_store
+from melinoe.routing.simulate import paired_difference
+from melinoe.tracing import data_rows
+
+
+def stores(source: str | Path, work: Path) -> dict[str, Store]:
+    """One store for each format; what is there already is used again."""
+    for name in FORMATS:
+        if not is_store(work / name):
+            melinoe.convert(source, work / name, format=name, progress=False)
+    return {name: open_store(work / name) for name in FORMATS}
+
+
+def ratio(a: np.ndarray, b: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """sum(a) / sum(b) over the same rows, with its interval."""
+    return paired_difference(
+        {"per_sequence": {"loads": a, "tokens": tokens}}, {"per_sequence": {"loads": b, "tokens": tokens}}
+    )
+
+
+def quality(opened: dict[str, Store], data: str, options: argparse.Namespace) -> dict[str, Any]:
+    """{format: bytes, NLL, perplexity, exact match, and the ratios to auto}."""
+    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
+    for name, store in opened.items():
+        slots = max(1, store.layers[0].num_experts // 4)
+        model = melinoe.load(store.folder, slots=slots)
+        pair = (model, load_tokenizer(store.folder))
+        common = {"split": "test", "per_row": True, "progress": False}
+        scored = evaluate(pair, data, limit=options.rows, metrics=("perplexity",), **common)
+        exact = None
+        if options.exact_rows:
+            exact = evaluate(pair, data, limit=options.exact_rows, metrics=("exact_match",), **common)
+        rows[name] = scored["per_row"] | ({"exact": exact["per_row"]["exact_match"]} if exact else {})
+        found[name] = {
+            "record_bytes": store.max_record_bytes,
+            "expert_bytes": store.expert_bytes,
+            "rows": scored["num_rows"],
+            "tokens": scored["num_tokens"],
+            "nll": scored["nll"],
+            "perplexity": scored["perplexity"],
+            "nll_ratio": ratio(rows[name]["nll"], rows["auto"]["nll"], scored["per_row"]["tokens"]),
+        }
+        if exact:
+            ones = np.ones(exact["num_rows"])
+            found[name] |= {
+                "exact_rows": exact["num_rows"],
+                "exact_match": exact["exact_match"],
+                "exact_ratio": ratio(rows[name]["exact"], rows["auto"]["exact"], ones),
+            }
+        model.melinoe_context.pager.close()
+        print_quality(name, found[name], found["auto"])
+    return found
+
+
+def interval(value: dict[str, float]) -> str:
+    return f"{value['ratio']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
+
+
+def print_quality(name: str, row: dict[str, Any], auto: dict[str, Any]) -> None:
+    """One row of the table in docs/results.md."""
+    exact = f"{row['exact_match']:.3f} | {interval(row['exact_ratio'])}" if "exact_match" in row else "- | -"
+    print(
+        f"| {name} | {row['record_bytes']} | {row['expert_bytes']} | {row['expert_bytes'] / auto['expert_bytes']:.3f} "
+        f"| {row['nll']:.5f} | {row['perplexity']:.4f} | {interval(row['nll_ratio'])} | {exact} |",
+        flush=True,
+    )
+
+
+def speed(opened: dict[str, Store], data: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Decoding speed of every format and kind of slots inside the same memory."""
+    first = melinoe.plan(opened["auto"].folder, slots=0, measure_seconds=0)["budget"]
+    memory = first["total_bytes"] + int(opened["auto"].expanded_bytes * options.share)
+    prompts = [row.prompt for row in data_rows(data, "test", options.prompts)]
+    ways = [("auto", "expanded")] + [(name, way) for name in FORMATS[1:] for way in ("packed", "expanded")]
+    measured: dict[tuple[str, str], list[dict[str, float]]] = {way: [] for way in ways}
+    texts: dict[str, list[str]] = {}
+    for _ in range(options.repeats):
+        for name, way in ways:
+            folder = opened[name].folder
+            model, tokenizer = melinoe.load(folder, memory=memory, slots_format=way), load_tokenizer(folder)
+            tokens, seconds, answers = 0, 0.0, []
+            for prompt in prompts:
+                reset_slots(model)
+                text, one = generate(
+                    model, tokenizer, prompt, max_new_tokens=options.new_tokens, ignore_eos=True
+                )
+                tokens, seconds = tokens + one.generated_tokens - 1, seconds + one.seconds - one.ttft_seconds
+                answers.append(text)
+            assert texts.setdefault(name, answers) == answers, "packed and expanded must say the same"
+            counted = melinoe.stats(model).to_json()
+            measured[name, way].append(
+                {
+                    "slots": melinoe.offload.loader.plan(model).slots,
+                    "tokens_per_second": tokens / seconds,
+                    "hit_rate": counted["hit_rate"],
+                    "bytes_per_token": counted["bytes_per_token"],
+                }
+            )
+            model.melinoe_context.pager.close()
+    result = []
+    print(f"memory {format_bytes(memory)}, records of {format_bytes(opened['auto'].max_record_bytes)}")
+    for (name, way), runs in measured.items():
+        speeds = sorted(run["tokens_per_second"] for run in runs)
+        row = {"format": name, "slots_format": way, **runs[0], "tokens_per_second": statistics.median(speeds)}
+        result.append(row | {"lowest": speeds[0], "highest": speeds[-1], "memory": memory})
+        print(
+            f"| {name} | {way} | {row['slots']} | {row['hit_rate']:.3f} | {format_bytes(row['bytes_per_token'])} "
+            f"| {row['tokens_per_second']:.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f}) |",
+            flush=True,
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--data", help="a folder with test.jsonl; tiny has its own")
+    parser.add_argument("--rows", type=int, default=600)
+    parser.add_argument("--exact-rows", type=int, default=0)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--record-bytes", type=int, default=6 * 2**20, help="with --speed: size of a record")
+    parser.add_argument("--share", type=float, default=0.25)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", required=True, help="a folder for the stores")
+    parser.add_argument("--output", required=True)
+    options = parser.parse_args()
+    work, source = Path(options.work), resolve_model(options.model)
+    work.mkdir(parents=True, exist_ok=True)
+    if options.data is None:
+        from melinoe.tiny import data_path
+
+        options.data = str(data_path())
+    result: dict[str, Any] = {"settings": vars(options)}
+    if options.speed:
+        if not (work / "wide").is_dir():
+            widen(source, work / "wide", options.record_bytes)
+        result["speed"] = speed(stores(work / "wide", work), options.data, options)
+    else:
+        result["quality"] = quality(stores(source, work), options.data, options)
+    Path(options.output).write_text(json.dumps(result, indent=1, default=float))
+
+
+if __name__ == "__main__":
+    main()

@@ -212,7 +212,7 @@ def test_on_a_gpu(int8, slots, slots_format):
 
 
 def test_smaller_records_give_more_slots(olmoe, olmoe_store, tmp_path):
-    """float32 records of 9 KiB of weights: the same memory holds more of them, and never more than it says."""
+    """Packed slots never hold fewer experts in the same memory; the budget is never more than it says."""
     wide = save_checkpoint(tmp_path / "model", "mixtral", torch.bfloat16)
     found = {}
     for name in ("auto", "int8", "int4"):
@@ -342,3 +342,75 @@ def test_a_read_error_stops_the_generation(int8, monkeypatch, slots_format):
 def test_plain_from_pretrained_opens_it(int8):
     model = AutoModelForCausalLM.from_pretrained(int8)
     assert torch.equal(tokens(model, batch()), tokens(melinoe.load(int8, slots=8), batch()))
+
+
+def test_adapter_and_predictor_on_a_packed_store(tmp_path):
+    """The whole method over int8 records: low-rank additions at use, predicted experts preloaded."""
+    from melinoe.generation import generate
+    from melinoe.offload.adapter import apply_adapter
+    from melinoe.offload.loader import load_resident, load_tokenizer, reset_slots
+    from melinoe.prediction.predictor import fit_predictor
+    from melinoe.tracing import trace
+    from text_model import rows, save
+
+    source, text = save(tmp_path / "model"), rows(40)
+    steps = {"max_steps": 4, "batch_tokens": 128, "max_length": 64, "rank": 4, "progress": False}
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in text)
+    )
+    melinoe.tune(source, tmp_path / "train.jsonl", tmp_path / "adapter", **steps)
+    trace(str(source), text, tmp_path / "t", adapter=tmp_path / "adapter", progress=False)
+    tuned = load_resident(source, tmp_path / "adapter")
+    report = fit_predictor(tuned, tmp_path / "t", tmp_path / "p", epochs=1)
+    assert report["num_sequences"] == 40
+    melinoe.convert(source, tmp_path / "store", format="int8", progress=False)
+    reference, inputs = replaced(source, "int8"), batch()
+    inputs["input_ids"].clamp_(max=40)  # of 46 tokens
+    with torch.no_grad():
+        plain = reference(**inputs).logits
+        apply_adapter(reference, tmp_path / "adapter")
+        expected = reference(**inputs).logits
+    assert not torch.equal(plain, expected)
+    words = load_tokenizer(source)
+    for slots_format in ("packed", "expanded"):
+        model = melinoe.load(
+            tmp_path / "store", adapter=tmp_path / "adapter", predictor=tmp_path / "p", slots=6,
+            slots_format=slots_format,
+        )  # fmt: skip
+        assert torch.equal(model(**inputs).logits, expected)
+        assert torch.equal(tokens(model, inputs), tokens(reference, inputs))
+        reset_slots(model)
+        answer, counted = generate(model, words, "1", max_new_tokens=8)
+        assert answer == generate(reference, words, "1", max_new_tokens=8)[0]
+        assert counted.preload_loads
+
+
+def test_the_command_line(olmoe, tmp_path):
+    from typer.testing import CliRunner
+
+    from melinoe.cli import app
+
+    def run(*arguments):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    store = tmp_path / "store"
+    said = run("convert", olmoe, store, "--format", "int8", "--quiet")
+    assert said.exit_code == 0, said.output
+    opened = open_store(store)
+    assert "int8" in said.stdout and "less" in said.stdout
+    assert f"{opened.expert_bytes / opened.expanded_bytes:.0%}" in said.stdout
+    result = json.loads(run("convert", olmoe, tmp_path / "b", "--format", "int4", "--quiet", "--json").stdout)
+    assert (
+        result["format"] == "int4"
+        and result["saved_bytes"] == open_store(tmp_path / "b").expanded_bytes - (result["expert_bytes"])
+    )
+    assert run("verify", store).exit_code == 0
+    answers = []
+    for flag in ("--packed", "--expanded"):
+        budget = json.loads(run("plan", "--model", store, "--slots", 4, flag, "--json").stdout)
+        assert (budget["slot_bytes"] > budget["record_bytes"]) == (flag == "--expanded")
+        prompt = ("-p", "w3 w4", "--max-new-tokens", 6, "--slots", 4, "--json")
+        answers.append(
+            json.loads(run("generate", "--model", store, flag, *prompt).stdout.splitlines()[-1])["text"]
+        )
+    assert answers[0] == answers[1]

@@ -74,7 +74,7 @@ Adapter = Annotated[Path | None, typer.Option(help="What `melinoe tune` wrote.")
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Packed = Annotated[
     bool | None,
-    typer.Option("--packed/--expanded", help="How slots hold the records of an int8 or int4 store."),
+    typer.Option("--packed/--expanded", help="How slots hold int8 or int4 records; expanded if not given."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 

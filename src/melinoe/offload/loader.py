@@ -47,7 +47,7 @@ def load(
         device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
         dtype: only the store's own.
         slots_format: of a store converted with `format`: packed (slots hold records as they are stored, expanded
-            at each use) or expanded (to full size when they arrive); None: packed.
+            at each use) or expanded (to full size when they arrive); None: expanded.
 
     Returns:
         A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.

@@ -30,7 +30,8 @@ def combine(folders: list[str], hold_out: int, target: Path) -> None:
     train, test = [], []
     for folder in folders:
         rows, held_out = (
-            (Path(folder) / f"{split}.jsonl").read_text().strip("\n").split("\n") for split in ("train", "test")
+            (Path(folder) / f"{split}.jsonl").read_text().strip("\n").split("\n")
+            for split in ("train", "test")
         )  # not splitlines: text may hold other line ends
         train += rows[: len(rows) - hold_out]
         test += held_out + rows[len(rows) - hold_out :]

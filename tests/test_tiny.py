@@ -190,7 +190,8 @@ SOLVERS = {
         f"{a * b:06d}" for a, b in zip(numbers(p)[::2], numbers(p)[1::2], strict=True)
     ),
     "quotients": lambda p: ",".join(
-        str(Decimal(a) / b)[2:10].ljust(8, "0") for a, b in zip(numbers(p)[::2], numbers(p)[1::2], strict=True)
+        str(Decimal(a) / b)[2:10].ljust(8, "0")
+        for a, b in zip(numbers(p)[::2], numbers(p)[1::2], strict=True)
     ),
     "roots": solve_roots,
     "remainders": lambda p: ",".join(f"{number % numbers(p)[0]:02d}" for number in numbers(p)[1:]),

@@ -36,6 +36,7 @@ _HEADS = {"head_dim": 16}
 _INNER = {"moe_intermediate_size": 16}
 _LINEAR = {f"linear_{name}": size for name, size in
            {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 2}.items()}  # fmt: skip
+_DBRX_COMMON = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 _MAMBA = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8}
 
 # {family: (config class, fields beside COMMON)}; 8 experts, 2 per token unless said otherwise
@@ -105,15 +106,28 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
          "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
          "global_head_dim": 16, **_INNER, **_HEADS},
     ),
+    # not decorated: melinoe.undecorated; the first layer is dense, the weights of two experts scale the inputs
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 8, "intermediate_size_mlp": 24, "moe_layers": [1, 2], "num_hidden_layers": 3,
+         "no_rope_layers": [1, 0, 1], "attention_chunk_size": 8, **_HEADS},
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}},
+    ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+UNDECORATED = ("llama4", "dbrx")  # transformers knows one way to compute their experts
 
 
 def config(family: str) -> Any:
     """A config of a few thousand parameters with 8 experts."""
     name, fields = CONFIGS[family]
     theirs = getattr(transformers, name)
-    return theirs(**{**COMMON, **fields})
+    common = COMMON if family != "dbrx" else {key: COMMON[key] for key in _DBRX_COMMON}
+    return theirs(**{**common, **fields})
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import FAMILIES, batch, save_checkpoint
+from families import FAMILIES, UNDECORATED, batch, save_checkpoint
 from melinoe.moe import experts_modules
-from melinoe.offload.experts import NAME
+from melinoe.offload.experts import use
 from melinoe.offload.loader import align
 from melinoe.routing.policies import POLICIES, DecayedCounts
 
@@ -43,14 +43,15 @@ def greedy(model, inputs, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
     source = save_checkpoint(tmp_path / "model", family, dtype)
-    stock = AutoModelForCausalLM.from_pretrained(source, experts_implementation="grouped_mm").eval()
+    other = {} if family in UNDECORATED else {"experts_implementation": "grouped_mm"}
+    stock = AutoModelForCausalLM.from_pretrained(source, **other).eval()
     inputs = batch()
     with torch.no_grad():
         expected = stock(**inputs).logits
     expected_tokens = greedy(stock, inputs)
     # our own function with every expert resident: the reference for equality to the bit
     own = AutoModelForCausalLM.from_pretrained(source).eval()
-    own.set_experts_implementation(NAME)
+    use(own)
     # as melinoe.load leaves them: torch and MKL round by alignment and by requires_grad, even without a graph
     own.requires_grad_(False)
     align(own)

@@ -119,6 +119,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+# how routers score, where it is not by softmax (phimoe's sparsemixer is a softmax over what its mask leaves)
+SCORE_KINDS = {"gemma4": "probability"} | dict.fromkeys(
+    ("deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe", "dots1", "afmoe", "nemotron_h", "llama4"), "sigmoid"
+)
 UNDECORATED = ("llama4", "dbrx")  # transformers knows one way to compute their experts
 
 
@@ -151,7 +155,7 @@ def save_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float3
         if parameter.is_floating_point() and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
     for name, buffer in model.named_buffers():
-        if "correction" in name:
+        if "correction" in name or "expert_bias" in name:
             buffer.normal_(std=0.05)
     model.save_pretrained(folder)
     save_tokenizer(folder)

@@ -192,7 +192,9 @@ def score_kind(record: RouterRecord) -> str:
 
     Decided from one recorded call, without a table of names: the logarithm of the weights' ratios
     within a token equals the difference of the logits (softmax), of their log-sigmoids (sigmoid), or of
-    the logarithms of values that already are probabilities. "softmax" where none fits (sparsemixer).
+    the logarithms of values that already are probabilities. With one expert per token (llama4) its weights
+    are compared from token to token instead, up to a constant factor. "softmax" where none fits (sparsemixer)
+    and where nothing can be told (one expert with weight 1).
     """
     with torch.no_grad():
         logits = record.logits.float()
@@ -201,10 +203,22 @@ def score_kind(record: RouterRecord) -> str:
         chosen = torch.gather(logits, 1, record.indices.clamp(max=logits.shape[1] - 1))
         log_weights = record.weights.float().clamp_min(1e-30).log()
         ratios = log_weights[:, 1:] - log_weights[:, :1]
-        errors = {
-            "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
-            "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
-        }
+        if record.indices.shape[1] > 1:
+            errors = {
+                "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
+                "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
+            }
+        elif bool((log_weights == log_weights[:1]).all()):  # normalised, so always 1: says nothing
+            return "softmax"
+        else:
+            log_scores = {
+                "softmax": chosen - logits.logsumexp(1, keepdim=True),
+                "sigmoid": nn.functional.logsigmoid(chosen),
+            }
+            errors = {
+                kind: (scores - log_weights - (scores - log_weights).median()).abs()
+                for kind, scores in log_scores.items()
+            }
         scale = {kind: float(error.median()) if error.numel() else 0.0 for kind, error in errors.items()}
     return "sigmoid" if scale["sigmoid"] < min(0.5 * scale["softmax"], 0.05) else "softmax"
 

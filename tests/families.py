@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from melinoe.routing.policies import DecayedCounts
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -124,6 +127,19 @@ SCORE_KINDS = {"gemma4": "probability"} | dict.fromkeys(
     ("deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe", "dots1", "afmoe", "nemotron_h", "llama4"), "sigmoid"
 )
 UNDECORATED = ("llama4", "dbrx")  # transformers knows one way to compute their experts
+
+
+class RandomPolicy(DecayedCounts):
+    """Keeps whatever chance says: a policy must not be able to change a result."""
+
+    name = "random"
+
+    def __init__(self, *args):
+        self.generator = np.random.default_rng(1)
+        super().__init__(*args)
+
+    def worth(self, layer):
+        return self.generator.random(self.num_experts).tolist()
 
 
 def config(family: str) -> Any:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import FAMILIES, UNDECORATED, batch, save_checkpoint
+from families import FAMILIES, UNDECORATED, RandomPolicy, batch, save_checkpoint
 from melinoe.moe import experts_modules
 from melinoe.offload.experts import use
 from melinoe.offload.loader import align
-from melinoe.routing.policies import POLICIES, DecayedCounts
+from melinoe.routing.policies import POLICIES
 
 ROOMS = [(8, "decay"), (4, "lru"), (3, "decay"), (1, "lfu"), (0, "static")]
-
-
-class RandomPolicy(DecayedCounts):
-    """Keeps whatever chance says: a policy must not be able to change a result."""
-
-    name = "random"
-
-    def __init__(self, *args):
-        self.generator = np.random.default_rng(1)
-        super().__init__(*args)
-
-    def worth(self, layer):
-        return self.generator.random(self.num_experts).tolist()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,15 @@ import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
+from melinoe.offload.experts import use
+from melinoe.offload.loader import align
 from melinoe.routing.policies import DecayedCounts
 
 COMMON: dict[str, Any] = {
@@ -186,3 +194,62 @@ def batch(length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     mask[1, : length // 3] = 0
     ids[1, : length // 3] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+# {way to generate: settings of model.generate}; "assisted" and "generate_batch" are more than settings
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "generate_batch": {},
+}
+_ALONE = ("prompt lookup", "assisted")  # transformers guesses for one sequence at a time
+NEW_TOKENS = 8
+
+
+def generate(model: Any, way: str, assistant: Any = None) -> list[list[int]]:
+    """Greedy token ids, prompt left out, by one of WAYS; two prompts of different length where it takes two."""
+    inputs = batch()
+    if way == "generate_batch":
+        prompts = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        settings = GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=63, pad_token_id=0
+        )
+        pages = ContinuousBatchingConfig(
+            page_size=16, num_blocks=16, max_batch_tokens=64, use_cuda_graph=False
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = model.generate_batch(
+                prompts, generation_config=settings, continuous_batching_config=pages
+            )
+        tokens = [results[key].generated_tokens for key in sorted(results)]
+        errors = [results[key].error for key in sorted(results) if results[key].error]
+        if errors or len(tokens) != len(prompts):
+            raise NotImplementedError(errors[0] if errors else "no result")
+        return tokens
+    if way in _ALONE:
+        inputs = {name: value[:1] for name, value in inputs.items()}
+    more = {"assistant_model": assistant} if way == "assisted" else WAYS[way]
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    with torch.no_grad():
+        tokens = model.generate(**inputs, **length, do_sample=False, **more)
+    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def resident(source: Path, use_own: bool = True) -> Any:
+    """The checkpoint with every expert in memory; `use_own`: on melinoe's experts function, to compare bits."""
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    if use_own:
+        use(model)
+        # as melinoe.load leaves them: torch and MKL round by alignment and by requires_grad
+        model.requires_grad_(False)
+        align(model)
+    return model

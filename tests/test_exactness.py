@@ -7,10 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import FAMILIES, UNDECORATED, RandomPolicy, batch, save_checkpoint
+from families import (
+    FAMILIES,
+    UNDECORATED,
+    WAYS,
+    RandomPolicy,
+    batch,
+    generate,
+    resident,
+    save_checkpoint,
+)
 from melinoe.moe import experts_modules
-from melinoe.offload.experts import use
-from melinoe.offload.loader import align
 from melinoe.routing.policies import POLICIES
 
 ROOMS = [(8, "decay"), (4, "lru"), (3, "decay"), (1, "lfu"), (0, "static")]
@@ -36,11 +43,7 @@ def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
         expected = stock(**inputs).logits
     expected_tokens = greedy(stock, inputs)
     # our own function with every expert resident: the reference for equality to the bit
-    own = AutoModelForCausalLM.from_pretrained(source).eval()
-    use(own)
-    # as melinoe.load leaves them: torch and MKL round by alignment and by requires_grad, even without a graph
-    own.requires_grad_(False)
-    align(own)
+    own = resident(source)
     with torch.no_grad():
         reference = own(**inputs).logits
     reference_tokens = greedy(own, inputs)
@@ -56,25 +59,18 @@ def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("slots", [8, 3, 0])
-def test_ways_to_generate_equal_resident(olmoe, olmoe_store, slots):
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_generate_equal_resident(olmoe, olmoe_store, tmp_path, way, slots):
+    """Against stock transformers; test_families_table.py has every family against our own resident function."""
     stock = AutoModelForCausalLM.from_pretrained(olmoe).eval()
-    model = melinoe.load(olmoe_store, slots=slots)
-    inputs = batch()
-    ways = [
-        {},
-        {"num_beams": 3},
-        {"prompt_lookup_num_tokens": 3},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 4},
-    ]
-    for way in ways:
-        one = (
-            {name: value[:1] for name, value in inputs.items()}
-            if "prompt_lookup_num_tokens" in way
-            else inputs
-        )
-        assert torch.equal(greedy(model, one, **way), greedy(stock, one, **way)), way
+    other = save_checkpoint(tmp_path / "assistant", "olmoe", seed=1)
+    paged = melinoe.load(olmoe_store, slots=slots)
+    expected = generate(stock, way, resident(other))
+    assert generate(paged, way, resident(other)) == expected
+    if way == "assisted":  # an assistant that is paged itself, and one whose every guess is right
+        melinoe.convert(other, tmp_path / "store", progress=False)
+        assert generate(paged, way, melinoe.load(tmp_path / "store", slots=slots)) == expected
+        assert generate(paged, way, stock) == expected
 
 
 def test_a_wrong_record_is_seen(olmoe, tmp_path):

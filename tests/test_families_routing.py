@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from melinoe.moe import (
     router_probabilities,
     score_kind,
 )
+from melinoe.offload.experts import use
+from melinoe.offload.planning import plan
 from melinoe.tracing import read_routing
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -165,3 +169,33 @@ def test_undecorated_families_cannot_be_tuned(tmp_path):
         save_checkpoint(tmp_path / family, family)
         with pytest.raises(ValueError, match="paged and traced, but not tuned"):
             prepare_model(tmp_path / family, TuneSettings(), "cpu")
+
+
+@pytest.mark.parametrize("family", UNDECORATED)
+def test_describing_an_undecorated_model_changes_nothing(family, tmp_path):
+    """Until it is switched to our function, the model computes as transformers wrote it, and saves as it loaded."""
+    model = opened(family, tmp_path / "model")
+    with torch.no_grad():
+        before = model(**batch()).logits
+        moe_layers(model)
+        assert torch.equal(model(**batch()).logits, before)
+        copied = copy.deepcopy(model)
+        use(copied)
+        assert any("forward" in vars(module) for module in copied.modules())
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert torch.allclose(copied(**batch()).logits, before, atol=1e-5)
+        for parameter in copied.parameters():  # the copy's experts are the copy's, not the original's
+            parameter.zero_()
+        assert not copied(**batch()).logits.any()
+        assert torch.equal(model(**batch()).logits, before)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in opened(family, tmp_path / "again").state_dict().items()
+    }
+
+
+@pytest.mark.parametrize("family", UNDECORATED)
+def test_plan_of_an_undecorated_model(family, tmp_path):
+    result = plan(save_checkpoint(tmp_path / "model", family), slots=2)
+    assert result["num_experts"] == 8
+    assert result["records_per_token"] == 4
+    assert result["record_bytes"] == 12288  # 3 * 24 * 32 float32, in pages of 4096 bytes

@@ -199,6 +199,7 @@ def batch(length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
 # {way to generate: settings of model.generate}; "assisted" and "generate_batch" are more than settings
 WAYS: dict[str, dict[str, Any]] = {
     "dynamic cache": {},
+    "one prompt": {},
     "static cache": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "beams": {"num_beams": 3},
@@ -207,7 +208,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunked prefill": {"prefill_chunk_size": 4},
     "generate_batch": {},
 }
-_ALONE = ("prompt lookup", "assisted")  # transformers guesses for one sequence at a time
+_ALONE = ("one prompt", "prompt lookup", "assisted")  # transformers guesses for one sequence at a time
 NEW_TOKENS = 8
 
 

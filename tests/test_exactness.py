@@ -39,22 +39,30 @@ def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
     other = {} if family in UNDECORATED else {"experts_implementation": "grouped_mm"}
     stock = AutoModelForCausalLM.from_pretrained(source, **other).eval()
     inputs = batch()
+    alone = {name: value[:1] for name, value in inputs.items()}  # decodes token by token, another way through
     with torch.no_grad():
         expected = stock(**inputs).logits
-    expected_tokens = greedy(stock, inputs)
+        expected_first = stock(alone["input_ids"][:, :1]).logits
+    expected_tokens, expected_alone = greedy(stock, inputs), greedy(stock, alone)
     # our own function with every expert resident: the reference for equality to the bit
     own = resident(source)
     with torch.no_grad():
         reference = own(**inputs).logits
-    reference_tokens = greedy(own, inputs)
+        reference_first = own(alone["input_ids"][:, :1]).logits
+    reference_tokens, reference_alone = greedy(own, inputs), greedy(own, alone)
     if dtype == torch.float32:
         assert (reference - expected).abs().max() < 1e-5 * expected.abs().max().clamp_min(1)
+        first_limit = 1e-5 * expected_first.abs().max().clamp_min(1)
+        assert (reference_first - expected_first).abs().max() < first_limit
         assert torch.equal(reference_tokens, expected_tokens)
+        assert torch.equal(reference_alone, expected_alone)
     melinoe.convert(source, tmp_path / "store", progress=False)
     for slots, policy in [*ROOMS, (4, "random")]:
         model = melinoe.load(tmp_path / "store", slots=slots, policy=policy)
         assert torch.equal(model(**inputs).logits, reference), (slots, policy)
+        assert torch.equal(model(alone["input_ids"][:, :1]).logits, reference_first), (slots, policy)
         assert torch.equal(greedy(model, inputs), reference_tokens), (slots, policy)
+        assert torch.equal(greedy(model, alone), reference_alone), (slots, policy)
         assert all(not list(module.parameters(recurse=False)) for _, module in experts_modules(model))
 
 

@@ -243,7 +243,7 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         for name, value in layer.router.state_dict().items():
             value.copy_(router[name])
     if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
-        model.set_experts_implementation(experts.NAME)
+        experts.use(model)
     return adapter.card
 
 

@@ -11,10 +11,9 @@ from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, fingerprint
-from melinoe.offload import budget
+from melinoe.offload import budget, experts
 from melinoe.offload.context import PassContext
 from melinoe.offload.device import DeviceReader
-from melinoe.offload.experts import NAME
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
 from melinoe.offload.store import Store, open_store
@@ -84,7 +83,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         module.melinoe_layer, module.melinoe_context = index, context  # type: ignore[assignment]
     model.melinoe_context, model.melinoe_budget = context, plan
     model.requires_grad_(False)  # slots are overwritten: nothing behind them can be differentiated
-    model.set_experts_implementation(NAME)
+    experts.use(model)
     model.generation_config.disable_compile = True  # the experts function talks to the disk
     model.save_pretrained = MethodType(_refuse_to_save, model)
 

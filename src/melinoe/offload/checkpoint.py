@@ -146,8 +146,10 @@ def expert_tensors(
     if converter is None:  # stored fused
         [name] = [name for group in names.values() for name in group]
         stored = shards.slice(name)
+        rows = stored.get_shape()[0] // num_experts  # more than one: dbrx, [E * F, H]
         for expert in range(num_experts):
-            yield stored[expert].to(parameter.dtype)
+            one = stored[expert] if rows == 1 else stored[expert * rows : (expert + 1) * rows]
+            yield one.to(parameter.dtype)
     elif _separable(converter):
         for expert in range(num_experts):
             tensors = {}

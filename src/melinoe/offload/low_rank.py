@@ -88,14 +88,23 @@ def attach_low_rank(
 
 
 @torch.no_grad()
+def folded(
+    weight: torch.Tensor, low_rank: LowRankExperts, projection: Projection, expert: int, transposed: bool
+) -> torch.Tensor:
+    """One expert's weight with its factors added, W + (alpha / r) B A, in float32."""
+    a_ERI, b_EOR = low_rank.factors(projection)
+    added = (b_EOR[expert].float() @ a_ERI[expert].float()) * low_rank.scale
+    return weight.float() + (added.T if transposed else added).to(weight.device)
+
+
+@torch.no_grad()
 def fold_low_rank(module: nn.Module) -> None:
-    """Adds the factors to the resident weights, W += (alpha / r) B A in float32, and removes them."""
-    for projection in ("up", "down"):
-        a_ERI, b_EOR = module.low_rank.factors(projection)
+    """Adds the factors to the resident weights and removes them."""
+    projections: tuple[Projection, ...] = ("up", "down")
+    for projection in projections:
         weight = getattr(module, projection_parameter(module, projection))
         for expert in range(module.num_experts):  # one expert at a time: no second copy of a layer
-            added = (b_EOR[expert].float() @ a_ERI[expert].float()) * module.low_rank.scale
-            total = weight[expert].float() + (added.T if module.is_transposed else added).to(weight.device)
+            total = folded(weight[expert], module.low_rank, projection, expert, module.is_transposed)
             weight[expert].copy_(total.to(weight.dtype))
     del module.low_rank
 

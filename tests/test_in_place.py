@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, Transpose, WeightConverter
 from typer.testing import CliRunner
@@ -209,6 +210,99 @@ def test_a_hub_cache_of_links(sharded, tmp_path):
     shutil.rmtree(snapshot)
     assert torch.equal(greedy(melinoe.load(tmp_path / "store", slots=2)), expected)
     assert all(link.resolve().parent == blobs for link in (tmp_path / "store").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_through_the_device_reader(sharded, tmp_path, pinned):
+    """The tier for accelerators reads in place as well: here with the CPU as its device."""
+    from test_device import through_device
+
+    index_in_place(sharded, tmp_path / "store")
+    expected = greedy(melinoe.load(tmp_path / "store", slots=8))
+    assert torch.equal(greedy(through_device(tmp_path / "store", 2, pinned)), expected)
+
+
+def test_a_file_system_without_direct_reads(sharded, tmp_path, monkeypatch):
+    index_in_place(sharded, tmp_path / "store")
+    expected = greedy(melinoe.load(tmp_path / "store", slots=8))
+    real = os.open
+
+    def refusing(path, flags, *rest):
+        if flags & os.O_DIRECT:
+            raise OSError("no such thing here")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert torch.equal(greedy(melinoe.load(tmp_path / "store", slots=1)), expected)
+
+
+def test_short_reads_and_small_buffers(sharded, tmp_path, monkeypatch):
+    """The kernel may return less than was asked for; the buffer may be smaller than a piece."""
+    from melinoe.offload import gather
+
+    index_in_place(sharded, tmp_path / "store")
+    expected = greedy(melinoe.load(tmp_path / "store", slots=8))
+    monkeypatch.setattr(gather, "BUFFER_BYTES", 4096)
+    assert torch.equal(greedy(melinoe.load(tmp_path / "store", slots=1)), expected)
+    monkeypatch.setattr(gather, "BUFFER_BYTES", 16384)
+    real = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, buffers, start: real(fd, [memoryview(buffers[0])[:4096]], start)
+    )
+    assert torch.equal(greedy(melinoe.load(tmp_path / "store", slots=1)), expected)
+
+
+def test_a_read_error_names_expert_and_shard(shards, monkeypatch):
+    _, store = shards
+    model = melinoe.load(store, slots=3)
+    expected = greedy(model)
+    melinoe.offload.loader.reset_slots(model)
+    real, reads = os.preadv, [0]
+
+    def failing(*args):
+        reads[0] += 1
+        if reads[0] == 20:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(melinoe.MelinoeError, match=r"cannot read expert \d+ from .*model-0000"):
+        greedy(model)
+    monkeypatch.setattr(os, "preadv", real)
+    assert torch.equal(greedy(model), expected)
+
+
+def test_layers_that_the_model_does_not_have(sharded, tmp_path, capfd):
+    """Layers that predict several tokens stand in published checkpoints: not loaded, not copied, not mentioned."""
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(sharded, tmp_path / "model")
+    more = {f"model.layers.2.mlp.experts.{e}.up_proj.weight": torch.zeros(24, 32) for e in range(8)}
+    save_file(more, folder / "model-extra.safetensors", {"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(more, "model-extra.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    store = index_in_place(folder, tmp_path / "store")
+    converted = melinoe.convert(folder, tmp_path / "converted", progress=False)
+    with safe_open(tmp_path / "converted" / "model.safetensors", framework="pt") as file:
+        assert not [name for name in file.keys() if ".experts." in name]  # noqa: SIM118
+    one, other = (melinoe.load(path.folder, slots=3) for path in (store, converted))
+    assert torch.equal(greedy(one), greedy(other))
+
+
+def test_the_experts_are_no_unexpected_keys(sharded, tmp_path, capfd):
+    """from_pretrained sees them in the files; it must not read them, and need not speak of them."""
+    index_in_place(sharded, tmp_path / "store")
+    capfd.readouterr()
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "store", output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert "UNEXPECTED" not in capfd.readouterr().err
+
+
+def test_two_processes_index_the_same_checkpoint(sharded, tmp_path):
+    one = index_in_place(sharded, tmp_path / "store")
+    assert index_in_place(sharded, tmp_path / "store").store_id == one.store_id  # nothing was replaced
+    assert not (tmp_path / "store.partial").exists()
 
 
 def test_killed_while_the_index_is_written(sharded, tmp_path, monkeypatch):

@@ -15,8 +15,10 @@ from melinoe.offload import budget
 from melinoe.offload.context import PassContext
 from melinoe.offload.device import DeviceReader
 from melinoe.offload.experts import NAME
+from melinoe.offload.gather import buffer_bytes
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
+from melinoe.offload.slots import READER_THREADS
 from melinoe.offload.store import Store, open_store
 from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import make_policy
@@ -66,7 +68,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         settings: the quantizer's config: slots, memory, policy, predictor.
     """
     records = [(layer.num_experts, layer.layout.record_bytes) for layer in store.layers]
-    extra = settings.extra_bytes
+    extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
         model, records, settings.memory, settings.slots, extra_bytes=extra, device=model.device
     )

@@ -81,7 +81,7 @@ def plan(
         quantizer: what `dequantizer` gave for the checkpoint.
 
     Returns:
-        {expert parameter: its sources}, {other tensor: its name in the model, "" where it is not taken as it is}.
+        {expert parameter: its sources}, {other tensor of the model: its name there, "" where it is not taken as it is}.
 
     Raises:
         MelinoeError: the checkpoint lacks tensors of an expert parameter.
@@ -103,7 +103,9 @@ def plan(
         if target in targets:
             _, sources = found.setdefault(target, (by_pattern.get(pattern) if pattern else None, {}))
             sources.setdefault(pattern or name, []).append(name)
-        else:
+        elif (
+            target in state
+        ):  # else the model has no use for it, such as the layers that predict several tokens
             rest[name] = "" if pattern else target
     missing = sorted(targets - set(found))
     if missing:

@@ -239,7 +239,7 @@ def _records(
         for field, stream in streams.items():
             tensor = next(stream)
             if tuning is not None:
-                tensor = tuning.merged(name, module, field, expert, tensor)
+                tuning.merge(name, module, field, expert, tensor)
             views[field].copy_(tensor)
             del tensor  # the next one is made before this name is given again
         yield memoryview(record.numpy())

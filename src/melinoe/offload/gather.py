@@ -17,9 +17,14 @@ from melinoe.config import RECORD_ALIGNMENT
 from melinoe.errors import MelinoeError
 from melinoe.offload.store import Store
 
-BUFFER_BYTES = 4 * 2**20  # of each reading thread
+BUFFER_BYTES = 4 * 2**20  # at most, of each reading thread
 # one run of bytes of a shard: (shard, first byte, [(byte in the shard, place in the record, bytes)])
 Run = tuple[int, int, list[tuple[int, int, int]]]
+
+
+def buffer_bytes(store: Store) -> int:
+    """Memory beside the slots that one reading thread needs for a store; 0 where records are aligned."""
+    return min(BUFFER_BYTES, store.max_record_bytes + 2 * RECORD_ALIGNMENT) if store.shards else 0
 
 
 class ShardFiles:
@@ -28,7 +33,7 @@ class ShardFiles:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.files: list[tuple[int, bool]] = []
-        self._buffers = threading.local()
+        self._buffers, self._buffer_bytes = threading.local(), buffer_bytes(store)
         for number, shard in enumerate(store.shards):
             path = store.folder / shard.file
             try:
@@ -76,13 +81,13 @@ class ShardFiles:
     ) -> None:
         buffer = getattr(self._buffers, "buffer", None)
         if buffer is None:
-            memory = mmap.mmap(-1, BUFFER_BYTES)
+            memory = mmap.mmap(-1, self._buffer_bytes)
             buffer = self._buffers.buffer = (memoryview(memory), np.frombuffer(memory, dtype=np.uint8))
         view, values = buffer
         end = pieces[-1][0] + pieces[-1][2]
         position = start - start % RECORD_ALIGNMENT
         while position < end:
-            wanted = min(BUFFER_BYTES, -(-(end - position) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT)
+            wanted = min(self._buffer_bytes, -(-(end - position) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT)
             got = os.preadv(descriptor, [view[:wanted]], position)
             for first, place, length in pieces:
                 low, high = max(first, position), min(first + length, position + got)

@@ -60,6 +60,9 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
     if target.exists() and not is_in_place(target):
         raise MelinoeError(f"{target} exists", allowed="a new folder", next_step="choose another name")
     with partial_folder(target) as partial:
+        if is_in_place(target) and _is_of(target, shards):
+            partial.rmdir()
+            return open_store(target)  # another process has made it meanwhile
         empty(partial)
         for file in shards.files:
             (partial / file.name).symlink_to(file.resolve())
@@ -84,6 +87,14 @@ def is_in_place(folder: Path) -> bool:
     try:
         return is_store(folder) and bool(json.loads((folder / MANIFEST).read_text()).get("shards"))
     except (OSError, json.JSONDecodeError, AttributeError):
+        return False
+
+
+def _is_of(target: Path, shards: Shards) -> bool:
+    """Whether an in-place store is the index of these shards as they are."""
+    try:
+        return open_store(target).shards == tuple(shards.stamps)
+    except MelinoeError:
         return False
 
 

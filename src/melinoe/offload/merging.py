@@ -16,7 +16,7 @@ from melinoe.errors import MelinoeError
 from melinoe.moe import moe_layers
 from melinoe.offload.adapter import WEIGHTS, adapter_parts, read_adapter
 from melinoe.offload.checkpoint import Shards
-from melinoe.offload.low_rank import LowRankExperts, Projection, folded, projection_parameter
+from melinoe.offload.low_rank import LowRankExperts, Projection, fold_expert, projection_parameter
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,12 @@ class Tuning:
     routers: dict[str, torch.Tensor]
     stamp: list[int | str]  # which adapter: path, size, time in nanoseconds
 
-    def merged(
-        self, name: str, module: nn.Module, field: str, expert: int, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """One tensor of an expert with the tuning in it; its shape and dtype stay."""
+    def merge(self, name: str, module: nn.Module, field: str, expert: int, weight: torch.Tensor) -> None:
+        """Puts the tuning into one tensor of an expert, in place."""
         projections: tuple[Projection, ...] = ("up", "down")
         for projection in projections:
             if field == projection_parameter(module, projection):
-                total = folded(weight, self.factors[name], projection, expert, bool(module.is_transposed))
-                return total.to(weight.dtype)
-        return weight
+                fold_expert(weight, self.factors[name], projection, expert, bool(module.is_transposed))
 
 
 @torch.no_grad()
@@ -70,7 +66,8 @@ def open_tuning(folder: str | Path, model: nn.Module, shards: Shards, rest: dict
     routers, factors = {}, {}
     for layer, (low_rank, router) in zip(layers, adapter_parts(model, adapter), strict=True):
         factors[layer.experts_name] = low_rank
-        for name, value in layer.router.state_dict().items():
-            routers[stored[f"{layer.router_name}.{name}"]] = router[name].to(value.dtype)
+        for name in layer.router.state_dict():
+            # as it was tuned, in float32: what from_pretrained rounds, and what it keeps, is its own business
+            routers[stored[f"{layer.router_name}.{name}"]] = router[name]
     status = (adapter.folder / WEIGHTS).stat()
     return Tuning(factors, routers, [str(adapter.folder.resolve()), status.st_size, status.st_mtime_ns])

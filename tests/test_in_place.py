@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,28 @@ def test_killed_while_the_index_is_written(sharded, tmp_path, monkeypatch):
     index_in_place(sharded, tmp_path / "store")
     assert not (tmp_path / "store.partial").exists()
     greedy(melinoe.load(tmp_path / "store", slots=4), 2)
+
+
+@pytest.mark.parametrize("point", ["copy_small_files", "finish"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_real_kill(shards, tmp_path, monkeypatch, point, stale):
+    """SIGKILL, so that nothing is tidied up; also where an older index is being replaced."""
+    from melinoe.offload import in_place as module
+
+    folder, target = shards[0], shards[1] if stale else tmp_path / "fresh"
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o600)  # the index is out of date
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(module, point, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        index_in_place(folder, target)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    with pytest.raises(melinoe.MelinoeError):
+        melinoe.load(target, slots=4)
+    index_in_place(folder, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"model", "store", target.name})
+    greedy(melinoe.load(target, slots=4), 2)
 
 
 def test_convert_does_not_mix_with_a_half_written_index(sharded, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
     layers = _layers(model, shards)
     for layer in {0: layers[0], -1: layers[-1]}.values():
         _compare(model, shards, layer)
-    if target.exists() and not is_in_place(target):
+    if target.exists() and not is_in_place(target) and (not target.is_dir() or any(target.iterdir())):
         raise MelinoeError(f"{target} exists", allowed="a new folder", next_step="choose another name")
     with partial_folder(target) as partial:
         if is_in_place(target) and _is_of(target, shards):
@@ -70,8 +71,11 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
         if index.is_file():
             (partial / index.name).write_bytes(index.read_bytes())
         copy_small_files(folder, partial)
-        if is_in_place(target):
-            empty(target)
+        if is_in_place(target):  # moved away in one step: a store is there whole or not at all
+            old = target.with_name(target.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            shutil.rmtree(old)
         finish(partial, target, layers, uuid.uuid4().hex, str(source), tuple(shards.stamps))
     return open_store(target)
 

@@ -33,7 +33,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from melinoe.errors import MelinoeError
-from melinoe.moe import experts_modules
+from melinoe.moe import experts_modules, moe_layers
 from melinoe.offload.shards import Entry as Entry
 from melinoe.offload.shards import Shards as Shards
 
@@ -111,6 +111,25 @@ def plan(
     if missing:
         raise MelinoeError("the checkpoint lacks expert weights", got=f"nothing for {missing[0]}")
     return found, rest
+
+
+@torch.no_grad()
+def load_routers(model: nn.Module, shards: Shards, rest: dict[str, str]) -> str:
+    """Gives the routers of a skeleton their weights: enough for its fingerprint.
+
+    Returns:
+        "", or the first tensor of a router that the checkpoint does not hold as it is.
+    """
+    stored = {target: name for name, target in rest.items() if target}
+    for layer in moe_layers(model):
+        tensors = {}
+        for name, value in layer.router.state_dict().items():
+            full = f"{layer.router_name}.{name}"
+            if full not in stored or shards.entries[stored[full]].shape != tuple(value.shape):
+                return full
+            tensors[name] = shards.tensor(stored[full]).to(value.dtype)
+        layer.router.load_state_dict(tensors, assign=True)
+    return ""
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -262,13 +262,15 @@ def finish(
     store_id: str,
     source: str,
     shards: tuple[Stamp, ...] = (),
+    fingerprint: str = "",
 ) -> None:
-    """Writes the manifest, computes the fingerprint from the written weights, and renames."""
+    """Writes the manifest and renames; the fingerprint, if not known, is that of the written weights."""
     from melinoe.offload.loader import store_fingerprint
 
     store = Store(partial, "", store_id, tuple(layers), source, shards)
     write_manifest(store, {})
-    store = Store(partial, store_fingerprint(partial), store_id, tuple(layers), source, shards)
+    fingerprint = fingerprint or store_fingerprint(partial)
+    store = Store(partial, fingerprint, store_id, tuple(layers), source, shards)
     write_manifest(store, {"transformers_version": transformers.__version__})
     (partial / STATE).unlink(missing_ok=True)
     if target.exists():

@@ -26,7 +26,7 @@ from torch import nn
 
 from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
-from melinoe.moe import experts_modules, moe_layers
+from melinoe.moe import experts_modules, fingerprint, moe_layers
 from melinoe.offload import checkpoint
 from melinoe.offload.checkpoint import Shards, Sources
 from melinoe.offload.convert import copy_small_files, empty, finish, local_folder, partial_folder
@@ -55,9 +55,11 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
     if checkpoint.dequantizer(model.config) is not None:
         raise _not("the checkpoint is quantised")
     shards = Shards(folder)
-    layers = _layers(model, shards)
-    for layer in {0: layers[0], -1: layers[-1]}.values():
-        _compare(model, shards, layer)
+    expert_plan, rest = checkpoint.plan(model, shards.names())
+    layers = _layers(model, shards, expert_plan)
+    for layer in (layers[0], layers[-1]):
+        _compare(model, shards, expert_plan, layer)
+    known = fingerprint(model) if not checkpoint.load_routers(model, shards, rest) else ""
     if target.exists() and not is_in_place(target) and (not target.is_dir() or any(target.iterdir())):
         raise MelinoeError(f"{target} exists", allowed="a new folder", next_step="choose another name")
     with partial_folder(target) as partial:
@@ -76,7 +78,7 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
             shutil.rmtree(old)
-        finish(partial, target, layers, uuid.uuid4().hex, str(source), tuple(shards.stamps))
+        finish(partial, target, layers, uuid.uuid4().hex, str(source), tuple(shards.stamps), known)
     return open_store(target)
 
 
@@ -102,9 +104,8 @@ def _is_of(target: Path, shards: Shards) -> bool:
         return False
 
 
-def _layers(model: nn.Module, shards: Shards) -> list[StoredLayer]:
+def _layers(model: nn.Module, shards: Shards, expert_plan: dict[str, Sources]) -> list[StoredLayer]:
     """The pieces of every layer's records."""
-    expert_plan, _ = checkpoint.plan(model, shards.names())
     number = {file: index for index, file in enumerate(shards.files)}
     layers = []
     for name, module in experts_modules(model):
@@ -212,9 +213,8 @@ def _order(
     return order
 
 
-def _compare(model: nn.Module, shards: Shards, layer: StoredLayer) -> None:
+def _compare(model: nn.Module, shards: Shards, expert_plan: dict[str, Sources], layer: StoredLayer) -> None:
     """Compares the last expert of a layer with what the converters make of it, byte by byte."""
-    expert_plan, _ = checkpoint.plan(model, shards.names())
     expert = layer.num_experts - 1
     record = torch.zeros(layer.layout.record_bytes, dtype=torch.uint8)
     for (place, length), (shard, start) in zip(layer.pieces, layer.sources[expert]):

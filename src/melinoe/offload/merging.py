@@ -15,7 +15,7 @@ from torch import nn
 from melinoe.errors import MelinoeError
 from melinoe.moe import moe_layers
 from melinoe.offload.adapter import WEIGHTS, adapter_parts, read_adapter
-from melinoe.offload.checkpoint import Shards
+from melinoe.offload.checkpoint import Shards, load_routers
 from melinoe.offload.low_rank import LowRankExperts, Projection, fold_expert, projection_parameter
 
 
@@ -47,24 +47,16 @@ def open_tuning(folder: str | Path, model: nn.Module, shards: Shards, rest: dict
             as they are.
     """
     adapter = read_adapter(folder)
+    absent = load_routers(model, shards, rest)
+    if absent:
+        raise MelinoeError(
+            "the checkpoint does not hold the routers under names that can be replaced",
+            got=f"nothing for {absent}",
+            next_step="merge the adapter first: melinoe merge, then convert the result",
+        )
     stored = {target: name for name, target in rest.items() if target}
-    layers = moe_layers(model)
-    for layer in layers:
-        state = layer.router.state_dict()
-        absent = [name for name in state if f"{layer.router_name}.{name}" not in stored]
-        if absent:
-            raise MelinoeError(
-                "the checkpoint does not hold the routers under names that can be replaced",
-                got=f"nothing for {layer.router_name}.{absent[0]}",
-                next_step="merge the adapter first: melinoe merge, then convert the result",
-            )
-        tensors = {
-            name: shards.tensor(stored[f"{layer.router_name}.{name}"]).to(value.dtype)
-            for name, value in state.items()
-        }
-        layer.router.load_state_dict(tensors, assign=True)
     routers, factors = {}, {}
-    for layer, (low_rank, router) in zip(layers, adapter_parts(model, adapter), strict=True):
+    for layer, (low_rank, router) in zip(moe_layers(model), adapter_parts(model, adapter), strict=True):
         factors[layer.experts_name] = low_rank
         for name in layer.router.state_dict():
             # as it was tuned, in float32: what from_pretrained rounds, and what it keeps, is its own business

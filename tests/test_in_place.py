@@ -188,6 +188,33 @@ def test_a_shard_overwritten_in_the_middle_of_a_generation(shards):
         greedy(model)
 
 
+@pytest.mark.parametrize("length", [None, 0], ids=["overwritten", "truncated"])
+def test_resident_weights_do_not_change_with_their_file(shards, length):
+    """All experts in slots, so that no read would notice: the tokens stay those of the checkpoint that was opened."""
+    folder, store = shards
+    model = melinoe.load(store, slots=8)
+    expected = greedy(model)
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as handle:
+            handle.write(b"\0" * file.stat().st_size)
+            handle.truncate(length if length is not None else file.stat().st_size)
+    assert torch.equal(greedy(model), expected)
+    melinoe.offload.loader.reset_slots(model)
+    with pytest.raises(melinoe.MelinoeError, match=r"changed while it was in use|ended early"):
+        greedy(model)
+
+
+def test_an_adapter_on_an_in_place_store(sharded, tmp_path):
+    from test_streaming import save_tuning
+
+    adapter = save_tuning(sharded, tmp_path / "adapter")
+    index_in_place(sharded, tmp_path / "store")
+    melinoe.convert(sharded, tmp_path / "converted", progress=False)
+    ours, theirs = (melinoe.load(tmp_path / name, adapter, slots=2) for name in ("store", "converted"))
+    assert torch.equal(ours(**batch()).logits, theirs(**batch()).logits)
+    assert torch.equal(greedy(ours), greedy(theirs))
+
+
 def test_deleted_shards_stay_readable_while_open(shards):
     folder, store = shards
     model = melinoe.load(store, slots=1)

@@ -61,6 +61,17 @@ def strip(model: nn.Module) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
+def unmap(model: nn.Module) -> None:
+    """Gives weights on the CPU memory of their own.
+
+    from_pretrained maps them from the file. A checkpoint may be overwritten by its owner while it is in use; what is
+    mapped would change with it, or end the process where the file became shorter.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def attach(model: Any, store: Store, settings: Any) -> None:
     """Attaches pager and context to a stripped model.
 

@@ -161,6 +161,16 @@ def test_a_shard_of_another_seed(shards, tmp_path):
         os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def test_a_damaged_index(shards):
+    """One digit of one offset: the bytes there are weights too, of somebody else."""
+    _, store = shards
+    text = (store / MANIFEST).read_text()
+    offset = json.loads(text)["layers"][1]["sources"][5][0][1]
+    (store / MANIFEST).write_text(text.replace(str(offset), str(offset + 64)))
+    with pytest.raises(melinoe.MelinoeError, match="does not match its checksum"):
+        melinoe.load(store, slots=4)
+
+
 def test_truncated_and_missing_shards(shards):
     folder, store = shards
     file = sorted(folder.glob("*.safetensors"))[1]

@@ -180,12 +180,25 @@ def write_manifest(store: Store, extra: dict[str, Any]) -> None:
         "store_id": store.store_id,
         "source": store.source,
         **extra,
-        **({"shards": [asdict(shard) for shard in store.shards]} if store.shards else {}),
+        **(
+            {"shards": [asdict(shard) for shard in store.shards], "index_crc": _index_crc(store)}
+            if store.shards
+            else {}
+        ),
         "layers": [layer_to_json(layer) for layer in store.layers],
     }
     partial = store.folder / (MANIFEST + ".partial")
     partial.write_text(json.dumps(manifest, indent=None if store.shards else 1))
     partial.replace(store.folder / MANIFEST)
+
+
+def _index_crc(store: Store) -> int:
+    """CRC-32 of what an in-place store's index says: a wrong offset would be read as weights."""
+    index = [
+        [layer.experts_name, layer.num_experts, layer.layout.to_json(), layer.pieces, layer.sources]
+        for layer in store.layers
+    ]
+    return zlib.crc32(json.dumps(index).encode())
 
 
 def open_store(folder: Path | str) -> Store:
@@ -220,6 +233,12 @@ def open_store(folder: Path | str) -> Store:
     shards = tuple(Stamp(**shard) for shard in manifest.get("shards", ()))
     source = manifest.get("source", "")
     store = Store(folder, manifest["fingerprint"], manifest["store_id"], layers, source, shards)
+    if shards and manifest.get("index_crc") != _index_crc(store):
+        raise MelinoeError(
+            f"{folder / MANIFEST} is damaged",
+            got="an index that does not match its checksum",
+            next_step="load the checkpoint by its own name again: the index is made anew",
+        )
     for shard in shards:
         check_stamp(folder, shard)
     for index, layer in enumerate(layers):

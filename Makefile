@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint check clean
+.PHONY: demo test bench gpu lint check clean
 .DELETE_ON_ERROR:
 
 # Done once per change of the dependencies; torch first and pinned, else pip takes the CUDA build.
@@ -21,6 +22,15 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n 2
+
+# ratios to the ceilings and to the peer; quiet machine, a few GB in TMPDIR, about ten minutes
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/runtime.py $(BENCH_ARGS)
+
+# a machine with a CUDA GPU and 30 GB free in TMPDIR: parity, bus bandwidth, decode speed against the peers
+gpu: $(VENV)/.installed
+	$(BIN)/pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py --folder $${TMPDIR:-/tmp}/melinoe-gpu $(BENCH_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -100,7 +100,7 @@ def _prepare(model: str) -> None:
     logging.set_verbosity_error()
 
 
-@app.command()
+@app.command(short_help="Write a store: experts as records.")
 def convert(
     source: str, target: Path, adapter: Adapter = None, as_json: Json = False, quiet: Quiet = False
 ) -> None:
@@ -132,7 +132,7 @@ def convert(
     )
 
 
-@app.command()
+@app.command(short_help="Generate text inside a memory budget.")
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
@@ -178,7 +178,7 @@ def generate(
     print(statistics, file=sys.stderr)
 
 
-@app.command()
+@app.command(short_help="Say what a memory budget buys.")
 def plan(
     model: Model,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
@@ -198,7 +198,7 @@ def plan(
     print(describe(result))
 
 
-@app.command()
+@app.command(short_help="Fine-tune towards few experts.")
 def tune(
     model: Model,
     data: Data,
@@ -245,7 +245,7 @@ def tune(
     print(f"{output_dir}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
 
 
-@app.command()
+@app.command(short_help="Write a plain checkpoint.")
 def merge(
     model: Model,
     adapter: Annotated[Path, typer.Option(help="What `melinoe tune` wrote.")],
@@ -264,7 +264,7 @@ def merge(
     print(f"{output_dir}: a plain checkpoint, AutoModelForCausalLM opens it without melinoe")
 
 
-@app.command()
+@app.command(short_help="Record which experts tokens ask for.")
 def trace(
     model: Model,
     data: Data,
@@ -287,7 +287,7 @@ def trace(
     print(f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens")
 
 
-@app.command()
+@app.command(short_help="Replay a trace through caches.")
 def simulate(
     trace: Annotated[Path, typer.Argument(help="What `melinoe trace` wrote.")],
     policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "decay,lru,belady",
@@ -315,7 +315,7 @@ def simulate(
         )
 
 
-@app.command("fit-predictor")
+@app.command("fit-predictor", short_help="Fit the predictor of experts.")
 def fit_predictor(
     model: Model,
     trace: Annotated[Path, typer.Option(help="What `melinoe trace` wrote.")],
@@ -334,7 +334,7 @@ def fit_predictor(
     print(f"{output}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
 
 
-@app.command()
+@app.command(short_help="Measure quality on held-out rows.")
 def evaluate(
     model: Model,
     data: Data,
@@ -358,7 +358,7 @@ def evaluate(
             print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")
 
 
-@app.command()
+@app.command(short_help="Check a store's checksums.")
 def verify(store: Path) -> None:
     """Check every record of a store against its checksum."""
     from melinoe.offload.store import damaged_records, open_store
@@ -383,7 +383,7 @@ def verify(store: Path) -> None:
         print(f"{store}: all records match")
 
 
-@app.command()
+@app.command(short_help="The whole method, and one table.")
 def demo(
     model: Model = "tiny",
     data: Annotated[str | None, typer.Option(help="Data folder; the embedded workload if not given.")] = None,

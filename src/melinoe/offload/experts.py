@@ -8,7 +8,8 @@ bit for bit the same whatever was resident, in whichever order records arrived.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -51,15 +52,64 @@ def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device)
     return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
 
 
-def _resident(module: nn.Module, experts: Iterator[int]) -> Iterator[tuple[int, Views]]:
+def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:
     parameters = dict(module.named_parameters(recurse=False))
     for expert in experts:
         yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
 
 
-def _paged(module: nn.Module, call_context: PassContext, indices: np.ndarray) -> Iterator[tuple[int, Views]]:
-    call: Call = call_context.call(indices)
-    return call_context.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
+def _served(
+    module: nn.Module, context: PassContext | None, indices: np.ndarray, experts: Iterable[int]
+) -> Iterator[tuple[int, Views]]:
+    """(expert, its tensors) for every expert of the call, in the order in which they are at hand."""
+    if context is None:
+        return _resident(module, experts)
+    call: Call = context.call(indices)
+    return context.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
+
+
+def _one_token(
+    module: nn.Module, context: PassContext | None, hidden_1H: torch.Tensor, indices: np.ndarray
+) -> torch.Tensor | None:
+    """[K, H] outputs of one token's distinct experts: decoding, without gathering and scattering."""
+    num_experts = int(module.num_experts)  # type: ignore[arg-type]
+    asked = indices[0].tolist()
+    place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
+    served = _served(module, context, indices, place)
+    outputs: torch.Tensor | None = None
+    with contextlib.closing(served):  # type: ignore[type-var]
+        for expert, weights in served:
+            part_1H = expert_output(module, hidden_1H, weights, expert)
+            if outputs is None:
+                outputs = part_1H.new_zeros(len(asked), part_1H.shape[-1])
+            outputs[place[expert]] = part_1H[0]
+    return outputs
+
+
+def _many_tokens(
+    module: nn.Module, context: PassContext | None, hidden_TH: torch.Tensor, indices: np.ndarray
+) -> torch.Tensor | None:
+    """[T * K, H] outputs, every expert's rows computed at once and put in their own places."""
+    tokens, top_k = indices.shape
+    rows = _rows_by_expert(indices, int(module.num_experts), hidden_TH.device)  # type: ignore[arg-type]
+    served = _served(module, context, indices, rows)
+    outputs: torch.Tensor | None = None
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with contextlib.closing(served):  # type: ignore[type-var]
+        for expert, weights in served:
+            positions = rows[expert]
+            part = expert_output(module, hidden_TH[positions // top_k], weights, expert)
+            if context is None:
+                parts.append((positions, part))  # kept whole for autograd
+                continue
+            if outputs is None:
+                outputs = part.new_zeros(tokens * top_k, part.shape[-1])
+            outputs[positions] = part
+    if parts:
+        order = torch.cat([positions for positions, _ in parts])
+        stacked = torch.cat([part for _, part in parts])
+        outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, order, stacked)
+    return outputs
 
 
 def melinoe_experts(
@@ -80,32 +130,17 @@ def melinoe_experts(
     """
     tokens, top_k = top_k_index.shape
     indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
-    rows = _rows_by_expert(indices, int(module.num_experts), hidden_states.device)  # type: ignore[arg-type]
     context: PassContext | None = getattr(module, "melinoe_context", None)
     if context is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise MelinoeError(
             "offloaded experts cannot pass gradients: their slots are overwritten",
             next_step="tune the checkpoint, not the store, or use torch.no_grad()",
         )
-    served = _resident(module, iter(rows)) if context is None else _paged(module, context, indices)
-    outputs: torch.Tensor | None = None
-    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    try:
-        for expert, weights in served:
-            positions = rows[expert]
-            part = expert_output(module, hidden_states[positions // top_k], weights, expert)
-            if context is None:
-                parts.append((positions, part))  # kept whole for autograd
-                continue
-            if outputs is None:
-                outputs = part.new_zeros(tokens * top_k, part.shape[-1])
-            outputs[positions] = part
-    finally:
-        served.close()  # type: ignore[attr-defined]
-    if parts:
-        order = torch.cat([positions for positions, _ in parts])
-        stacked = torch.cat([part for _, part in parts])
-        outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, order, stacked)
+    distinct = tokens == 1 and len(set(indices[0].tolist())) == top_k  # sentinels may repeat
+    if distinct and not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        outputs = _one_token(module, context, hidden_states, indices)
+    else:
+        outputs = _many_tokens(module, context, hidden_states, indices)
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
     weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)

@@ -1,10 +1,11 @@
 """Train the embedded model, in two runs:
 
-    python -m melinoe.tiny.train --output-dir D --minutes 85 --tasks stepwise
-    python -m melinoe.tiny.train --output-dir E --steps 2400 --start-from D/model --peak-rate 1e-3 --seed 1
+    python -m melinoe.tiny.train --output-dir D --minutes 85 --tasks stepwise --extra lookup,count,divide,compare
+    python -m melinoe.tiny.train --output-dir E --steps 2000 --start-from D/model --peak-rate 1e-3 --seed 1
 
 A small OLMoE (6 layers, 32 experts, top-4, width 128) learns the workload from rows made on the
-fly: first the tasks with written steps, then all of them. A run is seeded; with `--steps` it is the same run every time, with `--minutes` the learning
+fly: first the tasks with written steps, then all of them. A run is seeded; with `--steps` it is the
+same run every time, with `--minutes` the learning
 rate follows the clock. `--resume` continues from D/checkpoint; D/model always holds the latest
 weights in bfloat16 with tokenizer and train_report.json. `--evaluate` scores D/model by generation
 on rows of the test split. Progress goes to stderr, the final table to stdout.

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from melinoe.config import format_bytes, resolve_model
 from melinoe.errors import MelinoeError
-from melinoe.moe import experts_modules, moe_layers
+from melinoe.moe import experts_modules, fingerprint, moe_layers
 from melinoe.offload import checkpoint
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.merging import Tuning, open_tuning
@@ -90,7 +90,9 @@ def convert(
             replaced=tuning.routers if tuning is not None else None,
         )
         copy_small_files(folder, partial)
-        finish(partial, target, layers, state.store_id, str(source))
+        written = checkpoint.Shards(partial)
+        known = fingerprint(model) if not checkpoint.load_routers(model, written, rest) else ""
+        finish(partial, target, layers, state.store_id, str(source), known)
     return open_store(target)
 
 
@@ -261,16 +263,21 @@ def finish(
     layers: list[StoredLayer],
     store_id: str,
     source: str,
+    known: str,
     shards: tuple[Stamp, ...] = (),
-    fingerprint: str = "",
 ) -> None:
-    """Writes the manifest and renames; the fingerprint, if not known, is that of the written weights."""
+    """Writes the manifest and renames.
+
+    Args:
+        known: the fingerprint; "" where the routers are not stored as they are: then it is computed by
+            loading what was written.
+    """
     from melinoe.offload.loader import store_fingerprint
 
-    store = Store(partial, "", store_id, tuple(layers), source, shards)
-    write_manifest(store, {})
-    fingerprint = fingerprint or store_fingerprint(partial)
-    store = Store(partial, fingerprint, store_id, tuple(layers), source, shards)
+    if not known:
+        write_manifest(Store(partial, "", store_id, tuple(layers), source, shards), {})
+        known = store_fingerprint(partial)
+    store = Store(partial, known, store_id, tuple(layers), source, shards)
     write_manifest(store, {"transformers_version": transformers.__version__})
     (partial / STATE).unlink(missing_ok=True)
     if target.exists():

@@ -78,7 +78,7 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
             shutil.rmtree(old)
-        finish(partial, target, layers, uuid.uuid4().hex, str(source), tuple(shards.stamps), known)
+        finish(partial, target, layers, uuid.uuid4().hex, str(source), known, tuple(shards.stamps))
     return open_store(target)
 
 

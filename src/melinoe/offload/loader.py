@@ -73,7 +73,7 @@ def load(
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=config.dtype, device_map={"": place}
     )
-    if store.fingerprint and fingerprint(model) != store.fingerprint:
+    if fingerprint(model) != store.fingerprint:
         raise MelinoeError(
             f"the weights in {folder} are not those the store was made with",
             got=fingerprint(model),

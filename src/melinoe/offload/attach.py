@@ -14,8 +14,10 @@ from melinoe.moe import experts_modules, fingerprint
 from melinoe.offload import budget, experts
 from melinoe.offload.context import PassContext
 from melinoe.offload.device import DeviceReader
+from melinoe.offload.gather import buffer_bytes
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
+from melinoe.offload.slots import READER_THREADS
 from melinoe.offload.store import Store, open_store
 from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import make_policy
@@ -58,6 +60,17 @@ def strip(model: nn.Module) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
+def unmap(model: nn.Module) -> None:
+    """Gives weights on the CPU memory of their own.
+
+    from_pretrained maps them from the file. A checkpoint may be overwritten by its owner while it is in use; what is
+    mapped would change with it, or end the process where the file became shorter.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def attach(model: Any, store: Store, settings: Any) -> None:
     """Attaches pager and context to a stripped model.
 
@@ -65,7 +78,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         settings: the quantizer's config: slots, memory, policy, predictor.
     """
     records = [(layer.num_experts, layer.layout.record_bytes) for layer in store.layers]
-    extra = settings.extra_bytes
+    extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
         model, records, settings.memory, settings.slots, extra_bytes=extra, device=model.device
     )

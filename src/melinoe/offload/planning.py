@@ -15,6 +15,7 @@ from melinoe.moe import experts_modules, experts_per_token, moe_layers
 from melinoe.offload import budget, checkpoint
 from melinoe.offload.attach import strip
 from melinoe.offload.convert import local_folder
+from melinoe.offload.gather import buffer_bytes
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.machine import usable_device
 from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
@@ -62,7 +63,8 @@ def plan(
             for _, module in experts_modules(model)
         ]
     strip(model)
-    derived = budget.derive(model, records, memory, slots, context=context, device=place)
+    extra = READER_THREADS * buffer_bytes(store) if store is not None else 0
+    derived = budget.derive(model, records, memory, slots, context=context, extra_bytes=extra, device=place)
     top_k = experts_per_token(model)
     per_token = top_k * sum(size for _, size in records)
     bandwidth = (

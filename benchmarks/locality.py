@@ -29,9 +29,12 @@ def combine(folders: list[str], hold_out: int, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     train, test = [], []
     for folder in folders:
-        rows = (Path(folder) / "train.jsonl").read_text().splitlines()
+        rows, held_out = (
+            (Path(folder) / f"{split}.jsonl").read_text().strip("\n").split("\n")
+            for split in ("train", "test")
+        )  # not splitlines: text may hold other line ends
         train += rows[: len(rows) - hold_out]
-        test += (Path(folder) / "test.jsonl").read_text().splitlines() + rows[len(rows) - hold_out :]
+        test += held_out + rows[len(rows) - hold_out :]
     (target / "train.jsonl").write_text("\n".join(train) + "\n")
     (target / "test.jsonl").write_text("\n".join(test) + "\n")
 

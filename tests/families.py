@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from melinoe.offload.experts import use
+from melinoe.offload.loader import align
+from melinoe.routing.policies import DecayedCounts
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -36,6 +47,7 @@ _HEADS = {"head_dim": 16}
 _INNER = {"moe_intermediate_size": 16}
 _LINEAR = {f"linear_{name}": size for name, size in
            {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 2}.items()}  # fmt: skip
+_DBRX_COMMON = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 _MAMBA = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8}
 
 # {family: (config class, fields beside COMMON)}; 8 experts, 2 per token unless said otherwise
@@ -105,15 +117,45 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
          "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
          "global_head_dim": 16, **_INNER, **_HEADS},
     ),
+    # not decorated: melinoe.undecorated; the first layer is dense, the weights of two experts scale the inputs
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 8, "intermediate_size_mlp": 24, "moe_layers": [1, 2], "num_hidden_layers": 3,
+         "no_rope_layers": [1, 0, 1], "attention_chunk_size": 8, **_HEADS},
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}},
+    ),
 }  # fmt: skip
 FAMILIES = tuple(CONFIGS)
+# how routers score, where it is not by softmax (phimoe's sparsemixer is a softmax over what its mask leaves)
+SCORE_KINDS = {"gemma4": "probability"} | dict.fromkeys(
+    ("deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe", "dots1", "afmoe", "nemotron_h", "llama4"), "sigmoid"
+)
+UNDECORATED = ("llama4", "dbrx")  # transformers knows one way to compute their experts
+
+
+class RandomPolicy(DecayedCounts):
+    """Keeps whatever chance says: a policy must not be able to change a result."""
+
+    name = "random"
+
+    def __init__(self, *args):
+        self.generator = np.random.default_rng(1)
+        super().__init__(*args)
+
+    def worth(self, layer):
+        return self.generator.random(self.num_experts).tolist()
 
 
 def config(family: str) -> Any:
     """A config of a few thousand parameters with 8 experts."""
     name, fields = CONFIGS[family]
     theirs = getattr(transformers, name)
-    return theirs(**{**COMMON, **fields})
+    common = COMMON if family != "dbrx" else {key: COMMON[key] for key in _DBRX_COMMON}
+    return theirs(**{**common, **fields})
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -137,7 +179,7 @@ def save_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float3
         if parameter.is_floating_point() and "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.2)
     for name, buffer in model.named_buffers():
-        if "correction" in name:
+        if "correction" in name or "expert_bias" in name:
             buffer.normal_(std=0.05)
     model.save_pretrained(folder)
     save_tokenizer(folder)
@@ -152,3 +194,63 @@ def batch(length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     mask[1, : length // 3] = 0
     ids[1, : length // 3] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+# {way to generate: settings of model.generate}; "assisted" and "generate_batch" are more than settings
+WAYS: dict[str, dict[str, Any]] = {
+    "dynamic cache": {},
+    "one prompt": {},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "generate_batch": {},
+}
+_ALONE = ("one prompt", "prompt lookup", "assisted")  # transformers guesses for one sequence at a time
+NEW_TOKENS = 8
+
+
+def generate(model: Any, way: str, assistant: Any = None) -> list[list[int]]:
+    """Greedy token ids, prompt left out, by one of WAYS; two prompts of different length where it takes two."""
+    inputs = batch()
+    if way == "generate_batch":
+        prompts = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        settings = GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=63, pad_token_id=0
+        )
+        pages = ContinuousBatchingConfig(
+            page_size=16, num_blocks=16, max_batch_tokens=64, use_cuda_graph=False
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results = model.generate_batch(
+                prompts, generation_config=settings, continuous_batching_config=pages
+            )
+        tokens = [results[key].generated_tokens for key in sorted(results)]
+        errors = [results[key].error for key in sorted(results) if results[key].error]
+        if errors or len(tokens) != len(prompts):
+            raise NotImplementedError(errors[0] if errors else "no result")
+        return tokens
+    if way in _ALONE:
+        inputs = {name: value[:1] for name, value in inputs.items()}
+    more = {"assistant_model": assistant} if way == "assisted" else WAYS[way]
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    with torch.no_grad():
+        tokens = model.generate(**inputs, **length, do_sample=False, **more)
+    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def resident(source: Path, use_own: bool = True) -> Any:
+    """The checkpoint with every expert in memory; `use_own`: on melinoe's experts function, to compare bits."""
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    if use_own:
+        use(model)
+        # as melinoe.load leaves them: torch and MKL round by alignment and by requires_grad
+        model.requires_grad_(False)
+        align(model)
+    return model

@@ -15,16 +15,86 @@ import torch
 import transformers
 from transformers.integrations.moe import grouped_mm_experts_forward
 
+from families import RandomPolicy
 from melinoe.moe import is_experts
 from melinoe.offload.context import PassContext
 from melinoe.offload.experts import melinoe_experts
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
 from melinoe.offload.store import Store, write_layer
-from melinoe.routing.policies import make_policy
+from melinoe.routing.policies import POLICIES, make_policy
 
 EXPERTS, HIDDEN, TOKENS, TOP_K = 8, 32, 11, 3
-KNOWN = 65  # decorated classes in transformers 5.23
+# of the largest value of grouped_mm; bfloat16: both round to 8 bits at the same places, sums may run otherwise
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
+# decorated classes in transformers 5.23
+KNOWN = [
+    "AXK1Experts",
+    "AXK2Experts",
+    "AfmoeExperts",
+    "AriaExperts",
+    "BailingHybridExperts",
+    "BeamExperts",
+    "Cohere2MoeExperts",
+    "DeepseekOcr2TextExperts",
+    "DeepseekV2Experts",
+    "DeepseekV32Experts",
+    "DeepseekV3Experts",
+    "DeepseekV4Experts",
+    "DiffusionGemmaTextExperts",
+    "Dots1Experts",
+    "Dots3NoteExperts",
+    "Ernie4_5_MoeExperts",
+    "Ernie4_5_VLMoeMoeExperts",
+    "ExaoneMoeExperts",
+    "FlexOlmoExperts",
+    "FlintExperts",
+    "Gemma4TextExperts",
+    "Glm4MoeExperts",
+    "Glm4MoeLiteExperts",
+    "Glm4vMoeTextExperts",
+    "Glm5NextTextExperts",
+    "GlmMoeDsaExperts",
+    "GptOssExperts",
+    "GraniteMoeExperts",
+    "GraniteMoeHybridExperts",
+    "GraniteMoeSWAExperts",
+    "GraniteMoeSharedExperts",
+    "HYV3Experts",
+    "HYV4Experts",
+    "HunYuanMoEV1Experts",
+    "Inkling2Experts",
+    "InklingExperts",
+    "JambaExperts",
+    "KimiLinearExperts",
+    "Kolibri1Experts",
+    "LagunaExperts",
+    "Lfm2MoeExperts",
+    "MellumExperts",
+    "MiMoV2FlashExperts",
+    "MiniMaxExperts",
+    "MiniMaxM2Experts",
+    "MiniMaxM3VLExperts",
+    "Mistral4Experts",
+    "MistralLarge4TextExperts",
+    "MixtralExperts",
+    "MuseSparkExperts",
+    "NemotronHExperts",
+    "OlmoeExperts",
+    "OpenAIPrivacyFilterExperts",
+    "PhimoeExperts",
+    "Qwen2MoeExperts",
+    "Qwen3MoeExperts",
+    "Qwen3NextExperts",
+    "Qwen3OmniMoeTalkerTextExperts",
+    "Qwen3OmniMoeThinkerTextExperts",
+    "Qwen3VLMoeTextExperts",
+    "Qwen3_5MoeExperts",
+    "Qwen4ExpTextExperts",
+    "SolarOpenExperts",
+    "UnlimitedOcrTextExperts",
+    "ZayaExperts",
+]
 
 
 def decorated() -> list[tuple[str, str]]:
@@ -94,24 +164,47 @@ def inputs(dtype: torch.dtype, seed: int) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def test_the_list_is_complete():
-    assert len(decorated()) == KNOWN, (
-        "transformers has other experts classes: look at them, then change KNOWN"
+    found = sorted(name for _, name in decorated())
+    new, gone = sorted(set(found) - set(KNOWN)), sorted(set(KNOWN) - set(found))
+    assert not new and not gone, (
+        f"transformers {transformers.__version__} has other experts classes: new {new}, gone {gone}; "
+        "look at them, mend what fails below, then change KNOWN"
     )
+    assert len(found) == len(KNOWN) == 65
 
 
+def test_no_decorator_is_overlooked():
+    """The walk finds a class behind every use of the decorator, however it is written."""
+    folder = Path(transformers.__file__).parent
+    uses = sum(
+        len(re.findall(r"^\s*@use_experts_implementation\b", path.read_text(), re.MULTILINE))
+        for path in folder.rglob("*.py")
+        if not path.name.startswith("modular_")
+    )
+    assert uses == len(decorated()), "a decorated class that decorated() does not see: mend its pattern"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("module_name", "class_name"), decorated(), ids=lambda value: value.rsplit(".", 1)[-1]
 )
-def test_parity(module_name, class_name, tmp_path):
+def test_parity(module_name, class_name, dtype, tmp_path, monkeypatch):
+    monkeypatch.setitem(POLICIES, RandomPolicy.name, RandomPolicy)
     experts = build(module_name, class_name)
     assert is_experts(experts)
-    calls = [inputs(torch.float32, seed) for seed in range(3)]
+    experts = experts.to(dtype)
+    calls = [inputs(dtype, seed) for seed in range(3)]
+    assert all(len(index.unique()) == EXPERTS for _, index, _ in calls)  # more than the slots below
+    calls.append(tuple(tensor[:1] for tensor in calls[0]))  # decoding's single token goes another way
     expected = [grouped_mm_experts_forward(experts, *call) for call in calls]
     own = [melinoe_experts(experts, *call) for call in calls]
     for ours, theirs in zip(own, expected, strict=True):
-        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max().clamp_min(1), class_name
-    for slots, policy in ((EXPERTS, "decay"), (TOP_K, "lru"), (1, "lfu"), (0, "static")):
-        paged = page(build(module_name, class_name), tmp_path, slots, policy)
+        assert ours.dtype == theirs.dtype == dtype
+        allowed = TOLERANCE[dtype] * theirs.abs().max().clamp_min(1)
+        assert (ours - theirs).abs().max() <= allowed, class_name
+    rooms = ((EXPERTS, "decay"), (TOP_K, "lru"), (1, "lfu"), (0, "static"), (2, "random"), (5, "random"))
+    for slots, policy in rooms:
+        paged = page(build(module_name, class_name).to(dtype), tmp_path, slots, policy)
         for call, reference in zip(calls, own, strict=True):
             assert torch.equal(melinoe_experts(paged, *call), reference), (class_name, slots)
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import FAMILIES, batch, save_checkpoint
+from families import (
+    FAMILIES,
+    UNDECORATED,
+    WAYS,
+    RandomPolicy,
+    batch,
+    generate,
+    resident,
+    save_checkpoint,
+)
 from melinoe.moe import experts_modules
-from melinoe.offload.experts import NAME
-from melinoe.offload.loader import align
-from melinoe.routing.policies import POLICIES, DecayedCounts
+from melinoe.routing.policies import POLICIES
 
 ROOMS = [(8, "decay"), (4, "lru"), (3, "decay"), (1, "lfu"), (0, "static")]
-
-
-class RandomPolicy(DecayedCounts):
-    """Keeps whatever chance says: a policy must not be able to change a result."""
-
-    name = "random"
-
-    def __init__(self, *args):
-        self.generator = np.random.default_rng(1)
-        super().__init__(*args)
-
-    def worth(self, layer):
-        return self.generator.random(self.num_experts).tolist()
 
 
 @pytest.fixture(autouse=True)
@@ -43,51 +36,49 @@ def greedy(model, inputs, **settings):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
     source = save_checkpoint(tmp_path / "model", family, dtype)
-    stock = AutoModelForCausalLM.from_pretrained(source, experts_implementation="grouped_mm").eval()
+    other = {} if family in UNDECORATED else {"experts_implementation": "grouped_mm"}
+    stock = AutoModelForCausalLM.from_pretrained(source, **other).eval()
     inputs = batch()
+    alone = {name: value[:1] for name, value in inputs.items()}  # decodes token by token, another way through
     with torch.no_grad():
         expected = stock(**inputs).logits
-    expected_tokens = greedy(stock, inputs)
+        expected_first = stock(alone["input_ids"][:, :1]).logits
+    expected_tokens, expected_alone = greedy(stock, inputs), greedy(stock, alone)
     # our own function with every expert resident: the reference for equality to the bit
-    own = AutoModelForCausalLM.from_pretrained(source).eval()
-    own.set_experts_implementation(NAME)
-    # as melinoe.load leaves them: torch and MKL round by alignment and by requires_grad, even without a graph
-    own.requires_grad_(False)
-    align(own)
+    own = resident(source)
     with torch.no_grad():
         reference = own(**inputs).logits
-    reference_tokens = greedy(own, inputs)
+        reference_first = own(alone["input_ids"][:, :1]).logits
+    reference_tokens, reference_alone = greedy(own, inputs), greedy(own, alone)
     if dtype == torch.float32:
         assert (reference - expected).abs().max() < 1e-5 * expected.abs().max().clamp_min(1)
+        first_limit = 1e-5 * expected_first.abs().max().clamp_min(1)
+        assert (reference_first - expected_first).abs().max() < first_limit
         assert torch.equal(reference_tokens, expected_tokens)
+        assert torch.equal(reference_alone, expected_alone)
     melinoe.convert(source, tmp_path / "store", progress=False)
     for slots, policy in [*ROOMS, (4, "random")]:
         model = melinoe.load(tmp_path / "store", slots=slots, policy=policy)
         assert torch.equal(model(**inputs).logits, reference), (slots, policy)
+        assert torch.equal(model(alone["input_ids"][:, :1]).logits, reference_first), (slots, policy)
         assert torch.equal(greedy(model, inputs), reference_tokens), (slots, policy)
+        assert torch.equal(greedy(model, alone), reference_alone), (slots, policy)
         assert all(not list(module.parameters(recurse=False)) for _, module in experts_modules(model))
 
 
 @pytest.mark.parametrize("slots", [8, 3, 0])
-def test_ways_to_generate_equal_resident(olmoe, olmoe_store, slots):
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_generate_equal_resident(olmoe, olmoe_store, tmp_path, way, slots):
+    """Against stock transformers; test_families_table.py has every family against our own resident function."""
     stock = AutoModelForCausalLM.from_pretrained(olmoe).eval()
-    model = melinoe.load(olmoe_store, slots=slots)
-    inputs = batch()
-    ways = [
-        {},
-        {"num_beams": 3},
-        {"prompt_lookup_num_tokens": 3},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 4},
-    ]
-    for way in ways:
-        one = (
-            {name: value[:1] for name, value in inputs.items()}
-            if "prompt_lookup_num_tokens" in way
-            else inputs
-        )
-        assert torch.equal(greedy(model, one, **way), greedy(stock, one, **way)), way
+    other = save_checkpoint(tmp_path / "assistant", "olmoe", seed=1)
+    paged = melinoe.load(olmoe_store, slots=slots)
+    expected = generate(stock, way, resident(other))
+    assert generate(paged, way, resident(other)) == expected
+    if way == "assisted":  # an assistant that is paged itself, and one whose every guess is right
+        melinoe.convert(other, tmp_path / "store", progress=False)
+        assert generate(paged, way, melinoe.load(tmp_path / "store", slots=slots)) == expected
+        assert generate(paged, way, stock) == expected
 
 
 def test_a_wrong_record_is_seen(olmoe, tmp_path):

@@ -158,11 +158,11 @@ def test_leftovers_of_another_source_are_not_mixed_in(olmoe, tmp_path, monkeypat
     from melinoe.offload import convert as module
 
     other = save_checkpoint(tmp_path / "other", "olmoe", seed=1)
-    original = module._write_rest
-    monkeypatch.setattr(module, "_write_rest", lambda *args: (_ for _ in ()).throw(Stop()))
+    original = module.write_rest
+    monkeypatch.setattr(module, "write_rest", lambda *args, **_: (_ for _ in ()).throw(Stop()))
     with pytest.raises(Stop):
         melinoe.convert(other, tmp_path / "store", progress=False)
-    monkeypatch.setattr(module, "_write_rest", original)
+    monkeypatch.setattr(module, "write_rest", original)
     melinoe.convert(olmoe, tmp_path / "store", progress=False)
     stock = AutoModelForCausalLM.from_pretrained(olmoe)
     model = melinoe.load(tmp_path / "store", slots=2)

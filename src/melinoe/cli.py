@@ -112,6 +112,7 @@ def _prepare(model: str) -> None:
 def convert(
     source: str,
     target: Path,
+    adapter: Adapter = None,
     format: Annotated[
         str, typer.Option(help="Of the experts: auto (the checkpoint's own dtype), int8 or int4.")
     ] = "auto",
@@ -120,13 +121,15 @@ def convert(
 ) -> None:
     """Write a store: the checkpoint with each expert as one record on disk.
 
+    With --adapter the tuning is merged into the records on the way, as `melinoe merge` would.
+
     An interrupted call goes on where it stopped; a half-written store never loads.
     """
     _prepare(source)
     from melinoe.config import format_bytes
     from melinoe.offload.convert import convert as run
 
-    store = run(source, target, format=format, progress=not quiet)
+    store = run(source, target, adapter=adapter, format=format, progress=not quiet)
     records = sum(layer.num_experts for layer in store.layers)
     size, plain = store.expert_bytes, store.expanded_bytes
     result = {
@@ -388,14 +391,24 @@ def verify(store: Path) -> None:
     """Check every record of a store against its checksum."""
     from melinoe.offload.store import damaged_records, open_store
 
-    damaged = list(damaged_records(open_store(store)))
+    opened = open_store(store)
+    if opened.shards:
+        from melinoe.offload.in_place import checked_records
+
+        damaged, known = checked_records(opened)
+        print(f"{store}: in place; {len(opened.shards)} shards have the size, times and header they had")
+        if not known:
+            print(f"{store}: no checksums were known; those of now are kept for the next time")
+    else:
+        damaged = list(damaged_records(opened))
     if damaged:
         raise MelinoeError(
             f"{len(damaged)} damaged records in {store}",
             got="; ".join(damaged[:5]),
             next_step="convert again",
         )
-    print(f"{store}: all records match")
+    if not opened.shards or known:
+        print(f"{store}: all records match")
 
 
 @app.command(short_help="The whole method, and one table.")

@@ -1,7 +1,8 @@
 """Finds the experts and the routers of any transformers model, and listens to the routers.
 
-transformers decorates every experts class (`use_experts_implementation`) and records every router
-(`_can_record_outputs["router_logits"]`), so no table of model names is needed. Everything above
+transformers decorates nearly every experts class (`use_experts_implementation`; melinoe.undecorated has the
+others) and records every router (`_can_record_outputs["router_logits"]`), so no table of model names is
+needed. Everything above
 this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules; dense layers are
 not counted.
 """
@@ -9,7 +10,9 @@ not counted.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
 from types import TracebackType
 from typing import Any
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from melinoe import undecorated
 from melinoe.errors import MelinoeError
 
 
@@ -30,6 +34,8 @@ class MoeLayer:
     router_name: str
     router: nn.Module
     logits_index: int  # where the logits stand in the router's output tuple
+    # the router's output -> (logits [T, E], weights [T, K], indices [T, K])
+    routing: Callable[[Any], tuple[torch.Tensor, ...]] = field(repr=False, compare=False)
 
     @property
     def num_experts(self) -> int:
@@ -43,6 +49,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every experts module, in module order."""
+    undecorated.describe(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]
 
 
@@ -86,7 +93,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         if best is None:
             raise MelinoeError(f"no router found for {name}", got=type(model).__name__)
         router, logits_index = routers.pop(best)
-        layers.append(MoeLayer(index, name, module, best, router, logits_index))
+        routing = partial(undecorated.routing, model, best, logits_index=logits_index)
+        layers.append(MoeLayer(index, name, module, best, router, logits_index, routing))
     return layers
 
 
@@ -99,8 +107,11 @@ def experts_per_token(model: nn.Module) -> int:
         "num_experts_per_token",
         "moe_topk",
         "experts_per_token",
+        "moe_top_k",
     ):
-        value = getattr(config, name, None)
+        value = getattr(
+            config, name, getattr(getattr(config, "ffn_config", None), name, None)
+        )  # dbrx nests it
         if value is not None:
             return int(value[0] if isinstance(value, list | tuple) else value)
     raise MelinoeError("the config does not say how many experts a token uses", got=type(config).__name__)
@@ -154,9 +165,7 @@ class RouterTap:
 
     def _hook(self, layer: MoeLayer) -> Any:
         def record(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(output, tuple) or len(output) < 3:
-                raise MelinoeError(f"router {layer.router_name} does not return (logits, weights, indices)")
-            logits, weights, indices = output[layer.logits_index], output[1], output[2]
+            logits, weights, indices = layer.routing(output)
             self.records.append(RouterRecord(logits.reshape(-1, logits.shape[-1]), indices, weights, inputs))
 
         return record
@@ -183,7 +192,9 @@ def score_kind(record: RouterRecord) -> str:
 
     Decided from one recorded call, without a table of names: the logarithm of the weights' ratios
     within a token equals the difference of the logits (softmax), of their log-sigmoids (sigmoid), or of
-    the logarithms of values that already are probabilities. "softmax" where none fits (sparsemixer).
+    the logarithms of values that already are probabilities. With one expert per token (llama4) its weights
+    are compared from token to token instead, up to a constant factor. "softmax" where none fits (sparsemixer)
+    and where nothing can be told (one expert with weight 1).
     """
     with torch.no_grad():
         logits = record.logits.float()
@@ -192,10 +203,22 @@ def score_kind(record: RouterRecord) -> str:
         chosen = torch.gather(logits, 1, record.indices.clamp(max=logits.shape[1] - 1))
         log_weights = record.weights.float().clamp_min(1e-30).log()
         ratios = log_weights[:, 1:] - log_weights[:, :1]
-        errors = {
-            "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
-            "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
-        }
+        if record.indices.shape[1] > 1:
+            errors = {
+                "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
+                "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
+            }
+        elif bool((log_weights == log_weights[:1]).all()):  # normalised, so always 1: says nothing
+            return "softmax"
+        else:
+            log_scores = {
+                "softmax": chosen - logits.logsumexp(1, keepdim=True),
+                "sigmoid": nn.functional.logsigmoid(chosen),
+            }
+            errors = {
+                kind: (scores - log_weights - (scores - log_weights).median()).abs()
+                for kind, scores in log_scores.items()
+            }
         scale = {kind: float(error.median()) if error.numel() else 0.0 for kind, error in errors.items()}
     return "sigmoid" if scale["sigmoid"] < min(0.5 * scale["softmax"], 0.05) else "softmax"
 

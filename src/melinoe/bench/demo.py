@@ -41,7 +41,7 @@ from melinoe.prediction.predictor import Predictor
 from melinoe.routing.simulate import paired_difference, simulate
 from melinoe.routing.trace import Trace
 
-HELD_OUT_ROWS = 400
+HELD_OUT_ROWS = 320
 TUNING_STEPS = 150
 TUNING_SECONDS = 90
 PREDICTOR_ROWS = 2000
@@ -63,7 +63,7 @@ def demo(
     Args:
         model: checkpoint folder, or `tiny`.
         data: folder of train, valid and test.jsonl; None: the embedded workload (`tiny` only).
-        limit: held-out rows to score (default 400). Fewer also tune, fit and generate less.
+        limit: held-out rows to score (default 320). Fewer also tune, fit and generate less.
         seed: of tuning, predictor, prompts and widening.
 
     Returns:

@@ -32,7 +32,7 @@ class Size:
     slow_tokens: int
 
 
-FULL, SMALL = Size(8, 48, 2, 6), Size(2, 16, 1, 4)
+FULL, SMALL = Size(6, 40, 1, 6), Size(2, 16, 1, 4)
 
 
 @dataclass(frozen=True)

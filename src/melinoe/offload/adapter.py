@@ -224,6 +224,22 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     """
     adapter = read_adapter(folder)
     layers = moe_layers(model)
+    for layer, (low_rank, router) in zip(layers, adapter_parts(model, adapter), strict=True):
+        layer.experts.low_rank = low_rank
+        for name, value in layer.router.state_dict().items():
+            value.copy_(router[name])
+    if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
+        experts.use(model)
+    return adapter.card
+
+
+def adapter_parts(model: nn.Module, adapter: Adapter) -> list[tuple[LowRankExperts, dict[str, torch.Tensor]]]:
+    """The factors and the router of every MoE layer, in order; the model's routers must be there.
+
+    Raises:
+        MelinoeError: the adapter belongs to another model, is applied already, or is broken.
+    """
+    layers = moe_layers(model)
     found = fingerprint(model)
     if found != adapter.base_fingerprint or any(getattr(layer.experts, "low_rank", None) for layer in layers):
         already = found == adapter.card["fingerprint"]
@@ -235,16 +251,9 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         )  # fmt: skip
     tensors = adapter.tensors()
     try:
-        parts = [_parts_of(layer, adapter, tensors) for layer in layers]
+        return [_parts_of(layer, adapter, tensors) for layer in layers]
     except (KeyError, RuntimeError) as error:
         raise MelinoeError(f"the adapter {adapter.folder} does not fit this model", got=error) from None
-    for layer, (low_rank, router) in zip(layers, parts, strict=True):
-        layer.experts.low_rank = low_rank
-        for name, value in layer.router.state_dict().items():
-            value.copy_(router[name])
-    if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
-        model.set_experts_implementation(experts.NAME)
-    return adapter.card
 
 
 def _parts_of(

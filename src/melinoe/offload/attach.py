@@ -11,14 +11,15 @@ from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, fingerprint
-from melinoe.offload import budget
+from melinoe.offload import budget, experts
 from melinoe.offload.context import PassContext
 from melinoe.offload.device import DeviceReader
-from melinoe.offload.expansion import buffer_bytes, slot_records, slots_packed
-from melinoe.offload.experts import NAME
+from melinoe.offload.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.offload.formats import packing_of
+from melinoe.offload.gather import buffer_bytes
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
+from melinoe.offload.slots import READER_THREADS
 from melinoe.offload.store import Store, open_store
 from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import make_policy
@@ -66,6 +67,17 @@ def strip(model: nn.Module) -> None:
         module._is_hf_initialized = True  # type: ignore[assignment]
 
 
+def unmap(model: nn.Module) -> None:
+    """Gives weights on the CPU memory of their own.
+
+    from_pretrained maps them from the file. A checkpoint may be overwritten by its owner while it is in use; what is
+    mapped would change with it, or end the process where the file became shorter.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def attach(model: Any, store: Store, settings: Any) -> None:
     """Attaches pager and context to a stripped model.
 
@@ -73,14 +85,14 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         settings: the quantizer's config: slots, memory, policy, predictor, slots_format.
     """
     packed = slots_packed(store, settings.slots_format)
-    extra, beside = settings.extra_bytes, buffer_bytes(store, packed)
+    extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
         model,
         slot_records(store, packed),
         settings.memory,
         settings.slots,
         extra_bytes=extra,
-        buffer_bytes=beside,
+        buffer_bytes=expansion_bytes(store, packed),
         device=model.device,
     )
     if settings.memory is None and settings.slots is None:
@@ -97,7 +109,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         module.melinoe_layer, module.melinoe_context = index, context  # type: ignore[assignment]
     model.melinoe_context, model.melinoe_budget = context, plan
     model.requires_grad_(False)  # slots are overwritten: nothing behind them can be differentiated
-    model.set_experts_implementation(NAME)
+    experts.use(model)
     model.generation_config.disable_compile = True  # the experts function talks to the disk
     model.save_pretrained = MethodType(_refuse_to_save, model)
 

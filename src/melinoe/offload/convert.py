@@ -21,14 +21,16 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 
 from melinoe.config import format_bytes, resolve_model
 from melinoe.errors import MelinoeError
-from melinoe.moe import experts_modules, moe_layers
+from melinoe.moe import experts_modules, fingerprint, moe_layers
 from melinoe.offload import checkpoint
 from melinoe.offload.formats import Packing, check_format, packing_of
 from melinoe.offload.layout import RecordLayout
+from melinoe.offload.merging import Tuning, open_tuning
+from melinoe.offload.rest import write_rest
+from melinoe.offload.shards import Stamp
 from melinoe.offload.store import (
     Store,
     StoredLayer,
@@ -44,12 +46,20 @@ STATE = "convert-state.json"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
-def convert(source: str | Path, target: str | Path, *, format: str = "auto", progress: bool = True) -> Store:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    format: str = "auto",
+    progress: bool = True,
+) -> Store:
     """Writes a store of a mixture-of-experts checkpoint.
 
     Args:
-        source: model folder, or `tiny`.
+        source: model folder, Hub id, or `tiny`. fp8 and mxfp4 checkpoints are dequantised on the way.
         target: folder to make. It must not exist, or be a store of the same source.
+        adapter: what `melinoe tune` wrote; merged into the records, as `melinoe merge` would.
         format: of the records: auto (the checkpoint's own dtype), int8 or int4 (melinoe.offload.formats).
         progress: show a progress bar on stderr.
 
@@ -57,8 +67,8 @@ def convert(source: str | Path, target: str | Path, *, format: str = "auto", pro
         The opened store.
 
     Raises:
-        MelinoeError: no such model or format, a dense model, a target in the way, weights that cannot be
-            rounded, or a full disk.
+        MelinoeError: no such model or format, a dense model, a target in the way, an adapter of another
+            model, a quantised format that cannot be streamed, weights that cannot be rounded, or a full disk.
     """
     check_format(format)
     resolved = resolve_model(source)
@@ -73,12 +83,24 @@ def convert(source: str | Path, target: str | Path, *, format: str = "auto", pro
         raise MelinoeError("source and target are the same folder", got=target)
     model = checkpoint.skeleton(folder)
     moe_layers(model)  # a dense model is refused before anything is written
-    shards = checkpoint.Shards(folder)
-    with _partial_folder(target) as partial:
-        state = _State.open(partial, folder, shards, format)
-        layers = _write_experts(model, shards, partial, state, format, progress)
-        _write_rest(model, shards, folder, partial)
-        _finish(partial, target, layers, state.store_id, str(source))
+    shards, quantizer = checkpoint.Shards(folder), checkpoint.dequantizer(model.config)
+    expert_plan, rest = checkpoint.plan(model, shards.names(), quantizer)
+    tuning = open_tuning(adapter, model, shards, rest) if adapter is not None else None
+    with partial_folder(target) as partial:
+        state = _State.open(partial, folder, shards, tuning, format)
+        layers = _write_experts(model, shards, expert_plan, partial, state, tuning, format, progress)
+        write_rest(
+            shards,
+            rest,
+            partial / "model.safetensors",
+            quantizer=quantizer,
+            dtype=model.config.dtype or torch.bfloat16,
+            replaced=tuning.routers if tuning is not None else None,
+        )
+        copy_small_files(folder, partial)
+        written = checkpoint.Shards(partial)
+        known = fingerprint(model) if not checkpoint.load_routers(model, written, rest) else ""
+        finish(partial, target, layers, state.store_id, str(source), known)
     return open_store(target)
 
 
@@ -103,7 +125,7 @@ def local_folder(source: Path | str) -> Path:
 
 
 @contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
+def partial_folder(target: Path) -> Iterator[Path]:
     """The folder a store is built in, held by one process at a time."""
     partial = target.with_name(target.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -117,6 +139,15 @@ def _partial_folder(target: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def empty(folder: Path) -> None:
+    """Removes what stands in a folder; of links the links alone."""
+    for leftover in folder.iterdir():
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
 class _State:
     """What an interrupted call has finished: {layer index: stored layer}, for one source and format."""
 
@@ -126,9 +157,13 @@ class _State:
         self.path, self.source, self.store_id, self.layers = path, source, store_id, layers
 
     @classmethod
-    def open(cls, partial: Path, folder: Path, shards: checkpoint.Shards, format: str) -> _State:
-        sizes = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in shards.files}
-        source = {"folder": str(folder.resolve()), "files": sizes, "format": format}
+    def open(
+        cls, partial: Path, folder: Path, shards: checkpoint.Shards, tuning: Tuning | None, format: str
+    ) -> _State:
+        sizes = {stamp.file: [stamp.size, stamp.mtime_ns] for stamp in shards.stamps}
+        source: dict[str, Any] = {"folder": str(folder.resolve()), "files": sizes, "format": format}
+        if tuning is not None:
+            source["adapter"] = tuning.stamp
         path = partial / STATE
         try:
             data = json.loads(path.read_text())
@@ -137,8 +172,7 @@ class _State:
         if data.get("source") == source:
             layers = {int(index): layer_from_json(layer) for index, layer in data["layers"].items()}
             return cls(path, source, data["store_id"], layers)
-        for leftover in partial.iterdir():  # of another source, or from before the first layer was whole
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        empty(partial)  # of another source, or from before the first layer was whole
         return cls(path, source, uuid.uuid4().hex, {})
 
     def finished(self, index: int, layer: StoredLayer) -> None:
@@ -152,12 +186,13 @@ class _State:
 def _write_experts(
     model: torch.nn.Module,
     shards: checkpoint.Shards,
+    expert_plan: dict[str, checkpoint.Sources],
     partial: Path,
     state: _State,
+    tuning: Tuning | None,
     format: str,
     progress: bool,
 ) -> list[StoredLayer]:
-    expert_plan, _ = checkpoint.plan(model, shards.names())
     modules = experts_modules(model)
     expanded = [RecordLayout.of(module) for _, module in modules]
     packings = [
@@ -184,7 +219,7 @@ def _write_experts(
         for index in todo:
             name, module = modules[index]
             num_experts = int(module.num_experts)  # type: ignore[arg-type]
-            records = _records(model, shards, expert_plan, name, module, expanded[index])
+            records = _records(model, shards, expert_plan, name, module, expanded[index], tuning)
             packed = _packed(records, expanded[index], packings[index])
             layer = write_layer(
                 partial, index, state.store_id, name, num_experts, layouts[index],
@@ -212,6 +247,7 @@ def _records(
     name: str,
     module: torch.nn.Module,
     layout: RecordLayout,
+    tuning: Tuning | None,
 ) -> Iterator[memoryview]:
     """The records of one layer; one buffer, filled again for each expert."""
     record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
@@ -223,9 +259,13 @@ def _records(
         )
         for field in layout.fields
     }
-    for _ in range(num_experts):
+    for expert in range(num_experts):
         for field, stream in streams.items():
-            views[field].copy_(next(stream))
+            tensor = next(stream)
+            if tuning is not None:
+                tuning.merge(name, module, field, expert, tensor)
+            views[field].copy_(tensor)
+            del tensor  # the next one is made before this name is given again
         yield memoryview(record.numpy())
 
 
@@ -244,14 +284,8 @@ def _packed(
         yield memoryview(packed.numpy())
 
 
-def _write_rest(model: torch.nn.Module, shards: checkpoint.Shards, folder: Path, partial: Path) -> None:
-    """Everything but the experts, under its own name; tokenizer and templates; the config with our mark."""
-    _, rest = checkpoint.plan(model, shards.names())
-    save_file(
-        {name: shards.tensor(name).contiguous() for name in rest},
-        partial / "model.safetensors",
-        {"format": "pt"},
-    )
+def copy_small_files(folder: Path, partial: Path) -> None:
+    """Tokenizer, templates and generation config; the config with our mark."""
     for file in folder.iterdir():
         if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != "config.json":
             shutil.copyfile(file, partial / file.name)
@@ -260,13 +294,27 @@ def _write_rest(model: torch.nn.Module, shards: checkpoint.Shards, folder: Path,
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _finish(partial: Path, target: Path, layers: list[StoredLayer], store_id: str, source: str) -> None:
-    """Writes the manifest, computes the fingerprint from the written weights, and renames."""
+def finish(
+    partial: Path,
+    target: Path,
+    layers: list[StoredLayer],
+    store_id: str,
+    source: str,
+    known: str,
+    shards: tuple[Stamp, ...] = (),
+) -> None:
+    """Writes the manifest and renames.
+
+    Args:
+        known: the fingerprint; "" where the routers are not stored as they are: then it is computed by
+            loading what was written.
+    """
     from melinoe.offload.loader import store_fingerprint
 
-    store = Store(partial, "", store_id, tuple(layers), source)
-    write_manifest(store, {})
-    store = Store(partial, store_fingerprint(partial), store_id, tuple(layers), source)
+    if not known:
+        write_manifest(Store(partial, "", store_id, tuple(layers), source, shards), {})
+        known = store_fingerprint(partial)
+    store = Store(partial, known, store_id, tuple(layers), source, shards)
     write_manifest(store, {"transformers_version": transformers.__version__})
     (partial / STATE).unlink(missing_ok=True)
     if target.exists():

@@ -56,7 +56,7 @@ def slot_records(store: Store, packed: bool) -> list[tuple[int, int]]:
     return [(layer.num_experts, slot_layout(layer, packed).record_bytes) for layer in store.layers]
 
 
-def buffer_bytes(store: Store, packed: bool) -> int:
+def expansion_bytes(store: Store, packed: bool) -> int:
     """Memory beside slots and staging: the scratch record, or the buffers of the expanding reader."""
     if store.record_format == "auto":
         return 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from melinoe import undecorated
 from melinoe.errors import MelinoeError
 from melinoe.offload.context import PassContext
+from melinoe.offload.layout import per_expert
 from melinoe.offload.pager import Views
 from melinoe.routing.policies import Call
 
@@ -27,6 +30,9 @@ NAME = "melinoe"
 
 def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
     """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
+    own_way = getattr(module, "expert_forward", None)
+    if own_way is not None:  # dbrx
+        return own_way(hidden, weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"
     low_rank = getattr(module, "low_rank", None)
 
@@ -53,7 +59,10 @@ def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device)
 
 
 def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:
-    parameters = dict(module.named_parameters(recurse=False))
+    parameters = {
+        name: per_expert(parameter, int(module.num_experts))  # type: ignore[arg-type]
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     for expert in experts:
         yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
 
@@ -69,9 +78,16 @@ def _served(
 
 
 def _one_token(
-    module: nn.Module, context: PassContext | None, hidden_1H: torch.Tensor, indices: np.ndarray
+    module: nn.Module,
+    context: PassContext | None,
+    hidden_1H: torch.Tensor,
+    indices: np.ndarray,
+    scale_TK: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """[K, H] outputs of one token's distinct experts: decoding, without gathering and scattering."""
+    """[K, H] outputs of one token's distinct experts: decoding, without gathering and scattering.
+
+    scale_TK: what each expert's input is multiplied by (llama4), or None.
+    """
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
     asked = indices[0].tolist()
     place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
@@ -79,7 +95,8 @@ def _one_token(
     outputs: torch.Tensor | None = None
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
-            part_1H = expert_output(module, hidden_1H, weights, expert)
+            inputs_1H = hidden_1H if scale_TK is None else hidden_1H * scale_TK[0, place[expert]]
+            part_1H = expert_output(module, inputs_1H, weights, expert)
             if outputs is None:
                 outputs = part_1H.new_zeros(len(asked), part_1H.shape[-1])
             outputs[place[expert]] = part_1H[0]
@@ -87,7 +104,11 @@ def _one_token(
 
 
 def _many_tokens(
-    module: nn.Module, context: PassContext | None, hidden_TH: torch.Tensor, indices: np.ndarray
+    module: nn.Module,
+    context: PassContext | None,
+    hidden_TH: torch.Tensor,
+    indices: np.ndarray,
+    scale_TK: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """[T * K, H] outputs, every expert's rows computed at once and put in their own places."""
     tokens, top_k = indices.shape
@@ -98,7 +119,10 @@ def _many_tokens(
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
             positions = rows[expert]
-            part = expert_output(module, hidden_TH[positions // top_k], weights, expert)
+            inputs_NH = hidden_TH[positions // top_k]
+            if scale_TK is not None:
+                inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[positions]
+            part = expert_output(module, inputs_NH, weights, expert)
             if context is None:
                 parts.append((positions, part))  # kept whole for autograd
                 continue
@@ -136,15 +160,24 @@ def melinoe_experts(
             "offloaded experts cannot pass gradients: their slots are overwritten",
             next_step="tune the checkpoint, not the store, or use torch.no_grad()",
         )
+    scale_TK = top_k_weights if getattr(module, "weights_scale_input", False) else None  # llama4
     distinct = tokens == 1 and len(set(indices[0].tolist())) == top_k  # sentinels may repeat
     if distinct and not (torch.is_grad_enabled() and hidden_states.requires_grad):
-        outputs = _one_token(module, context, hidden_states, indices)
+        outputs = _one_token(module, context, hidden_states, indices, scale_TK)
     else:
-        outputs = _many_tokens(module, context, hidden_states, indices)
+        outputs = _many_tokens(module, context, hidden_states, indices, scale_TK)
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
-    weighted = outputs.view(tokens, top_k, -1) * top_k_weights.unsqueeze(-1)
-    return weighted.sum(1).to(hidden_states.dtype)
+    terms = outputs.view(tokens, top_k, -1)
+    if scale_TK is None:
+        terms = terms * top_k_weights.unsqueeze(-1)
+    return terms.sum(1).to(hidden_states.dtype)
+
+
+def use(model: Any) -> None:
+    """Switches a transformers model, paged or resident, to melinoe's experts function."""
+    if not undecorated.take_over(model, melinoe_experts):
+        model.set_experts_implementation(NAME)
 
 
 if NAME not in ALL_EXPERTS_FUNCTIONS:

@@ -1,7 +1,6 @@
 """The expert record: every tensor of one expert, contiguous, in one padded block of bytes.
 
-The layout follows from the experts module's own parameters (all have one row per expert in dimension
-0), so biases, transposed and gate-less experts need no special code. Fields start at multiples of 64
+The layout follows from the experts module's own parameters (experts stand in dimension 0), so biases, transposed and gate-less experts need no special code. Fields start at multiples of 64
 bytes, records at multiples of 4 KiB: one read, or one copy, moves one expert.
 """
 
@@ -45,6 +44,14 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def per_expert(parameter: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """A parameter with one row per expert in dimension 0: [E, ...] as it is, dbrx's [E * F, H] as [E, F, H]."""
+    if parameter.shape[0] == num_experts:
+        return parameter
+    assert parameter.shape[0] % num_experts == 0, (parameter.shape, num_experts)
+    return parameter.unflatten(0, (num_experts, -1))
+
+
 @dataclass(frozen=True)
 class RecordLayout:
     """Where each tensor of an expert stands in its record."""
@@ -55,13 +62,14 @@ class RecordLayout:
     @classmethod
     def of(cls, module: nn.Module) -> RecordLayout:
         """The layout of an experts module whose parameters are still there (meta tensors will do)."""
-        parameters = list(module.named_parameters(recurse=False))
-        for name, parameter in parameters:
-            assert parameter.shape[0] == module.num_experts, (name, parameter.shape)
         return cls.build(
             [
-                (name, tuple(parameter.shape[1:]), str(parameter.dtype).removeprefix("torch."))
-                for name, parameter in parameters
+                (
+                    name,
+                    tuple(per_expert(parameter, int(module.num_experts)).shape[1:]),  # type: ignore[arg-type]
+                    str(parameter.dtype).removeprefix("torch."),
+                )
+                for name, parameter in module.named_parameters(recurse=False)
             ]
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from melinoe.offload.budget import Budget
 from melinoe.offload.context import PassContext
 from melinoe.offload.convert import convert, local_folder
 from melinoe.offload.expansion import slots_packed
+from melinoe.offload.in_place import NotInPlaceError, index_in_place, is_in_place
 from melinoe.offload.layout import FIELD_ALIGNMENT
 from melinoe.offload.machine import usable_device
 from melinoe.offload.statistics import Statistics
@@ -37,8 +39,8 @@ def load(
     """Opens a model with its experts paged inside a memory budget.
 
     Args:
-        source: a store, or a checkpoint (folder, Hub id, `tiny`), which is converted on first use into
-            $MELINOE_HOME/stores.
+        source: a store, or a checkpoint (folder, Hub id, `tiny`). For that, $MELINOE_HOME/stores gets an
+            index on first use where its experts can be read in place, else a converted copy.
         adapter: what `melinoe tune` wrote; applied without touching the store.
         predictor: what `melinoe fit-predictor` wrote.
         memory: bytes or text such as "4GiB" for weights, KV cache, work space and slots together.
@@ -77,7 +79,7 @@ def load(
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=config.dtype, device_map={"": place}
     )
-    if store.fingerprint and fingerprint(model) != store.fingerprint:
+    if fingerprint(model) != store.fingerprint:
         raise MelinoeError(
             f"the weights in {folder} are not those the store was made with",
             got=fingerprint(model),
@@ -101,7 +103,7 @@ def _weight_bytes(adapter: str | Path | None) -> int:
 
 
 def store_folder(source: str | Path) -> Path:
-    """The store of a source; a checkpoint is converted on first use."""
+    """The store of a source; a checkpoint is indexed in place on first use, or else converted."""
     resolved = resolve_model(source)
     if isinstance(resolved, Path) and is_store(resolved):
         return resolved
@@ -110,7 +112,18 @@ def store_folder(source: str | Path) -> Path:
     stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in weights)
     key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
     target = home() / "stores" / f"{folder.resolve().name}-{key}"
-    if not is_store(target):
+    if is_in_place(target):
+        try:
+            open_store(target)
+            return target
+        except MelinoeError:  # the shards were touched since: the index is made anew
+            pass
+    elif is_store(target):
+        return target
+    try:
+        index_in_place(source, target)
+    except NotInPlaceError as reason:
+        print(f"melinoe: converting {source} into {target}: {reason}", file=sys.stderr)
         convert(source, target)
     return target
 

@@ -87,16 +87,34 @@ def attach_low_rank(
     return module.low_rank
 
 
+FOLD_ELEMENTS = 2**18  # of a weight that are summed at once
+
+
+@torch.no_grad()
+def fold_expert(
+    weight: torch.Tensor, low_rank: LowRankExperts, projection: Projection, expert: int, transposed: bool
+) -> None:
+    """Adds one expert's factors to its weight in place, W += (alpha / r) B A, summed in float32.
+
+    Some output rows at a time: a record may be hundreds of MiB, and float32 sums of all of it several records.
+    """
+    a_ERI, b_EOR = low_rank.factors(projection)
+    a_RI, b_OR = a_ERI[expert].float(), b_EOR[expert].float()
+    rows = max(1, FOLD_ELEMENTS // a_RI.shape[1])
+    for start in range(0, len(b_OR), rows):
+        added = (b_OR[start : start + rows] @ a_RI) * low_rank.scale
+        part = weight[:, start : start + rows] if transposed else weight[start : start + rows]
+        part.copy_(part.float() + (added.T if transposed else added).to(weight.device))
+
+
 @torch.no_grad()
 def fold_low_rank(module: nn.Module) -> None:
-    """Adds the factors to the resident weights, W += (alpha / r) B A in float32, and removes them."""
-    for projection in ("up", "down"):
-        a_ERI, b_EOR = module.low_rank.factors(projection)
+    """Adds the factors to the resident weights and removes them."""
+    projections: tuple[Projection, ...] = ("up", "down")
+    for projection in projections:
         weight = getattr(module, projection_parameter(module, projection))
         for expert in range(module.num_experts):  # one expert at a time: no second copy of a layer
-            added = (b_EOR[expert].float() @ a_ERI[expert].float()) * module.low_rank.scale
-            total = weight[expert].float() + (added.T if module.is_transposed else added).to(weight.device)
-            weight[expert].copy_(total.to(weight.dtype))
+            fold_expert(weight[expert], module.low_rank, projection, expert, module.is_transposed)
     del module.low_rank
 
 

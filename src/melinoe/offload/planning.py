@@ -15,7 +15,8 @@ from melinoe.moe import experts_modules, experts_per_token, moe_layers
 from melinoe.offload import budget, checkpoint
 from melinoe.offload.attach import strip
 from melinoe.offload.convert import local_folder
-from melinoe.offload.expansion import buffer_bytes, slot_records, slots_packed
+from melinoe.offload.expansion import expansion_bytes, slot_records, slots_packed
+from melinoe.offload.gather import buffer_bytes
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.machine import usable_device
 from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
@@ -59,7 +60,7 @@ def plan(
     store = open_store(folder) if is_store(folder) else None
     if store is not None:
         packed = slots_packed(store, slots_format)
-        records, beside = slot_records(store, packed), buffer_bytes(store, packed)
+        records, beside = slot_records(store, packed), expansion_bytes(store, packed)
         read_bytes = [layer.layout.record_bytes for layer in store.layers]
     else:
         beside = 0
@@ -69,7 +70,17 @@ def plan(
         ]
         read_bytes = [size for _, size in records]
     strip(model)
-    derived = budget.derive(model, records, memory, slots, context=context, buffer_bytes=beside, device=place)
+    extra = READER_THREADS * buffer_bytes(store) if store is not None else 0
+    derived = budget.derive(
+        model,
+        records,
+        memory,
+        slots,
+        context=context,
+        extra_bytes=extra,
+        buffer_bytes=beside,
+        device=place,
+    )
     top_k = experts_per_token(model)
     per_token = top_k * sum(read_bytes)
     bandwidth = (

@@ -9,6 +9,7 @@ own import.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,20 @@ class MelinoeQuantizer(HfQuantizer):
         assert checkpoint_files, "a store has a model.safetensors"
         self.store = attach.open_for(model, Path(checkpoint_files[0]).parent)
         attach.strip(model)
+        if self.store.shards:  # the checkpoint's own files hold the experts too: they are not to be read
+            names = {re.escape(layer.experts_name) + r"\." for layer in self.store.layers}
+            model._keys_to_ignore_on_load_unexpected = {
+                *(model._keys_to_ignore_on_load_unexpected or ()),
+                *names,
+            }
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from melinoe.offload import attach
 
+        if (
+            self.store.shards
+        ):  # before the reader checks, as it opens them, that the shards are still the same
+            attach.unmap(model)
         attach.attach(model, self.store, self.quantization_config)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         for module in model.modules():

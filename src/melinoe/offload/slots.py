@@ -12,9 +12,11 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from melinoe.errors import MelinoeError
+from melinoe.offload.gather import ShardFiles
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.store import Store
 
@@ -87,7 +89,8 @@ class Reader:
     def __init__(self, store: Store, threads: int = READER_THREADS) -> None:
         self.store = store
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="melinoe-read")
-        self._files = [self._open(layer) for layer in range(len(store.layers))]
+        self._shards = ShardFiles(store) if store.shards else None
+        self._files = [] if store.shards else [self._open(layer) for layer in range(len(store.layers))]
         self._lock = threading.Lock()
         self._outstanding, self._since = 0, 0.0
         self.bytes_read, self.busy_seconds = 0, 0.0
@@ -108,17 +111,12 @@ class Reader:
         return self._pool.submit(self._read, layer, expert, memoryview(destination.numpy()))
 
     def _read(self, layer: int, expert: int, destination: memoryview) -> None:
-        stored = self.store.layers[layer]
-        descriptor, direct = self._files[layer]
-        offset, done, length = stored.offset(expert), 0, stored.layout.record_bytes
+        done = 0
         try:
-            while done < length:
-                count = os.preadv(descriptor, [destination[done:length]], offset + done)
-                if count == 0:
-                    raise OSError("the file ended early")
-                done += count
-            if not direct:
-                os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+            if self._shards is not None:
+                done = self._shards.read(layer, expert, np.asarray(destination))
+            else:
+                done = self._read_record(layer, expert, destination)
         except OSError as error:
             raise MelinoeError(
                 f"cannot read expert {expert} from {self.store.path(layer)}",
@@ -132,15 +130,30 @@ class Reader:
                 if self._outstanding == 0:
                     self.busy_seconds += time.perf_counter() - self._since
 
+    def _read_record(self, layer: int, expert: int, destination: memoryview) -> int:
+        stored = self.store.layers[layer]
+        descriptor, direct = self._files[layer]
+        offset, done, length = stored.offset(expert), 0, stored.layout.record_bytes
+        while done < length:
+            count = os.preadv(descriptor, [destination[done:length]], offset + done)
+            if count == 0:
+                raise OSError("the file ended early")
+            done += count
+        if not direct:
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+        return done
+
     def arrived(self, result: None) -> None:
         """A record whose future is done is in host memory: there is nothing left to wait for."""
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
-        for descriptor, _ in self._files:
-            os.close(descriptor)
-        self._files = []
+        self.__del__()
 
     def __del__(self) -> None:
         for descriptor, _ in getattr(self, "_files", []):
             os.close(descriptor)
+        self._files = []
+        shards = getattr(self, "_shards", None)
+        if shards is not None:
+            shards.close()

@@ -5,6 +5,9 @@
     experts-00000.safetensors ...  one file per MoE layer; each expert is one U8 tensor `expert.N`
     melinoe.json         the manifest: format version, fingerprint, layouts, checksums
 
+An in-place store has no record files: its manifest says which bytes of the checkpoint's own shards, which
+stand in the folder as links, make up each record (see in_place.py).
+
 The record files are ordinary safetensors, so any tool can read them: each record includes its padding
 and the header is padded with spaces, which puts every record on a 4 KiB boundary of the file.
 """
@@ -16,7 +19,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,11 @@ from melinoe.config import RECORD_ALIGNMENT
 from melinoe.errors import MelinoeError
 from melinoe.offload.formats import Packing
 from melinoe.offload.layout import RecordLayout
+from melinoe.offload.shards import Stamp, check_stamp
 
 FORMAT, FORMAT_VERSION = "melinoe-store", 1
 PACKED_VERSION = 2  # of a store with packed records, which a reader of version 1 must refuse
+IN_PLACE_FORMAT = "melinoe-store-in-place"
 MANIFEST = "melinoe.json"
 
 
@@ -39,6 +44,9 @@ class StoredLayer:
     """One MoE layer on disk. layout: of a record as it is stored. checksums: CRC-32 of each record.
 
     packing: how the layout follows from the module's own; None: it is the module's own.
+    In place: `pieces` are (place in the record, bytes), the same for every expert of the layer, and `sources` says
+    for each expert where each piece stands: (number of the shard, byte offset). Checksums are of the pieces, one
+    after the other, and may not be known yet.
     """
 
     experts_name: str
@@ -47,6 +55,8 @@ class StoredLayer:
     layout: RecordLayout
     data_start: int  # byte offset of record 0
     checksums: tuple[int, ...]
+    pieces: tuple[tuple[int, int], ...] = ()
+    sources: tuple[tuple[tuple[int, int], ...], ...] = ()
     packing: Packing | None = None
 
     def offset(self, expert: int) -> int:
@@ -59,13 +69,14 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Store:
-    """An opened store; nothing of the experts has been read."""
+    """An opened store; nothing of the experts has been read. shards: of an in-place store, links in the folder."""
 
     folder: Path
     fingerprint: str
     store_id: str
     layers: tuple[StoredLayer, ...]
     source: str = ""
+    shards: tuple[Stamp, ...] = ()
 
     @property
     def max_record_bytes(self) -> int:
@@ -92,7 +103,9 @@ class Store:
         )
 
     def path(self, layer: int) -> Path:
-        return self.folder / self.layers[layer].file
+        """Where the layer's records are; in place: its first shard."""
+        stored = self.layers[layer]
+        return self.folder / (self.shards[stored.sources[0][0][0]].file if stored.sources else stored.file)
 
 
 def is_store(folder: Path | str) -> bool:
@@ -154,11 +167,15 @@ def write_layer(
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     assert len(checksums) == num_experts, (len(checksums), num_experts)
     partial.replace(path)
-    return StoredLayer(experts_name, path.name, num_experts, layout, len(header), tuple(checksums), packing)
+    return StoredLayer(
+        experts_name, path.name, num_experts, layout, len(header), tuple(checksums), packing=packing
+    )
 
 
 def layer_to_json(layer: StoredLayer) -> dict[str, Any]:
+    in_place = {"pieces": layer.pieces, "sources": layer.sources} if layer.sources else {}
     return {
+        **in_place,
         "experts_name": layer.experts_name,
         "file": layer.file,
         "num_experts": layer.num_experts,
@@ -178,6 +195,8 @@ def layer_from_json(data: dict[str, Any]) -> StoredLayer:
         layout,
         data["data_start"],
         tuple(data["checksums"]),
+        tuple((place, length) for place, length in data.get("pieces", ())),
+        tuple(tuple((shard, start) for shard, start in one) for one in data.get("sources", ())),
         Packing.from_json(data["packing"]) if "packing" in data else None,
     )
 
@@ -185,18 +204,32 @@ def layer_from_json(data: dict[str, Any]) -> StoredLayer:
 def write_manifest(store: Store, extra: dict[str, Any]) -> None:
     """Writes melinoe.json, complete or not at all."""
     manifest = {
-        "format": FORMAT,
+        "format": IN_PLACE_FORMAT if store.shards else FORMAT,
         "format_version": FORMAT_VERSION if store.record_format == "auto" else PACKED_VERSION,
         "record_format": store.record_format,
         "fingerprint": store.fingerprint,
         "store_id": store.store_id,
         "source": store.source,
         **extra,
+        **(
+            {"shards": [asdict(shard) for shard in store.shards], "index_crc": _index_crc(store)}
+            if store.shards
+            else {}
+        ),
         "layers": [layer_to_json(layer) for layer in store.layers],
     }
     partial = store.folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=1))
+    partial.write_text(json.dumps(manifest, indent=None if store.shards else 1))
     partial.replace(store.folder / MANIFEST)
+
+
+def _index_crc(store: Store) -> int:
+    """CRC-32 of what an in-place store's index says: a wrong offset would be read as weights."""
+    index = [
+        [layer.experts_name, layer.num_experts, layer.layout.to_json(), layer.pieces, layer.sources]
+        for layer in store.layers
+    ]
+    return zlib.crc32(json.dumps(index).encode())
 
 
 def open_store(folder: Path | str) -> Store:
@@ -219,8 +252,8 @@ def open_store(folder: Path | str) -> Store:
         raise MelinoeError(
             f"{folder / MANIFEST} is damaged", got=error.msg, next_step="convert again"
         ) from None
-    versions = (FORMAT_VERSION, PACKED_VERSION)
-    if manifest.get("format") != FORMAT or manifest.get("format_version") not in versions:
+    known = {FORMAT: (FORMAT_VERSION, PACKED_VERSION), IN_PLACE_FORMAT: (FORMAT_VERSION,)}
+    if manifest.get("format_version") not in known.get(manifest.get("format"), ()):
         raise MelinoeError(
             f"{folder} has another store format",
             got=f"{manifest.get('format')} {manifest.get('format_version')}",
@@ -228,8 +261,20 @@ def open_store(folder: Path | str) -> Store:
             next_step="convert again with this version of melinoe",
         )
     layers = tuple(layer_from_json(layer) for layer in manifest["layers"])
-    store = Store(folder, manifest["fingerprint"], manifest["store_id"], layers, manifest.get("source", ""))
+    shards = tuple(Stamp(**shard) for shard in manifest.get("shards", ()))
+    source = manifest.get("source", "")
+    store = Store(folder, manifest["fingerprint"], manifest["store_id"], layers, source, shards)
+    if shards and manifest.get("index_crc") != _index_crc(store):
+        raise MelinoeError(
+            f"{folder / MANIFEST} is damaged",
+            got="an index that does not match its checksum",
+            next_step="load the checkpoint by its own name again: the index is made anew",
+        )
+    for shard in shards:
+        check_stamp(folder, shard)
     for index, layer in enumerate(layers):
+        if layer.sources:
+            continue
         path = folder / layer.file
         if not path.is_file():
             raise MelinoeError("a record file is missing", got=path, next_step="convert again")
@@ -268,7 +313,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def damaged_records(store: Store) -> Iterator[str]:
-    """Names every record whose bytes do not match the manifest's checksum; reads the whole store."""
+    """Names every record whose bytes do not match the manifest's checksum; reads the whole store.
+
+    In-place stores: see `in_place.checked_records`.
+    """
     for layer in store.layers:
         with (store.folder / layer.file).open("rb") as file:
             file.seek(layer.data_start)

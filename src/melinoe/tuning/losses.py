@@ -157,7 +157,7 @@ class TuningLosses:
         ):
             with torch.no_grad():
                 output = router(*record.inputs)
-                logits = output[layer.logits_index].reshape(-1, layer.num_experts)[chosen_T]
+                logits = layer.routing(output)[0].reshape(-1, layer.num_experts)[chosen_T]
                 base_TE = router_probabilities(logits, kind)
             total = total + rank_matching(
                 tuned_TE[chosen_T], base_TE, settings.rho, settings.rank_form, settings.rho_per_expert

@@ -24,6 +24,7 @@ from melinoe.tuning.batches import Batches, plan_batches
 from melinoe.tuning.loop import CHECKPOINT, LOG, STATE, LocalityTrainer
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.settings import TuneSettings
+from melinoe.undecorated import is_undecorated
 
 RUN = "run.json"
 
@@ -121,6 +122,12 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
     network.config.output_router_logits = False  # its load-balancing loss fights locality
     layers = moe_layers(network)
     network.requires_grad_(False)
+    if is_undecorated(network):
+        raise MelinoeError(
+            "this family can be paged and traced, but not tuned",
+            got=type(network).__name__,
+            allowed="a model whose experts transformers decorates for its ExpertsInterface",
+        )
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in layers:
         if next(layer.experts.parameters(recurse=False), None) is None:

@@ -1,0 +1,210 @@
+"""Safetensors files by their bytes: where each tensor of a checkpoint stands, read when asked for.
+
+Tensors are read with pread into memory of their own, not mapped: what a mapping has touched counts as
+resident until the kernel takes it back, and a checkpoint may be larger than memory. The same byte ranges
+are what an in-place store points at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melinoe.errors import MelinoeError
+
+# the format's names of dtypes
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16,
+    "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype, shape, and its bytes [start, start + nbytes) in the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a file was when it was indexed. Times in nanoseconds; header_crc: CRC-32 of the header's bytes."""
+
+    file: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    header_crc: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], Stamp]:
+    """The tensors of a safetensors file, and what identifies the file.
+
+    Raises:
+        MelinoeError: missing, truncated or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
+            text = file.read(length) if length <= _MAX_HEADER else b""
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(path, 8 + length, status.st_size, data) for name, data in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MelinoeError(f"cannot read {path}", got=error, next_step="fetch the checkpoint again") from None
+    stamp = Stamp(path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, zlib.crc32(text))
+    return entries, stamp
+
+
+def _entry(path: Path, data_start: int, size: int, data: dict[str, Any]) -> Entry:
+    begin, end = data["data_offsets"]
+    shape = tuple(data["shape"])
+    if data["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {data['dtype']}")
+    dtype = DTYPES[data["dtype"]]
+    if not 0 <= begin <= end or math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError("a tensor's shape and bytes disagree")
+    if data_start + end > size:
+        raise ValueError(f"the file is truncated: {size} bytes, its header promises {data_start + end}")
+    return Entry(path, dtype, shape, data_start + begin, end - begin)
+
+
+class Shards:
+    """The tensors of a checkpoint folder, by name, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        elif (folder / "model.safetensors").is_file():
+            names = ["model.safetensors"]
+        else:
+            raise MelinoeError(
+                f"{folder} holds no safetensors weights", allowed="model.safetensors or its index"
+            )
+        self.files = [folder / name for name in names]
+        self.stamps: list[Stamp] = []
+        self.entries: dict[str, Entry] = {}
+        for file in self.files:
+            entries, stamp = read_header(file)
+            self.entries |= entries
+            self.stamps.append(stamp)
+
+    def names(self) -> list[str]:
+        """All names; numbers inside them in natural order."""
+        from transformers.core_model_loading import dot_natural_key
+
+        return sorted(self.entries, key=dot_natural_key)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own."""
+        entry = self.entries[name]
+        return _read(entry.path, entry.start, entry.nbytes).view(entry.dtype).view(entry.shape)
+
+    def part(self, name: str, index: int, count: int) -> torch.Tensor:
+        """The part `index` of `count` equal ones of a tensor's first dimension; nothing else of it is read."""
+        entry = self.entries[name]
+        nbytes = entry.nbytes // count
+        data = _read(entry.path, entry.start + index * nbytes, nbytes)
+        return data.view(entry.dtype).view(entry.shape[0] // count, *entry.shape[1:])
+
+
+def _read(path: Path, start: int, nbytes: int) -> torch.Tensor:
+    """[nbytes] uint8; nothing of it stays in the page cache."""
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view, done = memoryview(data.numpy()), 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while done < nbytes:
+            count = os.preadv(descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise MelinoeError(
+                    f"{path} ended early", got=f"{start + done} bytes", next_step="fetch it again"
+                )
+            done += count
+        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return data
+
+
+def write_file(
+    path: Path,
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> None:
+    """Writes a safetensors file one tensor at a time; `save_file` would hold all of them twice.
+
+    Args:
+        described: dtype and shape of every tensor, in the order of the file: larger elements first, so
+            that each tensor stands at a multiple of its element (see `file_order`).
+        tensors: the same names in the same order; taken one at a time.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in described.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // 64) * 64 - 8
+    written = []
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", length) + text.ljust(length))
+        for name, tensor in tensors:
+            assert (tensor.dtype, tuple(tensor.shape)) == described[name], (name, tensor.dtype, tensor.shape)
+            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            written.append(name)
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert written == list(described), "a tensor is missing, or they came in another order"
+
+
+def file_order(
+    described: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Larger elements first, otherwise as given."""
+    return dict(sorted(described.items(), key=lambda item: -item[1][0].itemsize))
+
+
+def check_stamp(folder: Path, stamp: Stamp) -> None:
+    """Refuses a file that is not the one that was indexed.
+
+    Raises:
+        MelinoeError: it is gone, or its size, times or header are others.
+    """
+    path = folder / stamp.file
+    again = "load the checkpoint by its own name again: the index is made anew"
+    if not path.is_file():
+        raise MelinoeError(
+            "a shard of the checkpoint is missing", got=f"{path} -> {path.resolve()}", next_step=again
+        )
+    status = path.stat()
+    found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if found != (stamp.size, stamp.mtime_ns, stamp.ctime_ns) or read_header(path)[1] != stamp:
+        raise MelinoeError(
+            f"the shard {path.resolve()} has changed since it was indexed",
+            got=f"{status.st_size} bytes, written at {status.st_mtime_ns} ns",
+            allowed=f"{stamp.size} bytes, written at {stamp.mtime_ns} ns, and the same header",
+            next_step=again,
+        )

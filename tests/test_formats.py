@@ -16,9 +16,9 @@ import melinoe
 from families import batch, save_checkpoint
 from melinoe.moe import experts_modules
 from melinoe.offload.device import DeviceReader
-from melinoe.offload.experts import NAME
+from melinoe.offload.experts import use
 from melinoe.offload.formats import GROUP, SCALE, Packing
-from melinoe.offload.layout import RecordLayout
+from melinoe.offload.layout import RecordLayout, per_expert
 from melinoe.offload.loader import align
 from melinoe.offload.pager import ExpertPager
 from melinoe.offload.store import MANIFEST, damaged_records, open_store
@@ -26,7 +26,17 @@ from melinoe.routing.policies import make_policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # gates, no gates, transposed with biases and interleaved halves, shared experts, dense layers, groups
-SOME_FAMILIES = ("olmoe", "mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "nemotron_h", "jamba")
+SOME_FAMILIES = (
+    "olmoe",
+    "mixtral",
+    "gpt_oss",
+    "qwen3_moe",
+    "deepseek_v3",
+    "nemotron_h",
+    "jamba",
+    "llama4",
+    "dbrx",
+)
 
 
 def round_trip(
@@ -118,13 +128,14 @@ def test_weights_that_cannot_be_rounded(bad):
 def replaced(source, name):
     """The reference: all experts resident, their matrices replaced by what rounding leaves of them."""
     own = AutoModelForCausalLM.from_pretrained(source).eval()
-    own.set_experts_implementation(NAME)
+    use(own)
     own.requires_grad_(False)
     for _, module in experts_modules(own):
         for parameter in module.parameters(recurse=False):
+            weights = per_expert(parameter.data, module.num_experts)
             for expert in range(module.num_experts):
-                if parameter.ndim == 3:
-                    parameter.data[expert] = round_trip(parameter[expert], name, module.is_transposed)[0]
+                if weights.ndim == 3:
+                    weights[expert] = round_trip(weights[expert], name, module.is_transposed)[0]
     align(own)
     return own
 
@@ -372,6 +383,12 @@ def test_adapter_and_predictor_on_a_packed_store(tmp_path):
         expected = reference(**inputs).logits
     assert not torch.equal(plain, expected)
     words = load_tokenizer(source)
+    merged = melinoe.convert(  # the tuning is merged first, then the sum is rounded
+        source, tmp_path / "merged", adapter=tmp_path / "adapter", format="int8", progress=False
+    )
+    melinoe.merge(source, tmp_path / "adapter", tmp_path / "plain")
+    alike = melinoe.convert(tmp_path / "plain", tmp_path / "alike", format="int8", progress=False)
+    assert [layer.checksums for layer in merged.layers] == [layer.checksums for layer in alike.layers]
     for slots_format in ("packed", "expanded"):
         model = melinoe.load(
             tmp_path / "store", adapter=tmp_path / "adapter", predictor=tmp_path / "p", slots=6,

@@ -28,7 +28,8 @@ class TuneSettings:
         the control, the same fine-tune without locality.
     objective: "paper" is Eq. 4 as printed; "clipped" counts a slot once, 1 - min(c, 1); "boundary" is clipped
         and sends the gradient to the experts near the K-th choice instead of through p_f.
-    relative: with "boundary", multiply both weights by the square root of the likelihood loss of late.
+    relative: with "boundary", multiply both weights by the square root of the likelihood loss of late, and more
+        where completions are short (losses.SCORED_TOKENS).
     temperature: width of that boundary, in standard deviations of a token's logits.
     slots: capacity C of the simulated cache per layer; None is max(K, E / 4).
     gamma, rho: forgetting of the cache (Eq. 11), margin of the ranking (Eq. 12); with rho_per_expert the

@@ -119,3 +119,17 @@ def test_two_processes_on_one_store(tiny_store):
         output, errors = process.communicate()
         assert process.returncode == 0, errors
         assert output.strip() == expected.strip()
+
+
+def test_two_processes_on_first_use(wide, tmp_path):
+    """Both ask for a checkpoint that has no store yet: one makes it, the other waits, both answer alike."""
+    settings = {"env": {**os.environ, "MELINOE_HOME": str(tmp_path / "home")}}
+    arguments = ["generate", "--model", wide, "--slots", 8, "--max-new-tokens", 8, "-p", PROMPT]
+    processes = [verb(*arguments, **settings) for _ in range(2)]
+    outputs = []
+    for process in processes:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        outputs.append(output)
+    assert outputs[0] == outputs[1]
+    assert outputs[0].strip()

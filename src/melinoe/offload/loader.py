@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import sys
 from pathlib import Path
@@ -112,20 +113,28 @@ def store_folder(source: str | Path) -> Path:
     stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in weights)
     key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
     target = home() / "stores" / f"{folder.resolve().name}-{key}"
-    if is_in_place(target):
-        try:
-            open_store(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first, and finds its store
+        if _usable(target):
             return target
-        except MelinoeError:  # the shards were touched since: the index is made anew
-            pass
-    elif is_store(target):
-        return target
-    try:
-        index_in_place(source, target)
-    except NotInPlaceError as reason:
-        print(f"melinoe: converting {source} into {target}: {reason}", file=sys.stderr)
-        convert(source, target)
+        try:
+            index_in_place(source, target)
+        except NotInPlaceError as reason:
+            print(f"melinoe: converting {source} into {target}: {reason}", file=sys.stderr)
+            convert(source, target)
     return target
+
+
+def _usable(target: Path) -> bool:
+    """Whether a store made on an earlier use is there, and its shards, if it is in place, as they were."""
+    if not is_in_place(target):
+        return is_store(target)
+    try:
+        open_store(target)
+    except MelinoeError:  # the shards were touched since: the index is made anew
+        return False
+    return True
 
 
 def store_fingerprint(folder: Path) -> str:

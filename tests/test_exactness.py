@@ -130,3 +130,13 @@ def test_gradients_are_refused(olmoe_store):
     model.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(melinoe.MelinoeError, match="cannot pass gradients"):
         model(**batch())
+
+
+def test_continuous_batching_is_counted_as_what_it_is(olmoe_store):
+    """Steps of one token per sequence are decoding, so that the policy treats them as such."""
+    model = melinoe.load(olmoe_store, slots=4)
+    tokens = generate(model, "generate_batch")
+    found = melinoe.stats(model)
+    assert found.prefill_tokens == int(batch()["attention_mask"].sum())
+    assert found.decode_tokens == sum(len(one) - 1 for one in tokens)
+    assert found.hit_rate is not None

@@ -33,6 +33,10 @@ class PassContext:
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return
+        packed = kwargs.get("cu_seq_lens_q")
+        if packed is not None and tokens.shape[0] == 1:
+            self._before_packed(packed.cpu().numpy(), tokens.shape[1])
+            return
         batch, length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
@@ -53,6 +57,24 @@ class PassContext:
             self.pager.statistics.decode_tokens += count
         else:
             self.pager.statistics.prefill_tokens += count
+
+    def _before_packed(self, ends: np.ndarray, length: int) -> None:
+        """Continuous batching (generate_batch): sequences behind each other in one row, some of them prompts.
+
+        Args:
+            ends: [N + 1] where each sequence starts, and the last one ends (transformers: cu_seq_lens_q).
+            length: of the row; what lies behind the last sequence is padding.
+        """
+        lengths = np.diff(ends)
+        self.phase = DECODE if lengths.max(initial=0) <= 1 else PREFILL
+        positions = np.arange(length)
+        self.valid = positions < ends[-1]
+        sequence = np.searchsorted(ends[1:], positions, side="right").clip(max=len(lengths) - 1)
+        self.ages = np.where(self.valid, ends[1:][sequence] - 1 - positions, 0)
+        if self.phase == PREFILL:
+            self.pager.policy.begin()  # a prediction belongs to one prompt; here are several, at any time
+        self.pager.statistics.decode_tokens += int((lengths == 1).sum())
+        self.pager.statistics.prefill_tokens += int(lengths[lengths > 1].sum())
 
     def _begin(self, ids: torch.Tensor | None, valid: np.ndarray) -> None:
         if self.predictor is None or ids is None:

@@ -90,3 +90,11 @@ def test_mistakes_are_named():
     plain = evaluate(model_and_tokenizer(), [Row((), "plain text")], metrics="perplexity", progress=False)
     assert plain["num_rows"] == 1
     assert np.isfinite(plain["nll"])
+
+
+def test_a_store_is_scored_like_its_checkpoint(tiny_store):
+    rows = [row for row in read_rows(data_path(), "test", limit=12)]
+    paged = evaluate(str(tiny_store), rows, metrics="perplexity,exact_match", progress=False)
+    stock = evaluate("tiny", rows, metrics="perplexity,exact_match", progress=False)
+    assert paged["nll"] == pytest.approx(stock["nll"], rel=1e-3)
+    assert paged["exact_match"] == stock["exact_match"]

@@ -16,22 +16,29 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from melinoe.config import resolve_model
 from melinoe.data import Encoded, Row, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.moe import RouterTap, fingerprint, moe_layers
-from melinoe.offload.loader import load_resident
+from melinoe.offload.loader import load, load_resident, load_tokenizer
+from melinoe.offload.store import is_store
 from melinoe.routing.trace import Trace, from_sequences
 
 TOKENS_PER_BATCH = 4096  # padded tokens in one forward pass, where no batch size is given
 
 
-def resident(model: Any, adapter: str | Path | None = None, dtype: Any = None) -> tuple[Any, Any]:
+def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None) -> tuple[Any, Any]:
     """(model, tokenizer) in evaluation mode, from a path, `tiny`, a hub id, or a pair that is loaded already.
+
+    A store is opened with its experts paged, a checkpoint with all of them in memory.
 
     Raises:
         MelinoeError: an adapter for a model that is loaded already, or a model without a tokenizer.
     """
     if isinstance(model, str | Path):
+        path = resolve_model(model)
+        if isinstance(path, Path) and is_store(path):
+            return load(path, adapter=adapter, dtype=dtype), load_tokenizer(path)
         return load_resident(model, adapter=adapter, dtype=dtype)
     if adapter is not None:
         raise MelinoeError(
@@ -135,7 +142,7 @@ def trace(
         MelinoeError: no such model or data, a dense model, no row that fits.
     """
     rows = data_rows(data, split, limit)
-    model, tokenizer = resident(model, adapter)
+    model, tokenizer = open_model(model, adapter)
     moe_layers(model)  # a dense model is refused before the work
     encoded = [pair[1] for pair in encode_rows(tokenizer, rows, max_length)]
     indices = read_routing(model, encoded, batch_size, tokenizer.pad_token_id or 0, progress)

@@ -18,7 +18,7 @@ import torch
 
 from melinoe.data import Encoded, Row, encode_rows
 from melinoe.errors import MelinoeError
-from melinoe.tracing import TOKENS_PER_BATCH, data_rows, length_batches, pad_right, resident, track
+from melinoe.tracing import TOKENS_PER_BATCH, data_rows, length_batches, open_model, pad_right, track
 
 METRICS = ("perplexity", "exact_match", "rouge_l")
 GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given
@@ -173,7 +173,7 @@ def evaluate(
             allowed="messages | prompt + completion",
             next_step="use --metrics perplexity",
         )
-    model, tokenizer = resident(model, adapter, dtype)
+    model, tokenizer = open_model(model, adapter, dtype)
     pairs = encode_rows(tokenizer, rows, max_length)
     sequences = [encoded for _, encoded in pairs]
     arrays = {"tokens": np.array([len(encoded.ids) - encoded.prompt_length for encoded in sequences])}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from melinoe.bench.quality import evaluate, exact_match, final_answer
-from melinoe.data import Row, encode
+from melinoe.data import Row, encode, read_rows
 from melinoe.errors import MelinoeError
+from melinoe.tiny import data_path
 from text_model import model_and_tokenizer, rows
 
 
@@ -93,8 +94,8 @@ def test_mistakes_are_named():
 
 
 def test_a_store_is_scored_like_its_checkpoint(tiny_store):
-    rows = [row for row in read_rows(data_path(), "test", limit=12)]
-    paged = evaluate(str(tiny_store), rows, metrics="perplexity,exact_match", progress=False)
-    stock = evaluate("tiny", rows, metrics="perplexity,exact_match", progress=False)
+    held_out = read_rows(data_path(), "test", limit=12)
+    paged = evaluate(str(tiny_store), held_out, metrics="perplexity,exact_match", progress=False)
+    stock = evaluate("tiny", held_out, metrics="perplexity,exact_match", progress=False)
     assert paged["nll"] == pytest.approx(stock["nll"], rel=1e-3)
     assert paged["exact_match"] == stock["exact_match"]

@@ -8,12 +8,14 @@ import torch
 from melinoe.moe import requests
 from melinoe.tuning.objective import (
     boundary_surrogate,
-    cache_states,
     scored_positions,
     soft_cache_misses,
     straight_through_requests,
 )
+from melinoe.tuning.occupancy import cache_states
 from melinoe.tuning.rank_matching import rank_matching
+
+CLIP = {False: "plain", True: "clipped"}
 
 
 def loop_misses(r_SE, scored_S, capacity, top_k, gamma, clipped=False):
@@ -57,7 +59,7 @@ def test_clipped_by_hand():
     r = torch.tensor([[[[1.0, 0], [1, 0]]]], dtype=torch.float64)
     scored = torch.tensor([[False, True]])
     assert float(soft_cache_misses(r, torch.ones(1, 2), scored, 2, 1, gamma=1.0)) == pytest.approx(-1 / 3)
-    assert float(soft_cache_misses(r, torch.ones(1, 2), scored, 2, 1, gamma=1.0, clipped=True)) == 0.0
+    assert float(soft_cache_misses(r, torch.ones(1, 2), scored, 2, 1, gamma=1.0, cache="clipped")) == 0.0
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1e-4, 0.5, 0.9, 0.999, 1.0])
@@ -66,7 +68,7 @@ def test_clipped_by_hand():
 def test_equals_a_loop_over_tokens(gamma, clipped, chunk):
     hot, _ = random_requests((2, 3, 40), 8, 2)
     scored = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)) > 0.3
-    loss = soft_cache_misses(hot, torch.ones(3, 40), scored, 4, 2, gamma, clipped, chunk=chunk)
+    loss = soft_cache_misses(hot, torch.ones(3, 40), scored, 4, 2, gamma, CLIP[clipped], chunk=chunk)
     sums = [loop_misses(hot[i, b], scored[b], 4, 2, gamma, clipped)[:2] for i in range(2) for b in range(3)]
     assert float(loss) == pytest.approx(float(sum(s for s, _ in sums)) / sum(n for _, n in sums), abs=1e-12)
 
@@ -190,7 +192,7 @@ def test_gradient_by_finite_differences(gamma, clipped):
     mask[1, :3] = 0
     scored = scored_positions(mask, torch.tensor([4, 2]))
     assert torch.autograd.gradcheck(
-        lambda x: soft_cache_misses(x, mask, scored, 3, 2, gamma, clipped, chunk=4), (r,), eps=1e-7
+        lambda x: soft_cache_misses(x, mask, scored, 3, 2, gamma, CLIP[clipped], chunk=4), (r,), eps=1e-7
     )
 
 

@@ -28,6 +28,11 @@ from melinoe.routing.calls import DECODE, PREFILL, Call, Decision, Load, decode_
 __all__ = ["DECODE", "POLICIES", "PREFILL", "Call", "DecayedCounts", "Decision", "Load", "Policy"]
 __all__ += ["decode_call", "make_policy", "prefill_call"]
 
+DECAY, RECENCY_DECAY, RECENCY_WEIGHT = (
+    0.97,
+    0.5,
+    2.5,
+)  # of the default policy; docs/log.md has how they were chosen
 INITIAL_TRUST, TRUST_RATE = 2.0, 2.0  # log-odds at the start of a request; log-odds per nat
 
 
@@ -200,9 +205,9 @@ class DecayedCounts(Policy):
         num_layers: int,
         num_experts: int,
         slots: int,
-        decay: float = 0.97,
-        recency_decay: float = 0.5,
-        recency_weight: float = 2.5,
+        decay: float = DECAY,
+        recency_decay: float = RECENCY_DECAY,
+        recency_weight: float = RECENCY_WEIGHT,
         prior_tokens: float = 50.0,
     ) -> None:
         self.decays = np.array([[decay], [recency_decay]])  # [2, 1]

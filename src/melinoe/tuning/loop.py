@@ -94,13 +94,15 @@ class LocalityTrainer(Trainer):
         for layer in self.layers:
             layer.router.eval()  # some routers draw noise in training mode, which decoding does not
         torch.manual_seed((self.settings.seed << 20) + self.state.global_step)  # dropout, also after a resume
+        ramp = self.settings.ramp
+        self.losses.ramp = min(1.0, self.done_share(self.state.global_step) / ramp) if ramp else 1.0
         self.last = self.losses(model, inputs, self.state.global_step, self.tokens_per_step)
         return self.last.total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         settings = self.settings
         routers = [p for layer in self.layers for p in layer.router.parameters() if p.requires_grad]
-        factors = [p for layer in self.layers for p in layer.experts.low_rank.parameters()]
+        factors = [p for layer in self.layers for p in layer.experts.low_rank.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": routers, "lr": settings.router_learning_rate},
@@ -222,9 +224,11 @@ class _Steps(TrainerCallback):
         assert last is not None
         seconds = time.monotonic() - trainer.started
         record: dict[str, Any] = {"step": state.global_step}
-        for name in ("total", "nll", "misses", "rank"):
-            value = float(getattr(last, name).detach())
-            record[name] = round(value, 6) if math.isfinite(value) else None
+        for name in ("total", "nll", "misses", "rank", "hit_rate", "divergence", "base_nll"):
+            value = getattr(last, name)
+            if value is not None:
+                value = float(value.detach())
+                record[name] = round(value, 6) if math.isfinite(value) else None
         record |= {"seconds": round(seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
         with (trainer.folder / LOG).open("a") as log:
             log.write(json.dumps(record) + "\n")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from melinoe.moe import (
     MoeLayer,
@@ -20,9 +19,11 @@ from melinoe.moe import (
     router_probabilities,
     score_kind,
 )
+from melinoe.tuning.likelihood import likelihood
 from melinoe.tuning.objective import (
     boundary_surrogate,
     scored_positions,
+    simulated_misses,
     soft_cache_misses,
     straight_through_requests,
 )
@@ -32,13 +33,20 @@ from melinoe.tuning.settings import TuneSettings
 
 @dataclass
 class Losses:
-    """total is what is minimised; the others are for people: nats per completion token, soft misses per
-    layer and decoded token (0 .. K), rank matching per token."""
+    """total is what is minimised; the others are for people.
+
+    nll: nats per completion token; misses: of the loss's own cache, per layer and decoded token (0 .. K); hit_rate: what
+    the runtime's policy would find in the slots; rank: the anchor's loss per token; divergence: nats per token
+    away from the base model, where it is asked; base_nll: the base's on the same batch, likewise.
+    """
 
     total: torch.Tensor
     nll: torch.Tensor
     misses: torch.Tensor
     rank: torch.Tensor
+    hit_rate: torch.Tensor
+    divergence: torch.Tensor | None = None
+    base_nll: torch.Tensor | None = None
 
 
 # Scored tokens of a step below which the boundary objective's weights grow in inverse proportion. With few tokens
@@ -61,6 +69,7 @@ class TuningLosses:
         self.base_routers = [copy.deepcopy(layer.router).eval().requires_grad_(False) for layer in layers]
         self.kinds: list[str] | None = None
         self.nll_level: float | None = None  # running mean of the likelihood loss
+        self.ramp = 1.0  # of the weights, by the share of the run that is over
 
     def __call__(
         self,
@@ -76,8 +85,9 @@ class TuningLosses:
             of the batch's own counts, so that every token of the data weighs the same.
         """
         settings, mask_BS = self.settings, batch["attention_mask"]
+        distill = settings.distill > 0
         with RouterTap(self.layers) as tap:
-            nll_sum, completion_tokens = completion_nll(model, batch)
+            found = likelihood(model, batch, self.layers, self.base_routers, distill, settings.distill_prompt)
         if self.kinds is None:
             self.kinds = [score_kind(record) for record in tap.records]
         probabilities = [
@@ -86,23 +96,30 @@ class TuningLosses:
         ]
         scored_BS = scored_positions(mask_BS, batch["prompt_lengths"])
         with torch.set_grad_enabled(settings.lambda_cs > 0):
-            misses = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
+            misses, missed_share = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
         with torch.set_grad_enabled(settings.lambda_rm > 0):
             rank = self._rank_loss(tap.records, probabilities, mask_BS, step)
-        nll = nll_sum / max(completion_tokens, 1)
-        nll_weight = completion_tokens / tokens_per_step[0]
-        scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
-        total = nll_weight * nll
-        strength = 1.0
-        if settings.relative and settings.objective == "boundary":
-            strength = self._level(float(nll.detach())) * max(
-                1.0, SCORED_TOKENS / max(tokens_per_step[1], 1.0)
-            )
+        nll = found.nll / max(found.tokens, 1)
+        total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
+        if found.divergence is not None:
+            total = total + settings.distill * found.divergence / max(found.divergence_tokens, 1)
+        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.ramp
         if settings.lambda_cs > 0:
+            scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
             total = total + strength * settings.lambda_cs * scored_weight * misses
         if settings.lambda_rm > 0:
             total = total + strength * settings.lambda_rm * rank
-        return Losses(total, nll.detach(), misses.detach(), rank.detach())
+        losses = Losses(total, nll.detach(), misses.detach(), rank.detach(), 1 - missed_share)
+        if found.divergence is not None and found.base_nll is not None:
+            losses.divergence = found.divergence.detach() / max(found.divergence_tokens, 1)
+            losses.base_nll = found.base_nll / max(found.tokens, 1)
+        return losses
+
+    def _strength(self, nll: float, scored_tokens: float) -> float:
+        """What both weights are multiplied by: 1 unless `relative`."""
+        if not self.settings.relative or self.settings.form.gradient != "boundary":
+            return 1.0
+        return self._level(nll) * max(1.0, SCORED_TOKENS / max(scored_tokens, 1.0))
 
     def _level(self, nll: float) -> float:
         """The square root of the likelihood loss of late, by which both weights are multiplied.
@@ -120,15 +137,16 @@ class TuningLosses:
         probabilities: list[torch.Tensor],
         mask_BS: torch.Tensor,
         scored_BS: torch.Tensor,
-    ) -> torch.Tensor:
-        """Eq. 4 over all layers; layers of the same E and C in one call."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(Eq. 4 over all layers, the share of requests that the runtime would miss); equal layers in one call."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, layer in enumerate(self.layers):
             groups.setdefault((layer.num_experts, self.capacities[index]), []).append(index)
         total: Any = 0.0
+        missed: Any = 0.0
         for (num_experts, capacity), members in groups.items():
             asked_LTE = requests(torch.stack([tap.records[i].indices for i in members]), num_experts)
-            if self.settings.objective == "boundary":
+            if self.settings.form.gradient == "boundary":
                 logits_LTE = torch.stack([tap.records[i].logits.float() for i in members])
                 backward_LTE = boundary_surrogate(logits_LTE, asked_LTE, self.settings.temperature)
             else:
@@ -141,11 +159,13 @@ class TuningLosses:
                 capacity,
                 self.top_k,
                 self.settings.gamma,
-                clipped=self.settings.objective != "paper",
+                cache=self.settings.form.cache,
                 detach_cache=self.settings.detach_cache,
             )
             total = total + misses * (len(members) / len(self.layers))
-        return total
+            asked_LBSE = asked_LTE.view(len(members), *mask_BS.shape, num_experts)
+            missed = missed + simulated_misses(asked_LBSE, mask_BS, scored_BS, capacity).sum()
+        return total, missed / (len(self.layers) * self.top_k)
 
     def _rank_loss(
         self, records: list[RouterRecord], probabilities: list[torch.Tensor], mask_BS: torch.Tensor, step: int
@@ -165,42 +185,12 @@ class TuningLosses:
                 output = router(*record.inputs)
                 logits = layer.routing(output)[0].reshape(-1, layer.num_experts)[chosen_T]
                 base_TE = router_probabilities(logits, kind)
-            total = total + rank_matching(
-                tuned_TE[chosen_T], base_TE, settings.rho, settings.rank_form, settings.rho_per_expert
-            )
+            tuned_TE = tuned_TE[chosen_T]
+            if settings.form.anchor == "divergence":
+                log_ratio_TE = base_TE.clamp_min(1e-20).log() - tuned_TE.clamp_min(1e-20).log()
+                total = total + (base_TE * log_ratio_TE).sum(-1).mean()
+            else:
+                total = total + rank_matching(
+                    tuned_TE, base_TE, settings.rho, settings.rank_form, settings.rho_per_expert
+                )
         return total / len(self.layers)
-
-
-def completion_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """(sum of the negative log-likelihood over completion tokens, their number).
-
-    The output layer sees only the positions that predict completion tokens: with short answers it would
-    otherwise be a third of a small model's work. Labels are not passed, because several models then add
-    their load-balancing loss, which fights locality.
-    """
-    ids_BS, mask_BS = batch["input_ids"], batch["attention_mask"].bool()
-    position_BS = mask_BS.long().cumsum(1) - 1
-    target_BS = mask_BS & (position_BS >= batch["prompt_lengths"][:, None])
-    target_BS[:, 0] = False
-    targets_N = ids_BS[target_BS]
-    rows_N = target_BS.roll(-1, 1).reshape(-1).nonzero()[:, 0]
-    hooked = False
-
-    def only_completion(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        nonlocal hooked
-        if not args or args[0].shape[:2] != ids_BS.shape:
-            return None
-        hooked = True
-        return (args[0].reshape(-1, args[0].shape[-1])[rows_N][None], *args[1:])
-
-    output_layer = model.get_output_embeddings()
-    handle = output_layer.register_forward_pre_hook(only_completion) if output_layer is not None else None
-    try:
-        logits = model(input_ids=ids_BS, attention_mask=batch["attention_mask"], use_cache=False).logits
-    finally:
-        if handle is not None:
-            handle.remove()
-    logits_NV = logits.reshape(-1, logits.shape[-1])
-    if not hooked:
-        logits_NV = logits_NV[rows_N]
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum"), len(targets_N)

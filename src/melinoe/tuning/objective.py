@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-CHUNK = 64  # positions per triangular product: longer ones cost work that grows with it, shorter ones calls
+from melinoe.tuning.occupancy import CHUNK, Cache, occupancy, resident_by_counts
 
 
 def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch.Tensor) -> torch.Tensor:
@@ -96,46 +96,20 @@ def _one_row_per_cache(
     return source, source < mask_BS.numel()
 
 
-def cache_states(
-    requests_NSE: torch.Tensor, capacity: int, gamma: float, top_k: int, chunk: int = CHUNK
-) -> torch.Tensor:
-    """c(t) for every position, the state BEFORE token t is served; |c(t)|_1 = C (Eq. 11).
-
-    Closed form of c(t+1) = (gamma Z(t) c(t) + r(t)) / Z(t+1), Z(t+1) = gamma Z(t) + K/C, from c(0) = C/E and
-    Z(0) = 1:
-
-        c(t) = (gamma^t C/E + sum_{s<t} gamma^(t-1-s) r(s)) / Z(t)
-        Z(t) = gamma^t + (K/C) (1 - gamma^t) / (1 - gamma)        (1 + t K/C where gamma = 1)
-
-    as one product with a lower-triangular matrix per chunk; the state is carried from chunk to chunk, so
-    memory grows with S, not with its square.
-
-    Args:
-        requests_NSE: [..., S, E] r(t); positions count from 0, padding may only follow.
-    """
-    *_, size, num_experts = requests_NSE.shape
-    make = {"dtype": requests_NSE.dtype, "device": requests_NSE.device}
-    length = min(chunk, max(size, 1))
-    step = torch.arange(length, **make)
-    age = step[:, None] - 1 - step[None, :]
-    # 0 ** 0 = 1 is what gamma = 0 (only the last token counts) needs
-    decay = torch.where(age >= 0, torch.tensor(gamma, **make) ** age.clamp_min(0), 0.0)
-    fade = torch.tensor(gamma, **make) ** torch.arange(length + 1, **make)
-    state = requests_NSE.new_full((*requests_NSE.shape[:-2], 1, num_experts), capacity / num_experts)
-    states = []
-    for start in range(0, size, length):
-        now = requests_NSE[..., start : start + length, :]
-        count = now.shape[-2]
-        states.append(fade[:count, None] * state + decay[:count, :count] @ now)
-        if start + count < size:
-            last = states[-1][..., -1:, :]
-            state = gamma * last + now[..., -1:, :]
-    time = torch.arange(size, device=requests_NSE.device, dtype=torch.float64)
-    powers = torch.tensor(gamma, dtype=torch.float64, device=requests_NSE.device) ** time
-    grown = time if gamma == 1 else (1 - powers) / (1 - gamma)
-    weight = powers + top_k / capacity * grown
-    joined = torch.cat(states, -2) if states else requests_NSE
-    return joined / weight.to(requests_NSE.dtype)[:, None]
+def _caches(
+    requests_LBSE: torch.Tensor,
+    mask_BS: torch.Tensor,
+    scored_BS: torch.Tensor,
+    segment_ids: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(requests [L, N, S', E], scored [N, S']): one row for each cache, without padding before its end."""
+    batch, size, num_experts = requests_LBSE.shape[-3:]
+    source_NS, real_NS = _one_row_per_cache(mask_BS, segment_ids)
+    source = source_NS.clamp(max=batch * size - 1).reshape(-1)
+    flat_LTE = requests_LBSE.reshape(-1, batch * size, num_experts)
+    # what stands behind the end of a row comes after every scored token of it: it need not be zeroed
+    requests_LNSE = flat_LTE.index_select(1, source).reshape(-1, *source_NS.shape, num_experts)
+    return requests_LNSE, scored_BS.reshape(-1)[source].reshape(source_NS.shape) & real_NS
 
 
 def soft_cache_misses(
@@ -145,7 +119,7 @@ def soft_cache_misses(
     capacity: int,
     top_k: int,
     gamma: float = 0.9,
-    clipped: bool = False,
+    cache: Cache = "plain",
     segment_ids: torch.Tensor | None = None,
     detach_cache: bool = False,
     chunk: int = CHUNK,
@@ -162,28 +136,40 @@ def soft_cache_misses(
         scored_BS: [B, S] bool, the tokens whose misses count (scored_positions).
         capacity: C slots, at least top_k.
         gamma: how slowly the cache forgets; 0 like LRU, 1 like LFU.
-        clipped: < r(t), 1 - min(c(t), 1) >. A slot holds an expert once: the plain form goes on paying for
-            concentration (c up to C/K) that saves no transfer. The clip is in the loss alone, not in c(t).
+        cache: what stands in the place of c(t) in the product (occupancy.py): "plain", the paper's; "clipped",
+            "lru", "counts", "previous".
         segment_ids: [B, S] the document of each token of a packed row; each starts an empty cache.
         detach_cache: no gradient through the past requests inside c(t) (an ablation).
 
     Returns:
-        A scalar between 0 and K (clipped), 0 where nothing is scored.
+        A scalar, between 0 and K for all caches but the plain one; 0 where nothing is scored.
     """
     assert capacity >= top_k, (capacity, top_k)
-    batch, size, num_experts = requests_LBSE.shape[-3:]
-    source_NS, real_NS = _one_row_per_cache(mask_BS, segment_ids)
-    if not bool((real_NS & torch.cat([scored_BS.reshape(-1), scored_BS.new_zeros(1)])[source_NS]).any()):
+    requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS, segment_ids)
+    if not bool(scored_NS.any()):
         return requests_LBSE.sum() * 0.0
-    flat_LTE = requests_LBSE.reshape(-1, batch * size, num_experts)
-    source = source_NS.clamp(max=batch * size - 1).reshape(-1)
-    requests_LNSE = flat_LTE.index_select(1, source).reshape(-1, *source_NS.shape, num_experts)
-    # what stands behind the end of a row comes after every scored token of it: it need not be zeroed
-    cache = cache_states(requests_LNSE, capacity, gamma, top_k, chunk)
+    held_LNSE = occupancy(requests_LNSE, cache, capacity, gamma, top_k, chunk)
     if detach_cache:
-        cache = cache.detach()
-    if clipped:
-        cache = cache.clamp(max=1.0)
-    misses_LNS = (requests_LNSE * (1.0 - cache)).sum(-1)
-    scored_NS = scored_BS.reshape(-1)[source].reshape(source_NS.shape) & real_NS
+        held_LNSE = held_LNSE.detach()
+    misses_LNS = (requests_LNSE * (1.0 - held_LNSE)).sum(-1)
     return misses_LNS[:, scored_NS].mean()
+
+
+@torch.no_grad()
+def simulated_misses(
+    requests_LBSE: torch.Tensor,
+    mask_BS: torch.Tensor,
+    scored_BS: torch.Tensor,
+    capacity: int,
+    segment_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[L] experts per scored token that the runtime's default policy would not hold: a number for people.
+
+    The C experts of the largest decayed counts are taken for resident; the policy itself (routing.policies) admits
+    an expert only when it is asked for, which makes next to no difference.
+    """
+    requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS, segment_ids)
+    if not bool(scored_NS.any()):
+        return requests_LNSE.new_zeros(len(requests_LNSE))
+    absent_LNSE = 1.0 - resident_by_counts(requests_LNSE, capacity)
+    return (requests_LNSE * absent_LNSE).sum(-1)[:, scored_NS].mean(1)

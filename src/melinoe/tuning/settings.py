@@ -7,15 +7,37 @@ from typing import Any, Literal
 
 from melinoe.config import DEFAULT_SEED
 from melinoe.errors import MelinoeError
+from melinoe.tuning.occupancy import Cache
 
-Objective = Literal["boundary", "clipped", "paper"]
+
+@dataclass(frozen=True)
+class Objective:
+    """What `--objective NAME` stands for.
+
+    cache: what the requests are held against (occupancy.py).
+    gradient: the way back through r(t): "probabilities", p_f as in the paper, or "boundary", near the K-th choice.
+    lambda_cs, lambda_rm: weights where none are given.
+    anchor: what keeps the router near the base's: "ranks", the paper's loss, or "divergence", KL(p_b, p_f).
+    experts: whether the experts' low-rank factors are trained besides the routers.
+    """
+
+    cache: Cache
+    gradient: Literal["probabilities", "boundary"]
+    lambda_cs: float
+    lambda_rm: float
+    anchor: Literal["ranks", "divergence"] = "ranks"
+    experts: bool = True
 
 
-# (lambda_cs, lambda_rm) where none are given: the paper's, and what won on held-out rows (docs/log.md)
-WEIGHTS: dict[str, tuple[float, float]] = {
-    "paper": (0.5, 0.1),
-    "clipped": (1.0, 0.1),
-    "boundary": (0.045, 0.02),
+# docs/results.md has the frontier of each; the weights of the first are the paper's
+OBJECTIVES: dict[str, Objective] = {
+    "paper": Objective("plain", "probabilities", 0.5, 0.1),
+    "clipped": Objective("clipped", "probabilities", 1.0, 0.1),
+    "boundary": Objective("clipped", "boundary", 0.045, 0.02),
+    "lru": Objective("lru", "boundary", 0.045, 0.02),
+    "counts": Objective("counts", "boundary", 0.045, 0.02),
+    # the rival of arXiv 2605.27081, re-implemented from its description: only the routers move
+    "remoe": Objective("previous", "probabilities", 1.0, 0.1, "divergence", experts=False),
 }
 
 
@@ -26,9 +48,10 @@ class TuneSettings:
     max_steps: optimizer steps. The learning rate falls to zero over them (or over the time limit).
     lambda_cs, lambda_rm: weights of the cache simulation and the rank matching loss (Eq. 6); both 0 is
         the control, the same fine-tune without locality.
-    objective: "paper" is Eq. 4 as printed; "clipped" counts a slot once, 1 - min(c, 1); "boundary" is clipped
-        and sends the gradient to the experts near the K-th choice instead of through p_f.
-    relative: with "boundary", multiply both weights by the square root of the likelihood loss of late, and more
+    objective: a name of OBJECTIVES; "paper" is Eq. 4 and 5 as printed.
+    distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution instead of
+        the data's next token; distill_prompt: on the prompt's tokens as well.
+    relative: with the boundary gradient, multiply both weights by the square root of the likelihood loss of late, and more
         where completions are short (losses.SCORED_TOKENS).
     temperature: width of that boundary, in standard deviations of a token's logits.
     slots: capacity C of the simulated cache per layer; None is max(K, E / 4).
@@ -50,7 +73,10 @@ class TuneSettings:
     seed: int = DEFAULT_SEED
     lambda_cs: float = None  # type: ignore[assignment]  # set below, never None afterwards
     lambda_rm: float = None  # type: ignore[assignment]
-    objective: Objective = "boundary"
+    objective: str = "boundary"
+    distill: float = 0.0
+    distill_prompt: bool = True
+    ramp: float = 0.0
     relative: bool = True
     slots: int | None = None
     gamma: float = 0.9
@@ -74,11 +100,11 @@ class TuneSettings:
     dtype: Literal["float32", "auto"] | None = None
 
     def __post_init__(self) -> None:
-        for name, default in zip(
-            ("lambda_cs", "lambda_rm"), WEIGHTS.get(self.objective, (0.0, 0.0)), strict=True
-        ):
+        if self.objective not in OBJECTIVES:
+            raise MelinoeError("tune: unknown objective", got=self.objective, allowed=" | ".join(OBJECTIVES))
+        for name in ("lambda_cs", "lambda_rm"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+                object.__setattr__(self, name, getattr(self.form, name))
 
         def check(right: bool, name: str, allowed: str) -> None:
             if not right:
@@ -93,12 +119,17 @@ class TuneSettings:
         check(self.temperature > 0, "temperature", "above 0")
         check(0 <= self.gamma <= 1, "gamma", "0 .. 1")
         check(0 <= self.warmup < 1, "warmup", "0 .. 1")
-        check(self.objective in ("boundary", "clipped", "paper"), "objective", "boundary | clipped | paper")
+        check(0 <= self.distill <= 1, "distill", "0 .. 1")
+        check(0 <= self.ramp <= 1, "ramp", "0 .. 1")
         check(self.rank_form in ("sum", "mean"), "rank_form", "sum | mean")
         check(self.dtype in (None, "float32", "auto"), "dtype", "float32 | auto")
         check(self.slots is None or self.slots > 0, "slots", "1 or more")
         check(self.time_limit_seconds is None or self.time_limit_seconds > 0, "time_limit_seconds", "above 0")
         check(self.batch_tokens >= self.max_length, "batch_tokens", f"max_length ({self.max_length}) or more")
+
+    @property
+    def form(self) -> Objective:
+        return OBJECTIVES[self.objective]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

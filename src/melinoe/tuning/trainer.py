@@ -138,6 +138,7 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
             )
         settings.capacity(layer.num_experts, experts_per_token(network))  # refuses before any work
         attach_low_rank(layer.experts, settings.rank, settings.alpha, generator)
+        layer.experts.low_rank.requires_grad_(settings.form.experts)
         layer.router.float().requires_grad_(True)
         if network.dtype != torch.float32:
             layer.router.register_forward_pre_hook(_float32_inputs)
@@ -180,8 +181,8 @@ def _last_losses(log: Path) -> dict[str, float | None]:
     records = [json.loads(line) for line in log.read_text().splitlines()]
     records = records[-max(1, len(records) // 10) :]
     means: dict[str, float | None] = {}
-    for name in ("total", "nll", "misses", "rank"):
-        values = [record[name] for record in records if record[name] is not None]
+    for name in ("total", "nll", "misses", "rank", "hit_rate", "divergence"):
+        values = [record[name] for record in records if record.get(name) is not None]
         means[name] = round(sum(values) / len(values), 5) if values else None
     return means
 

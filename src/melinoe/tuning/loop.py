@@ -167,7 +167,7 @@ class LocalityTrainer(Trainer):
         save_file(
             tensors,
             new / WEIGHTS,
-            {"skipped_steps": str(self.skipped_steps), "nll_level": repr(self.losses.nll_level)},
+            {"skipped_steps": str(self.skipped_steps), "losses": json.dumps(self.losses.memory())},
         )
         self.state.save_to_json(str(new / STATE))
         replace_folder(new, self.folder / CHECKPOINT)
@@ -178,8 +178,7 @@ class LocalityTrainer(Trainer):
             for name, parameter in self._trained().items():
                 parameter.copy_(file.get_tensor(name))
             self.skipped_steps = int(file.metadata()["skipped_steps"])
-            level = file.metadata()["nll_level"]
-            self.losses.nll_level = None if level == "None" else float(level)
+            self.losses.remember(json.loads(file.metadata()["losses"]))
 
     @torch.no_grad()
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -229,6 +228,8 @@ class _Steps(TrainerCallback):
             if value is not None:
                 value = float(value.detach())
                 record[name] = round(value, 6) if math.isfinite(value) else None
+        if trainer.losses.weight.steers:
+            record["weight_factor"] = round(trainer.losses.weight.factor, 5)
         record |= {"seconds": round(seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
         with (trainer.folder / LOG).open("a") as log:
             log.write(json.dumps(record) + "\n")

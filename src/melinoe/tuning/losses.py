@@ -19,6 +19,7 @@ from melinoe.moe import (
     router_probabilities,
     score_kind,
 )
+from melinoe.tuning.control import Weight
 from melinoe.tuning.likelihood import likelihood
 from melinoe.tuning.objective import (
     boundary_surrogate,
@@ -69,6 +70,7 @@ class TuningLosses:
         self.base_routers = [copy.deepcopy(layer.router).eval().requires_grad_(False) for layer in layers]
         self.kinds: list[str] | None = None
         self.nll_level: float | None = None  # running mean of the likelihood loss
+        self.weight = Weight(settings.target_hit_rate, settings.max_quality_loss, settings.max_steps)
         self.ramp = 1.0  # of the weights, by the share of the run that is over
 
     def __call__(
@@ -85,9 +87,11 @@ class TuningLosses:
             of the batch's own counts, so that every token of the data weighs the same.
         """
         settings, mask_BS = self.settings, batch["attention_mask"]
-        distill = settings.distill > 0
+        with_base = settings.distill > 0 or settings.max_quality_loss is not None
         with RouterTap(self.layers) as tap:
-            found = likelihood(model, batch, self.layers, self.base_routers, distill, settings.distill_prompt)
+            found = likelihood(
+                model, batch, self.layers, self.base_routers, with_base, settings.distill_prompt
+            )
         if self.kinds is None:
             self.kinds = [score_kind(record) for record in tap.records]
         probabilities = [
@@ -101,9 +105,9 @@ class TuningLosses:
             rank = self._rank_loss(tap.records, probabilities, mask_BS, step)
         nll = found.nll / max(found.tokens, 1)
         total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
-        if found.divergence is not None:
+        if found.divergence is not None and settings.distill > 0:
             total = total + settings.distill * found.divergence / max(found.divergence_tokens, 1)
-        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.ramp
+        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.ramp * self.weight.factor
         if settings.lambda_cs > 0:
             scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
             total = total + strength * settings.lambda_cs * scored_weight * misses
@@ -113,7 +117,22 @@ class TuningLosses:
         if found.divergence is not None and found.base_nll is not None:
             losses.divergence = found.divergence.detach() / max(found.divergence_tokens, 1)
             losses.base_nll = found.base_nll / max(found.tokens, 1)
+        if found.tokens and bool(scored_BS.any()):
+            above_base = None if losses.base_nll is None else float(losses.nll - losses.base_nll)
+            self.weight.step(float(losses.hit_rate), above_base)
         return losses
+
+    def memory(self) -> dict[str, float | None]:
+        """What must survive an interruption besides the tensors."""
+        return {
+            "nll_level": self.nll_level,
+            "weight_factor": self.weight.factor,
+            "weight_seen": self.weight.seen,
+        }
+
+    def remember(self, memory: dict[str, float | None]) -> None:
+        self.nll_level, self.weight.seen = memory["nll_level"], memory["weight_seen"]
+        self.weight.factor = memory["weight_factor"] or 1.0
 
     def _strength(self, nll: float, scored_tokens: float) -> float:
         """What both weights are multiplied by: 1 unless `relative`."""

@@ -51,6 +51,9 @@ class TuneSettings:
     objective: a name of OBJECTIVES; "paper" is Eq. 4 and 5 as printed.
     distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution instead of
         the data's next token; distill_prompt: on the prompt's tokens as well.
+    ramp: the weights rise in a straight line over this share of the run.
+    target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity), instead of a
+        weight: lambda_cs and lambda_rm are multiplied by a factor that control.py moves. One of the two.
     relative: with the boundary gradient, multiply both weights by the square root of the likelihood loss of late, and more
         where completions are short (losses.SCORED_TOKENS).
     temperature: width of that boundary, in standard deviations of a token's logits.
@@ -77,6 +80,8 @@ class TuneSettings:
     distill: float = 0.0
     distill_prompt: bool = True
     ramp: float = 0.0
+    target_hit_rate: float | None = None
+    max_quality_loss: float | None = None
     relative: bool = True
     slots: int | None = None
     gamma: float = 0.9
@@ -121,6 +126,17 @@ class TuneSettings:
         check(0 <= self.warmup < 1, "warmup", "0 .. 1")
         check(0 <= self.distill <= 1, "distill", "0 .. 1")
         check(0 <= self.ramp <= 1, "ramp", "0 .. 1")
+        target, loss = self.target_hit_rate, self.max_quality_loss
+        check(target is None or 0 < target < 1, "target_hit_rate", "between 0 and 1")
+        check(loss is None or 0 < loss < float("inf"), "max_quality_loss", "above 0 (0.01 is one percent)")
+        if target is not None and loss is not None:
+            raise MelinoeError(
+                "tune: two aims for one weight",
+                got=f"target_hit_rate {target} and max_quality_loss {loss}",
+                allowed="one of them",
+            )
+        steered = target is not None or loss is not None
+        check(not steered or self.lambda_cs > 0, "lambda_cs", "above 0 where an aim is given")
         check(self.rank_form in ("sum", "mean"), "rank_form", "sum | mean")
         check(self.dtype in (None, "float32", "auto"), "dtype", "float32 | auto")
         check(self.slots is None or self.slots > 0, "slots", "1 or more")

@@ -16,7 +16,8 @@ import math
 from dataclasses import dataclass
 
 MEMORY = 0.95  # of the running means, per step: about 20 steps
-REACH = 12.0  # how far a whole run can move the logarithm of the weight
+REACH = 8.0  # how far a whole run can move the logarithm of the weight
+LIMIT = 100.0  # of the factor and of its inverse: an aim out of reach must not run away with the whole loss
 HIT_RATE_SCALE = 0.05  # a hit rate this far off moves the weight at full speed
 
 
@@ -55,4 +56,5 @@ class Weight:
             assert self.max_quality_loss is not None
             allowed = math.log1p(self.max_quality_loss)
             short = (allowed - self.seen) / allowed
-        self.factor *= math.exp(REACH / self.max_steps * min(1.0, max(-1.0, short)))
+        factor = self.factor * math.exp(REACH / self.max_steps * min(1.0, max(-1.0, short)))
+        self.factor = min(LIMIT, max(1 / LIMIT, factor))

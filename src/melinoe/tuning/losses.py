@@ -107,10 +107,10 @@ class TuningLosses:
         total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
         if found.divergence is not None and settings.distill > 0:
             total = total + settings.distill * found.divergence / max(found.divergence_tokens, 1)
-        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.ramp * self.weight.factor
+        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.ramp
         if settings.lambda_cs > 0:
             scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
-            total = total + strength * settings.lambda_cs * scored_weight * misses
+            total = total + self.weight.factor * strength * settings.lambda_cs * scored_weight * misses
         if settings.lambda_rm > 0:
             total = total + strength * settings.lambda_rm * rank
         losses = Losses(total, nll.detach(), misses.detach(), rank.detach(), 1 - missed_share)

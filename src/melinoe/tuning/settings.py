@@ -53,7 +53,7 @@ class TuneSettings:
         the data's next token; distill_prompt: on the prompt's tokens as well.
     ramp: the weights rise in a straight line over this share of the run.
     target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity), instead of a
-        weight: lambda_cs and lambda_rm are multiplied by a factor that control.py moves. One of the two.
+        weight: lambda_cs is multiplied by a factor that control.py moves. One of the two.
     relative: with the boundary gradient, multiply both weights by the square root of the likelihood loss of late, and more
         where completions are short (losses.SCORED_TOKENS).
     temperature: width of that boundary, in standard deviations of a token's logits.

@@ -54,6 +54,7 @@ class Losses:
 # the likelihood's gradient is mostly noise, which AdamW scales up to full steps, and the cache's is lost in it: T0 mix
 # alone (113 a step) gave 5 percent fewer loads where, together with GSM8K (312), it gave 21 (docs/log.md).
 SCORED_TOKENS = 400.0
+USAGE_MEMORY = 0.98  # per step, of the running load of each expert
 
 
 class TuningLosses:
@@ -71,6 +72,9 @@ class TuningLosses:
         self.kinds: list[str] | None = None
         self.nll_level: float | None = None  # running mean of the likelihood loss
         self.weight = Weight(settings.target_hit_rate, settings.max_quality_loss, settings.max_steps)
+        self.usage: dict[
+            int, torch.Tensor
+        ] = {}  # by layer: [E] share of late tokens that asked for each expert
         self.ramp = 1.0  # of the weights, by the share of the run that is over
 
     def __call__(
@@ -122,17 +126,22 @@ class TuningLosses:
             self.weight.step(float(losses.hit_rate), above_base)
         return losses
 
-    def memory(self) -> dict[str, float | None]:
+    def memory(self) -> dict[str, Any]:
         """What must survive an interruption besides the tensors."""
         return {
             "nll_level": self.nll_level,
             "weight_factor": self.weight.factor,
             "weight_seen": self.weight.seen,
+            "usage": {str(index): usage.tolist() for index, usage in self.usage.items()},
         }
 
-    def remember(self, memory: dict[str, float | None]) -> None:
+    def remember(self, memory: dict[str, Any]) -> None:
         self.nll_level, self.weight.seen = memory["nll_level"], memory["weight_seen"]
-        self.weight.factor = memory["weight_factor"] or 1.0
+        self.weight.factor = memory["weight_factor"]
+        device = self.layers[0].experts.low_rank.up_A.device
+        self.usage = {
+            int(index): torch.tensor(usage, device=device) for index, usage in memory["usage"].items()
+        }
 
     def _strength(self, nll: float, scored_tokens: float) -> float:
         """What both weights are multiplied by: 1 unless `relative`."""
@@ -181,10 +190,35 @@ class TuningLosses:
                 cache=self.settings.form.cache,
                 detach_cache=self.settings.detach_cache,
             )
+            if self.settings.balance > 0:
+                misses = misses + self._price_of_load(requests_LTE, asked_LTE, members, scored_BS)
             total = total + misses * (len(members) / len(self.layers))
             asked_LBSE = asked_LTE.view(len(members), *mask_BS.shape, num_experts)
             missed = missed + simulated_misses(asked_LBSE, mask_BS, scored_BS, capacity).sum()
         return total, missed / (len(self.layers) * self.top_k)
+
+    def _price_of_load(
+        self, requests_LTE: torch.Tensor, asked_LTE: torch.Tensor, members: list[int], scored_BS: torch.Tensor
+    ) -> torch.Tensor:
+        """What the experts that everybody asks for cost more, and the others less, per scored token.
+
+        price(e) = balance (E/K f(e) - 1), f the share of late tokens that asked for e, over all sequences. Misses alone
+        are cheapest when all sequences share the same experts; with a price on those each keeps to its own.
+        """
+        scored_T = scored_BS.reshape(-1)
+        if not bool(scored_T.any()):
+            return requests_LTE.sum() * 0.0
+        num_experts = requests_LTE.shape[-1]
+        with torch.no_grad():
+            now_LE = asked_LTE[:, scored_T].mean(1)
+            for index, now_E in zip(members, now_LE, strict=True):
+                old_E = self.usage.get(index)
+                self.usage[index] = (
+                    now_E if old_E is None else USAGE_MEMORY * old_E + (1 - USAGE_MEMORY) * now_E
+                )
+            usage_LE = torch.stack([self.usage[index] for index in members])
+            price_LE = self.settings.balance * (usage_LE * num_experts / self.top_k - 1)
+        return (requests_LTE[:, scored_T] * price_LE[:, None]).sum(-1).mean()
 
     def _rank_loss(
         self, records: list[RouterRecord], probabilities: list[torch.Tensor], mask_BS: torch.Tensor, step: int

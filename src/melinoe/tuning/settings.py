@@ -52,6 +52,8 @@ class TuneSettings:
     distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution instead of
         the data's next token; distill_prompt: on the prompt's tokens as well.
     ramp: the weights rise in a straight line over this share of the run.
+    balance: price on experts that all sequences ask for, in misses per request of one that is asked twice as often as
+        the average; it turns concentration on one set for all into one set for each.
     target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity), instead of a
         weight: lambda_cs is multiplied by a factor that control.py moves. One of the two.
     relative: with the boundary gradient, multiply both weights by the square root of the likelihood loss of late, and more
@@ -80,6 +82,7 @@ class TuneSettings:
     distill: float = 0.0
     distill_prompt: bool = True
     ramp: float = 0.0
+    balance: float = 0.0
     target_hit_rate: float | None = None
     max_quality_loss: float | None = None
     relative: bool = True
@@ -117,7 +120,15 @@ class TuneSettings:
 
         for name in ("max_steps", "rank", "batch_tokens", "max_length", "alpha"):
             check(getattr(self, name) > 0, name, "above 0")
-        for name in ("lambda_cs", "lambda_rm", "rho", "rank_tokens", "max_grad_norm", "checkpoint_steps"):
+        for name in (
+            "lambda_cs",
+            "lambda_rm",
+            "rho",
+            "rank_tokens",
+            "balance",
+            "max_grad_norm",
+            "checkpoint_steps",
+        ):
             check(0 <= getattr(self, name) < float("inf"), name, "0 or more")
         for name in ("learning_rate", "router_learning_rate"):
             check(0 <= getattr(self, name) < 1, name, "0 .. 1")

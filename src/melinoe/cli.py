@@ -8,7 +8,6 @@ stand inside the verbs, so that `melinoe --help` needs neither torch nor transfo
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,7 +16,21 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from melinoe.config import resolve_model
+from melinoe.cli_options import (
+    Adapter,
+    Data,
+    Json,
+    Limit,
+    Model,
+    Overwrite,
+    Packed,
+    Quiet,
+    Seed,
+    prepare,
+    print_json,
+    slots_format_of,
+)
+from melinoe.cli_tune import tune
 from melinoe.errors import MelinoeError
 
 
@@ -65,48 +78,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
-Data = Annotated[str, typer.Option(help="A .jsonl file, or a folder of train/valid/test.jsonl.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
-Adapter = Annotated[Path | None, typer.Option(help="What `melinoe tune` wrote.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
-Packed = Annotated[
-    bool | None,
-    typer.Option("--packed/--expanded", help="How slots hold int8 or int4 records; expanded if not given."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-
-
-def _print_json(result: dict[str, Any]) -> None:
-    print(json.dumps(result, allow_nan=False, default=float))
-
-
-def _slots_format(packed: bool | None) -> str | None:
-    return None if packed is None else "packed" if packed else "expanded"
-
-
-SMALL_MODEL_BYTES = 200 * 2**20
-
-
-def _prepare(model: str) -> None:
-    """Once per verb that runs a model: our own progress bars are enough, and a small model gets one thread.
-
-    The threads of a small model spend their time waiting for each other: on a busy machine with two
-    cores, two threads were measured 50 times slower than one.
-    """
-    import torch
-    from transformers.utils import logging
-
-    folder = resolve_model(model)
-    if isinstance(folder, Path) and "OMP_NUM_THREADS" not in os.environ:
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        torch.set_num_threads(1 if size < SMALL_MODEL_BYTES else torch.get_num_threads())
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-
 
 @app.command(short_help="Write a store: experts as records.")
 def convert(
@@ -125,7 +96,7 @@ def convert(
 
     An interrupted call goes on where it stopped; a half-written store never loads.
     """
-    _prepare(source)
+    prepare(source)
     from melinoe.config import format_bytes
     from melinoe.offload.convert import convert as run
 
@@ -143,7 +114,7 @@ def convert(
         "fingerprint": store.fingerprint,
     }
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     saved = f", {store.record_format}: {format_bytes(plain - size)} less ({size / plain:.0%} of {format_bytes(plain)})"
     print(
         f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all"
@@ -171,7 +142,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
-    _prepare(model)
+    prepare(model)
     from melinoe.generation import stream_generate
     from melinoe.offload.loader import load, load_tokenizer, plan
 
@@ -186,7 +157,7 @@ def generate(
         slots=slots,
         policy=policy,
         device=device,
-        slots_format=_slots_format(packed),
+        slots_format=slots_format_of(packed),
     )
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     tokenizer = load_tokenizer(model)
@@ -200,7 +171,7 @@ def generate(
             print(piece.text, end="", flush=True)
     assert statistics is not None
     if as_json:
-        return _print_json({"text": answer, **statistics.to_json()})
+        return print_json({"text": answer, **statistics.to_json()})
     print()
     print(statistics, file=sys.stderr)
 
@@ -216,61 +187,17 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what a memory budget buys, without loading weights."""
-    _prepare(model)
+    prepare(model)
     from melinoe.offload.planning import describe
     from melinoe.offload.planning import plan as run
 
-    result = run(model, memory, slots, context=context, device=device, slots_format=_slots_format(packed))
+    result = run(model, memory, slots, context=context, device=device, slots_format=slots_format_of(packed))
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     print(describe(result))
 
 
-@app.command(short_help="Fine-tune towards few experts.")
-def tune(
-    model: Model,
-    data: Data,
-    output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 150,
-    seed: Seed = 0,
-    lambda_cs: Annotated[
-        float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
-    ] = None,
-    lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
-    objective: Annotated[str | None, typer.Option(help="boundary (default), clipped, or paper.")] = None,
-    slots: Annotated[
-        int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
-    ] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter."""
-    _prepare(model)
-    from melinoe.tuning.trainer import tune as run
-
-    given: dict[str, Any] = {
-        "lambda_cs": lambda_cs,
-        "lambda_rm": lambda_rm,
-        "objective": objective,
-        "slots": slots,
-    }
-    given["time_limit_seconds"] = time_limit
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    result = run(
-        model,
-        data,
-        output_dir,
-        max_steps=max_steps,
-        seed=seed,
-        overwrite=overwrite,
-        progress=not quiet,
-        **settings,
-    )
-    if as_json:
-        return _print_json(result)
-    print(f"{output_dir}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
+app.command(short_help="Fine-tune towards few experts.")(tune)
 
 
 @app.command(short_help="Write a plain checkpoint.")
@@ -283,12 +210,12 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Write a plain checkpoint with the adapter merged in; it loads without melinoe."""
-    _prepare(model)
+    prepare(model)
     from melinoe.tuning.merge import merge as run
 
     result = run(model, adapter, output_dir, overwrite=overwrite)
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     print(f"{output_dir}: a plain checkpoint, AutoModelForCausalLM opens it without melinoe")
 
 
@@ -304,12 +231,12 @@ def trace(
     quiet: Quiet = False,
 ) -> None:
     """Record which experts every token asks for, teacher-forced."""
-    _prepare(model)
+    prepare(model)
     from melinoe.tracing import trace as run
 
     recorded = run(model, data, output, limit=limit, split=split, adapter=adapter, progress=not quiet)
     if as_json:
-        return _print_json(
+        return print_json(
             {"output": str(output), "sequences": recorded.num_sequences, "tokens": len(recorded.indices)}
         )
     print(f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens")
@@ -334,7 +261,7 @@ def simulate(
         raise MelinoeError("not a number of slots", got=slots, allowed="8 or 4,8,16") from None
     result = run(trace, policy=policy, slots=sizes, carry_over=carry_over)
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     print(f"{'policy':<16}{'slots':>6}{'hit rate':>10}{'loads/token':>13}{'prefill':>9}")
     for row in result["results"]:
         print(
@@ -353,12 +280,12 @@ def fit_predictor(
     quiet: Quiet = False,
 ) -> None:
     """Fit the predictor of a sequence's experts from its prompt."""
-    _prepare(model)
+    prepare(model)
     from melinoe.prediction.predictor import fit_predictor as run
 
     result = run(model, trace, output, seed=seed)
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     print(f"{output}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
 
 
@@ -374,13 +301,13 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure completion NLL, perplexity, exact match and Rouge-L on held-out rows."""
-    _prepare(model)
+    prepare(model)
     from melinoe.bench.quality import evaluate as run
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
     result = run(model, data, limit=limit, metrics=names, split=split, adapter=adapter, progress=not quiet)
     if as_json:
-        return _print_json(result)
+        return print_json(result)
     for name, value in result.items():
         if isinstance(value, int | float):
             print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")
@@ -423,12 +350,12 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole method in one run: tune, predict, page, and one table."""
-    _prepare(model)
+    prepare(model)
     from melinoe.bench.demo import demo as run
 
     result = run(model, data, output_dir, limit=limit, seed=seed)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 def main() -> None:

@@ -1,0 +1,56 @@
+"""The verb `tune` of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from melinoe.cli_options import Data, Json, Model, Overwrite, Quiet, Seed, prepare, print_json
+
+
+def tune(
+    model: Model,
+    data: Data,
+    output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 150,
+    seed: Seed = 0,
+    lambda_cs: Annotated[
+        float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
+    ] = None,
+    lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
+    objective: Annotated[str | None, typer.Option(help="boundary (default), clipped, or paper.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
+    ] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter."""
+    prepare(model)
+    from melinoe.tuning.trainer import tune as run
+
+    given: dict[str, Any] = {
+        "lambda_cs": lambda_cs,
+        "lambda_rm": lambda_rm,
+        "objective": objective,
+        "slots": slots,
+    }
+    given["time_limit_seconds"] = time_limit
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    result = run(
+        model,
+        data,
+        output_dir,
+        max_steps=max_steps,
+        seed=seed,
+        overwrite=overwrite,
+        progress=not quiet,
+        **settings,
+    )
+    if as_json:
+        return print_json(result)
+    print(f"{output_dir}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from melinoe.config import parse_share
 from melinoe.errors import MelinoeError
 from melinoe.tuning.control import REACH, Weight
 from melinoe.tuning.settings import TuneSettings
@@ -57,3 +58,14 @@ def test_moves_at_most_so_far_and_not_without_an_aim():
 def test_settings_are_checked(wrong):
     with pytest.raises(MelinoeError):
         TuneSettings(**wrong)
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0.01", 0.01), (" 85 %", 0.85), (".5", 0.5)])
+def test_shares_are_read(text, share):
+    assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("text", ["one percent", "-1%", "1%%", ""])
+def test_what_is_no_share_is_refused(text):
+    with pytest.raises(MelinoeError, match="not a share"):
+        parse_share(text)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli_options import Data, Json, Model, Overwrite, Quiet, Seed, prepare, print_json
+from melinoe.config import parse_share
 
 
 def tune(
@@ -20,7 +21,16 @@ def tune(
         float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
     ] = None,
     lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
-    objective: Annotated[str | None, typer.Option(help="boundary (default), clipped, or paper.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="boundary (default), lru, counts, clipped, paper, or the rival remoe."),
+    ] = None,
+    target_hit_rate: Annotated[
+        str | None, typer.Option(help="Instead of a weight: the hit rate to reach, 0.85 or 85%.")
+    ] = None,
+    max_quality_loss: Annotated[
+        str | None, typer.Option(help="Instead of a weight: the rise of perplexity to accept, 1% or 0.01.")
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
     ] = None,
@@ -40,6 +50,8 @@ def tune(
         "slots": slots,
     }
     given["time_limit_seconds"] = time_limit
+    given["target_hit_rate"] = None if target_hit_rate is None else parse_share(target_hit_rate)
+    given["max_quality_loss"] = None if max_quality_loss is None else parse_share(max_quality_loss)
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     result = run(
         model,

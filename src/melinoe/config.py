@@ -34,6 +34,18 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_share(text: str | float) -> float:
+    """0.01 from `1%` or `0.01`.
+
+    Raises:
+        MelinoeError: the text is neither.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*", str(text))
+    if not match:
+        raise MelinoeError("not a share", got=repr(text), allowed="1% or 0.01")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
 def format_bytes(count: float) -> str:
     """`1.5 GiB` from 1610612736; three significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import platform
 import random
 import shutil
 import tempfile
@@ -23,18 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 
 from melinoe.bench import speed
 from melinoe.bench.report import write_report
+from melinoe.bench.setting import data_folder, machine, mixture_shape
 from melinoe.bench.stages import Stages, Verb, run_verbs
 from melinoe.bench.table import print_table
 from melinoe.config import format_bytes, resolve_model
 from melinoe.data import read_rows
 from melinoe.errors import MelinoeError, missing_extra
-from melinoe.moe import experts_per_token, moe_layers
-from melinoe.offload.checkpoint import skeleton
 from melinoe.offload.convert import local_folder
 from melinoe.offload.loader import load_resident
 from melinoe.prediction.predictor import Predictor
@@ -75,10 +70,10 @@ def demo(
     if importlib.util.find_spec("matplotlib") is None:
         raise missing_extra("matplotlib", "report")
     output, source = Path(output_dir), local_folder(resolve_model(model))
-    folder = _data_folder(model, data)
+    folder = data_folder(model, data)
     for split in ("train", "test"):
         read_rows(folder, split, limit=1)
-    shape = _shape(source)
+    shape = mixture_shape(source)
     needed = SCRATCH_FACTOR * shape["num_layers"] * shape["num_experts"] * RECORD_BYTES
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:
@@ -101,31 +96,6 @@ def demo(
     print_table(result)
     print(f"report: {output / 'report.html'}   numbers: {output / 'result.json'}")
     return result
-
-
-def _data_folder(model: str, data: str | Path | None) -> Path:
-    if data is not None:
-        folder = Path(data)
-        if not folder.is_dir():
-            raise MelinoeError(
-                "the demo needs a data folder", got=folder, allowed="train, valid and test.jsonl"
-            )
-        return folder
-    if model != "tiny":
-        raise MelinoeError("--data is missing", allowed="a folder of train, valid and test.jsonl")
-    from melinoe.tiny import data_path
-
-    return data_path()
-
-
-def _shape(source: Path) -> dict[str, int]:
-    empty = skeleton(source)
-    layers = moe_layers(empty)
-    return {
-        "num_layers": len(layers),
-        "num_experts": layers[0].num_experts,
-        "experts_per_token": experts_per_token(empty),
-    }
 
 
 class _Demo:
@@ -175,7 +145,7 @@ class _Demo:
                 "held_out_rows": self.held_out,
                 **self.shape,
             },
-            "machine": _machine(),
+            "machine": machine(),
             "seconds": self.stages.seconds,
         }
 
@@ -333,21 +303,3 @@ def _load_over_experts(trace: Trace) -> list[list[float]]:
     counts = trace.request_counts("decode").sum(0)
     shares = np.sort(counts / counts.sum(1, keepdims=True), axis=1)[:, ::-1]
     return [[round(float(value), 5) for value in layer] for layer in shares]
-
-
-def _machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        "",
-    )
-    return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

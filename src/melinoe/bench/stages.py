@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from melinoe.errors import MelinoeError
 
 @dataclass(frozen=True)
 class Verb:
-    """One call of the command line. label: what people read; arguments: verb and options."""
+    """One call of the command line. label: what people read; arguments: verb and options.
+
+    module: what `python -m` runs; another one than melinoe understands --json and --quiet as well.
+    """
 
     label: str
     arguments: list[str]
+    module: str = "melinoe"
 
 
 class Stages:
@@ -48,8 +53,17 @@ class Stages:
         return time.perf_counter() - self.began
 
 
-def run_verbs(verbs: list[Verb], logs: Path, at_once: int = 2) -> list[dict[str, Any]]:
+def run_verbs(
+    verbs: list[Verb],
+    logs: Path,
+    at_once: int = 2,
+    done: Callable[[int, dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
     """Runs verbs, at most `at_once` together, one thread each; returns what their --json lines say.
+
+    Args:
+        logs: folder for what each writes to stderr.
+        done: called with position and result as each verb ends.
 
     Raises:
         MelinoeError: a verb failed; its own last line is in the message.
@@ -65,7 +79,7 @@ def run_verbs(verbs: list[Verb], logs: Path, at_once: int = 2) -> list[dict[str,
                 index, verb = waiting.pop(0)
                 log = logs / f"{verb.label.replace(' ', '-')}.log"
                 with log.open("w") as errors:
-                    command = [sys.executable, "-m", "melinoe", *verb.arguments, "--json", "--quiet"]
+                    command = [sys.executable, "-m", verb.module, *verb.arguments, "--json", "--quiet"]
                     process = subprocess.Popen(
                         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
                     )
@@ -80,6 +94,8 @@ def run_verbs(verbs: list[Verb], logs: Path, at_once: int = 2) -> list[dict[str,
                     lines = log.read_text().strip().splitlines() or ["no message"]
                     raise MelinoeError(f"{verbs[index].label} failed", got=lines[-1])
                 results[index] = json.loads(output.strip().splitlines()[-1])
+                if done is not None:
+                    done(index, results[index])
     finally:
         for process, _ in running.values():
             process.terminate()

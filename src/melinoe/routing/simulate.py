@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.errors import MelinoeError
+from melinoe.routing.paired import ratio_of_sums
 from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, make_policy
 from melinoe.routing.trace import Trace, as_trace
 
@@ -263,9 +264,4 @@ def paired_difference(
         raise MelinoeError(
             "not the same sequences", got=f"{len(tokens_a)} and {len(tokens_b)} of other lengths"
         )
-    generator, number = np.random.default_rng(seed), len(tokens_a)
-    picks = generator.multinomial(number, np.full(number, 1 / number), size=num_bootstrap)  # [B, S]
-    ratios = (picks @ loads_a) / np.maximum(picks @ loads_b, 1e-12)  # equal tokens cancel
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    ratio = loads_a.sum() / max(loads_b.sum(), 1e-12)
-    return {"ratio": float(ratio), "low": float(low), "high": float(high)}
+    return ratio_of_sums(loads_a, loads_b, num_bootstrap, seed)  # equal tokens cancel

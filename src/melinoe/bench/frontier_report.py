@@ -1,0 +1,2 @@
+def write_frontier(result, output):
+    pass

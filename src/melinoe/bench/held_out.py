@@ -1,0 +1,74 @@
+"""Held-out rows for a comparison: what is measured was never trained on, and is the same for all.
+
+Test splits of small data sets are small. So the end of each train split can be set aside as well, and
+several folders become one: train without its held-out end, and test with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from melinoe.data import read_rows
+from melinoe.errors import MelinoeError
+
+
+def hold_out(sources: list[str | Path], number: int, limit: int | None, target: Path) -> int:
+    """Writes target/train.jsonl and target/test.jsonl; the lines stay as they are.
+
+    Args:
+        sources: data folders, or .jsonl files (all of whose rows are then train rows).
+        number: rows at the end of each train split that are measured on instead of trained on.
+        limit: at most this many held-out rows, evenly spaced, so that every source keeps its share.
+
+    Returns:
+        How many held-out rows there are.
+
+    Raises:
+        MelinoeError: a source without rows, or nothing left to train or to measure on.
+    """
+    train: list[str] = []
+    test: list[str] = []
+    for source in map(Path, sources):
+        rows = _lines(source, "train")
+        if number >= len(rows):
+            raise MelinoeError(
+                f"nothing of {source} is left to train on", got=f"--hold-out {number} of {len(rows)} rows"
+            )
+        end = len(rows) - number
+        train += rows[:end]
+        if (source / "test.jsonl").is_file():
+            test += _lines(source, "test")
+        test += rows[end:]
+    if not test:
+        raise MelinoeError(
+            "no held-out rows", allowed="a folder with test.jsonl", next_step="or set rows aside: --hold-out N"
+        )
+    _write(target, "train", train)
+    return _write(target, "test", evenly(test, limit))
+
+
+def held_out_only(source: str | Path, limit: int | None, target: Path) -> int:
+    """Writes target/test.jsonl from a folder's test split or from a .jsonl file; returns its rows."""
+    return _write(target, "test", evenly(_lines(Path(source), "test"), limit))
+
+
+def evenly(rows: list[str], limit: int | None) -> list[str]:
+    """At most `limit` of the rows, evenly spaced, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[position * len(rows) // limit] for position in range(limit)]
+
+
+def _lines(source: Path, split: str) -> list[str]:
+    read_rows(source, split)  # a malformed line is named with the user's own file
+    file = source / f"{split}.jsonl" if source.is_dir() else source
+    lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold other line ends
+    return [line for line in lines if line.strip()]
+
+
+def _write(target: Path, split: str, rows: list[str]) -> int:
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / f"{split}.partial"
+    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    partial.replace(target / f"{split}.jsonl")
+    return len(rows)

@@ -1,0 +1,124 @@
+"""One point of a sweep in a process of its own: tune, merge, measure the merged checkpoint.
+
+    python -m melinoe.bench.point FOLDER/job.json
+
+Each stage leaves something finished or nothing (FOLDER/adapter, FOLDER/merged, FOLDER/measured-KEY.json),
+so an interrupted point goes on where it was. Quality is that of the merged, rounded checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melinoe.errors import MelinoeError
+
+JOB = "job.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does.
+
+    model: folder of the base.  settings: of `tune`; None: the base itself is measured.
+    train: data folder with train.jsonl.  held_out: {name: folder with test.jsonl}.
+    measuring: fields of teacher_forced.Measuring.  output: file name of the measurements.
+    keep_merged: the merged checkpoint stays.
+    """
+
+    model: str
+    settings: dict[str, Any] | None
+    train: str
+    held_out: dict[str, str]
+    measuring: dict[str, Any]
+    output: str
+    keep_merged: bool = False
+
+
+def run(job: Job, folder: Path) -> dict[str, Any]:
+    """Does what is left to do; returns the measurements, {"tuned": ..., "held_out": {name: ...}}."""
+    from melinoe.bench.teacher_forced import Measuring, fit, measure
+    from melinoe.tracing import open_model
+
+    with _alone(folder):
+        output = folder / job.output
+        if output.is_file():
+            return json.loads(output.read_text())
+        result: dict[str, Any] = {"tuned": None, "predictor": None}
+        model, merged = job.model, folder / "merged"
+        if job.settings is not None:
+            result["tuned"] = _tuned(job, folder / "adapter")
+            if not merged.is_dir():
+                from melinoe.tuning.merge import merge
+
+                merge(job.model, folder / "adapter", merged)
+            model = str(merged)
+        opened = open_model(model)
+        what = Measuring(**{key: _tuple(value) for key, value in job.measuring.items()})
+        predictor = None
+        if what.predictor_rows:
+            predictor = folder / "predictor"
+            seed = (job.settings or {}).get("seed", 0)
+            result["predictor"] = fit(opened, Path(job.train), what.predictor_rows, predictor, seed)
+        result["held_out"] = {
+            name: measure(opened, Path(data), what, predictor) for name, data in job.held_out.items()
+        }
+        partial = output.with_suffix(".partial")
+        partial.write_text(json.dumps(result, default=float))
+        partial.replace(output)
+        if not job.keep_merged:
+            shutil.rmtree(merged, ignore_errors=True)
+    return result
+
+
+def _tuned(job: Job, adapter: Path) -> dict[str, Any]:
+    """The result of tuning, from now or from before."""
+    from melinoe.tuning.trainer import tune
+
+    if not adapter.is_dir():
+        tune(job.model, job.train, adapter, progress=False, **(job.settings or {}))
+    return json.loads((adapter / "melinoe.json").read_text())["result"]
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The process that a killed sweep left behind may still be at work here: wait for it."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", type=Path)
+    parser.add_argument("--json", action="store_true", help="the last line of stdout says what was written")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars (there are none)")
+    options = parser.parse_args()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        job = Job(**json.loads(options.job.read_text()))
+        run(job, options.job.parent)
+    except MelinoeError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    if options.json:
+        print(json.dumps({"output": str(options.job.parent / job.output)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The points of a sweep: what each is called and how it is tuned.
+
+A file (YAML or JSON) looks like this; every other key is a field of TuneSettings:
+
+    common: {max_steps: 300}                # for all points, the control too
+    points:
+      - {name: gentle, lambda_cs: 0.02}
+      - {name: strong, lambda_cs: 0.2, curve: boundary}
+
+`curve` joins points by a line in the plot; it is the objective's name where it is not given. The point
+called `control` is what all others are compared with; where there is none, it is the common settings
+with both lambdas 0.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from melinoe.errors import MelinoeError
+from melinoe.tuning.settings import WEIGHTS, TuneSettings
+
+CONTROL = "control"
+OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0}
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the default objective's weights
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to tune. settings: overrides of TuneSettings, without the seed."""
+
+    name: str
+    curve: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def tune_settings(self, seed: int) -> TuneSettings:
+        """The complete settings.
+
+        Raises:
+            MelinoeError: unknown or impossible settings; the message names the point.
+        """
+        known = {entry.name for entry in fields(TuneSettings)} - {"seed"}
+        unknown = sorted(set(self.settings) - known)
+        if unknown:
+            raise MelinoeError(
+                f"sweep, point {self.name}: unknown settings",
+                got=", ".join(unknown),
+                allowed=", ".join(sorted(known)),
+            )
+        try:
+            return TuneSettings(**self.settings, seed=seed)
+        except MelinoeError as error:
+            raise MelinoeError(f"sweep, point {self.name}: {error}") from None
+        except TypeError as error:  # a text where a number belongs
+            raise MelinoeError(f"sweep, point {self.name}: a setting has the wrong type", got=error) from None
+
+
+def read_points(source: str | Path | list[dict[str, Any]]) -> list[Point]:
+    """Points of a file, of a list of {"name", settings ...}, or the built-in list (`default`); control first.
+
+    Raises:
+        MelinoeError: no such file, not of the form above, a name twice, settings that TuneSettings refuses.
+    """
+    if isinstance(source, str | Path):
+        content = {"points": default_points()} if str(source) == "default" else _parse(Path(source))
+    else:
+        content = {"points": source}
+    if not isinstance(content, dict) or not isinstance(content.get("points"), list):
+        raise MelinoeError(f"{source} is not a sweep", allowed="`points`, a list of {name, settings ...}")
+    if set(content) - {"points", "common"}:
+        raise MelinoeError(
+            f"{source}: unknown keys", got=", ".join(map(str, content)), allowed="common, points"
+        )
+    common = content.get("common") or {}
+    given = content["points"]
+    if not all(isinstance(part, dict) for part in (common, *given)):
+        raise MelinoeError(f"{source} is not a sweep", allowed="{name, settings ...} for every point")
+    points = [_point(entry, common, number) for number, entry in enumerate(given, 1)]
+    if all(point.name != CONTROL for point in points):
+        points.insert(0, Point(CONTROL, CONTROL, {**common, **OFF}))
+    points.sort(key=lambda point: point.name != CONTROL)  # stable: the others keep their order
+    names = [point.name for point in points]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise MelinoeError("sweep: two points of one name", got=", ".join(twice))
+    for point in points:
+        point.tune_settings(0)
+    return points
+
+
+def default_points() -> list[dict[str, Any]]:
+    """The default objective at several weights, and every other objective at its own."""
+    usual = TuneSettings()
+    points: list[dict[str, Any]] = [
+        {
+            "name": f"{usual.objective} x{factor:g}",
+            "lambda_cs": usual.lambda_cs * factor,
+            "lambda_rm": usual.lambda_rm * factor,
+        }
+        for factor in FACTORS
+    ]
+    others = [name for name in WEIGHTS if name != usual.objective]
+    return points + [{"name": name, "objective": name} for name in others]
+
+
+def _parse(path: Path) -> Any:
+    if not path.is_file():
+        raise MelinoeError("no such sweep", got=path, allowed="a .yaml or .json file, or default")
+    import yaml  # comes with transformers; JSON is read by it as well
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise MelinoeError(f"{path} cannot be read", got=error) from None
+
+
+def _point(entry: dict[str, Any], common: dict[str, Any], number: int) -> Point:
+    name = entry.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise MelinoeError(f"sweep: point {number} has no name", got=name)
+    settings = common | {key: value for key, value in entry.items() if key not in ("name", "curve")}
+    settings = {key: _number(key, value) for key, value in settings.items()}
+    curve = entry.get("curve") or (CONTROL if name == CONTROL else None)
+    return Point(name, str(curve or settings.get("objective") or TuneSettings().objective), settings)
+
+
+def _number(key: str, value: Any) -> Any:
+    """YAML 1.1 takes 5e-4 for a text."""
+    if not isinstance(value, str):
+        return value
+    kinds = {entry.name: str(entry.type) for entry in fields(TuneSettings)}
+    try:
+        return float(value) if "float" in kinds.get(key, "") else value
+    except ValueError:
+        return value

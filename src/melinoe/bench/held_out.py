@@ -41,7 +41,9 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None, target: 
         test += rows[end:]
     if not test:
         raise MelinoeError(
-            "no held-out rows", allowed="a folder with test.jsonl", next_step="or set rows aside: --hold-out N"
+            "no held-out rows",
+            allowed="a folder with test.jsonl",
+            next_step="or set rows aside: --hold-out N",
         )
     _write(target, "train", train)
     return _write(target, "test", evenly(test, limit))

@@ -9,7 +9,7 @@ A file (YAML or JSON) looks like this; every other key is a field of TuneSetting
 
 `curve` joins points by a line in the plot; it is the objective's name where it is not given. The point
 called `control` is what all others are compared with; where there is none, it is the common settings
-with both lambdas 0.
+with both lambdas 0 and no aim.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.errors import MelinoeError
-from melinoe.tuning.settings import WEIGHTS, TuneSettings
+from melinoe.tuning.settings import OBJECTIVES, TuneSettings
 
 CONTROL = "control"
-OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0}
+OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0, "target_hit_rate": None, "max_quality_loss": None}
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the default objective's weights
 
 
@@ -101,7 +101,7 @@ def default_points() -> list[dict[str, Any]]:
         }
         for factor in FACTORS
     ]
-    others = [name for name in WEIGHTS if name != usual.objective]
+    others = [name for name in OBJECTIVES if name != usual.objective]
     return points + [{"name": name, "objective": name} for name in others]
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from melinoe.bench.svg import new_axes, svg, use_matplotlib, write_page
 from melinoe.bench.table import COLUMNS, cells
 from melinoe.config import format_bytes
 
@@ -17,19 +14,10 @@ COLOURS = {"base": "#6b7280", "control": "#c2853d", "tuned": "#2563a8", "peer": 
 
 def write_report(result: dict[str, Any], path: Path) -> None:
     """Writes the page, complete or not at all."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True}
-    )  # fmt: skip
-    template = jinja2.Template(
-        files("melinoe.bench").joinpath("page.html").read_text(encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = template.render(
+    use_matplotlib()
+    write_page(
+        "page.html",
+        path,
         result=result,
         headings=[heading for heading, _, _ in COLUMNS],
         rows=[(row, cells(row)) for row in result["rows"]],
@@ -42,9 +30,6 @@ def write_report(result: dict[str, Any], path: Path) -> None:
         format_bytes=format_bytes,
         headline=headline(result),
     )
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
@@ -61,24 +46,8 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _axes(width: float = 6.4, height: float = 3.4) -> tuple[Any, Any]:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(width, height))
-
-
 def _hit_rate_by_budget(result: dict[str, Any]) -> str:
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for weights in ("base", "control", "tuned"):
         for policy, style in (("decay", "-"), ("lru", ":")):
             points = sorted(
@@ -97,12 +66,12 @@ def _hit_rate_by_budget(result: dict[str, Any]) -> str:
     axes.set_ylim(0, 1)
     axes.set_xticks(sizes)
     axes.legend(frameon=False, fontsize=8, ncols=3)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _speed(result: dict[str, Any]) -> str:
     rows = result["rows"][::-1]
-    figure, axes = _axes(6.4, 0.34 * len(rows) + 0.9)
+    figure, axes = new_axes(6.4, 0.34 * len(rows) + 0.9)
     colours = [COLOURS["peer"] if row["kind"] == "accelerate" else COLOURS[row["weights"]] for row in rows]
     speeds = [row["generation_tokens_per_second"] for row in rows]
     low, high = zip(*(row["generation_tokens_per_second_range"] for row in rows), strict=True)
@@ -123,24 +92,22 @@ def _speed(result: dict[str, Any]) -> str:
         )
     axes.set(xlabel="generated tokens per second: median, range over requests", xlim=(0, limit))
     axes.grid(axis="y", visible=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _load(result: dict[str, Any]) -> str:
-    figure, axes = _axes()
+    figure, axes = new_axes()
     for weights, layers in result["load"].items():
         mean = [sum(layer[rank] for layer in layers) / len(layers) for rank in range(len(layers[0]))]
         axes.plot(range(1, len(mean) + 1), mean, marker="o", ms=3, color=COLOURS[weights], label=weights)
     axes.axhline(1 / result["settings"]["num_experts"], color="#999", lw=0.8)
     axes.set(xlabel="experts, most asked first", ylabel="share of decode requests", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _loss_curves(result: dict[str, Any]) -> str:
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 3.0))
+    figure, (left, right) = new_axes(6.4, 3.0, columns=2)
     for weights in ("control", "tuned"):
         curve = result["tuning"]["curves"][weights]
         steps = [point["step"] for point in curve]
@@ -151,4 +118,4 @@ def _loss_curves(result: dict[str, Any]) -> str:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)

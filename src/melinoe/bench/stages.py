@@ -43,10 +43,11 @@ class Stages:
         self.console.print(
             f"[bold]\\[{self.number}/{self.total}][/bold] {text} [dim]({elapsed:.0f} s)[/dim]",
             highlight=False,
+            soft_wrap=True,
         )
 
     def note(self, text: str) -> None:
-        self.console.print(f"      [dim]{text}[/dim]", highlight=False)
+        self.console.print(f"      [dim]{text}[/dim]", highlight=False, soft_wrap=True)
 
     @property
     def seconds(self) -> float:

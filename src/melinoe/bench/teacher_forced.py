@@ -80,9 +80,7 @@ def measure(opened: Any, data: Path, what: Measuring, predictor: Path | None = N
         "load": np.round(shares, 5).tolist(),
     }
     if what.exact_rows:
-        judged = evaluate(
-            opened, data, limit=what.exact_rows, metrics="exact_match,rouge_l", progress=False
-        )
+        judged = evaluate(opened, data, limit=what.exact_rows, metrics="exact_match,rouge_l", progress=False)
         result["judged"] = {name: judged[name] for name in ("exact_match", "rouge_l", "num_rows")}
     return result
 

@@ -8,6 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli_options import Data, Json, Model, Overwrite, Quiet, Seed, prepare, print_json
+from melinoe.cli_sweep import (
+    AtOnce,
+    HoldOut,
+    OutOfDomain,
+    Rows,
+    Seeds,
+    Sweep,
+    refuse_without_sweep,
+    run_sweep,
+)
 from melinoe.config import parse_share
 
 
@@ -15,7 +25,7 @@ def tune(
     model: Model,
     data: Data,
     output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    max_steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 150,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; 150 if not given.", min=1)] = None,
     seed: Seed = 0,
     lambda_cs: Annotated[
         float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
@@ -35,15 +45,20 @@ def tune(
         int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
     ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
+    sweep: Sweep = None,
+    seeds: Seeds = None,
+    hold_out: HoldOut = None,
+    limit: Rows = None,
+    out_of_domain: OutOfDomain = None,
+    at_once: AtOnce = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter."""
     prepare(model)
-    from melinoe.tuning.trainer import tune as run
-
     given: dict[str, Any] = {
+        "max_steps": max_steps,
         "lambda_cs": lambda_cs,
         "lambda_rm": lambda_rm,
         "objective": objective,
@@ -53,11 +68,31 @@ def tune(
     given["target_hit_rate"] = None if target_hit_rate is None else parse_share(target_hit_rate)
     given["max_quality_loss"] = None if max_quality_loss is None else parse_share(max_quality_loss)
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if sweep is not None:
+        return run_sweep(
+            model,
+            data,
+            output_dir,
+            sweep,
+            settings,
+            seeds or str(seed),
+            overwrite,
+            as_json,
+            hold_out_rows=hold_out,
+            limit=limit,
+            out_of_domain=out_of_domain,
+            at_once=at_once,
+            progress=not quiet,
+        )
+    refuse_without_sweep(
+        seeds=seeds, hold_out=hold_out, limit=limit, out_of_domain=out_of_domain, at_once=at_once
+    )
+    from melinoe.tuning.trainer import tune as run
+
     result = run(
         model,
         data,
         output_dir,
-        max_steps=max_steps,
         seed=seed,
         overwrite=overwrite,
         progress=not quiet,

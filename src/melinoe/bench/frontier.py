@@ -60,6 +60,7 @@ def sweep(
     output_dir: str | Path,
     points: str | Path | list[dict[str, Any]] = "default",
     *,
+    common: dict[str, Any] | None = None,
     seeds: list[int] | tuple[int, ...] = (0,),
     hold_out_rows: int = 0,
     limit: int | None = None,
@@ -70,6 +71,7 @@ def sweep(
     predictor_rows: int = 0,
     at_once: int | None = None,
     keep_merged: bool = False,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Tunes every point with every seed and measures them all on the same held-out rows.
 
@@ -78,6 +80,7 @@ def sweep(
         data: a folder of train and test.jsonl, or several, which are then one.
         output_dir: result.json, table.md, frontier.html, and the points.
         points: a file, a list of {"name", settings ...} or `default` (points.py).
+        common: settings of all points, under those of each point.
         seeds: of tuning.
         hold_out_rows: rows at the end of each train split that are measured on instead of trained on.
         limit: at most this many held-out rows, evenly spaced.
@@ -86,6 +89,7 @@ def sweep(
         policies: of the simulator.  exact_rows, predictor_rows: see `teacher_forced.Measuring`.
         at_once: processes side by side; None: one per core, at most two.
         keep_merged: leave the merged checkpoints in OUTPUT/points.
+        progress: a line on stderr for every run.
 
     Returns:
         What result.json holds: {"format", "version", "settings", "machine", "base", "points": [{"name",
@@ -98,7 +102,7 @@ def sweep(
         raise missing_extra("matplotlib", "report")
     if not seeds or len(set(seeds)) != len(seeds):
         raise MelinoeError("sweep: seeds", got=list(seeds), allowed="one or more, each once")
-    chosen, source = read_points(points), local_folder(resolve_model(model))
+    chosen, source = read_points(points, common), local_folder(resolve_model(model))
     shape = mixture_shape(source)
     for point in chosen:
         point.tune_settings(0).capacity(shape["num_experts"], shape["experts_per_token"])
@@ -110,7 +114,7 @@ def sweep(
         rows[OUT_OF_DOMAIN] = held_out_only(out_of_domain, limit, held_out[OUT_OF_DOMAIN])
     measuring = Measuring(_budgets(slots, shape), tuple(policies), exact_rows, predictor_rows)
     runs = _plan(str(source), chosen, seeds, held_out, measuring, output / "points", keep_merged)
-    stages = Stages(len(runs))
+    stages = Stages(len(runs), progress)
     _run_all(runs, stages, at_once or min(2, len(os.sched_getaffinity(0))))
     result = {
         "format": FORMAT,

@@ -57,8 +57,13 @@ class Point:
             raise MelinoeError(f"sweep, point {self.name}: a setting has the wrong type", got=error) from None
 
 
-def read_points(source: str | Path | list[dict[str, Any]]) -> list[Point]:
+def read_points(
+    source: str | Path | list[dict[str, Any]], common: dict[str, Any] | None = None
+) -> list[Point]:
     """Points of a file, of a list of {"name", settings ...}, or the built-in list (`default`); control first.
+
+    Args:
+        common: settings of all points, over the file's own common ones, under those of each point.
 
     Raises:
         MelinoeError: no such file, not of the form above, a name twice, settings that TuneSettings refuses.
@@ -73,10 +78,10 @@ def read_points(source: str | Path | list[dict[str, Any]]) -> list[Point]:
         raise MelinoeError(
             f"{source}: unknown keys", got=", ".join(map(str, content)), allowed="common, points"
         )
-    common = content.get("common") or {}
-    given = content["points"]
-    if not all(isinstance(part, dict) for part in (common, *given)):
+    shared, given = content.get("common") or {}, content["points"]
+    if not all(isinstance(part, dict) for part in (shared, *given)):
         raise MelinoeError(f"{source} is not a sweep", allowed="{name, settings ...} for every point")
+    common = shared | (common or {})
     points = [_point(entry, common, number) for number, entry in enumerate(given, 1)]
     if all(point.name != CONTROL for point in points):
         points.insert(0, Point(CONTROL, CONTROL, {**common, **OFF}))
@@ -96,6 +101,7 @@ def default_points() -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = [
         {
             "name": f"{usual.objective} x{factor:g}",
+            "objective": usual.objective,
             "lambda_cs": usual.lambda_cs * factor,
             "lambda_rm": usual.lambda_rm * factor,
         }

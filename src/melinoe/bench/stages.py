@@ -32,8 +32,8 @@ class Verb:
 class Stages:
     """Says what is going on, one line per stage with its time, on stderr."""
 
-    def __init__(self, total: int) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, total: int, show: bool = True) -> None:
+        self.console = Console(stderr=True, quiet=not show)
         self.total, self.number = total, 0
         self.began = time.perf_counter()
 

@@ -10,6 +10,7 @@ from melinoe.bench.svg import new_axes, svg
 # eight hues that the colour-blind tell apart (Okabe and Ito), darkest first
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f3c8d", "#444444")
 GREY = "#6b7280"
+NAME_HEIGHT = 0.19  # inches, of a name beside a line
 NEAR = 1.08  # perplexity ratio up to which the second panel looks closer
 
 
@@ -25,11 +26,20 @@ def frontier(result: dict[str, Any], data: str) -> str:
     figure, drawn = new_axes(8.6 if panels == 1 else 11.5, 4.6, columns=panels)
     everything, *closer = [drawn] if panels == 1 else list(drawn)
     _draw(everything, result, data)
-    everything.legend(frameon=False, fontsize=9, loc="upper right")
+    figure.legend(
+        *everything.get_legend_handles_labels(),
+        frameon=False,
+        fontsize=9,
+        loc="outside lower center",
+        ncols=8,
+    )
     for axes in closer:
         _draw(axes, result, data)
-        axes.set_xlim(axes.get_xlim()[0], NEAR)
+        axes.set_xlim(min(0.984, axes.get_xlim()[0]), NEAR + 0.005)
         axes.set_title("the same, near the control", fontsize=10)
+    figure.draw_without_rendering()  # places on the page are known after this
+    (closer or [everything])[0].set_autoscale_on(False)
+    _names((closer or [everything])[0], result, data)
     return svg(figure)
 
 
@@ -56,7 +66,6 @@ def _draw(axes: Any, result: dict[str, Any], data: str) -> None:
         axes.plot(*zip(*line, strict=True), color=colour, lw=1.2, alpha=0.7)
         for position, (place, point) in enumerate(found):
             _point(axes, place, point[data], policy, slots, colour, curve if position == 0 else None)
-            _name(axes, place, point["name"], curve, len(found))
     base = _place(result["base"][data], policy, slots)
     axes.plot(*base, marker="D", ms=6, mfc="white", mec=GREY, ls="", label="base, untouched")
     axes.plot(1, 1, marker="s", ms=7, color="black", ls="", label="control")
@@ -96,23 +105,41 @@ def _point(
         axes.plot(*_place(seed, policy, slots), marker="o", ms=3, color=colour, alpha=0.35, ls="")
 
 
-def _name(axes: Any, place: tuple[float, float], name: str, curve: str, count: int) -> None:
-    short = name.removeprefix(curve).strip(" ,:") or ("" if count == 1 else name)
-    axes.annotate(
-        short, place, xytext=(6, 5), textcoords="offset points", fontsize=8, color="#333", clip_on=True,
-        annotation_clip=True,
-    )  # fmt: skip
+def _names(axes: Any, result: dict[str, Any], data: str) -> None:
+    """Names beside the points, each on the side where least stands already."""
+    policy, slots = reference(result)
+    colours = _colours(result)
+    points = [(_place(point[data], policy, slots), point) for point in result["points"][1:]]
+    left, right = axes.get_xlim()
+    points = [(place, point) for place, point in points if left <= place[0] <= right]
+    taken = [axes.transData.transform(place) for place, _ in points]
+    for place, point in points:
+        x, y = axes.transData.transform(place)
+        side = 2.6 * len(point["name"])  # half of a name's width in points
+        sides = [(side + 8, 6), (-side - 8, -7), (side + 8, -7), (-side - 8, 7), (0, 12), (0, -13)]
+
+        def room(offset: tuple[float, float], x: float = x, y: float = y) -> float:
+            return min(abs(a - x - offset[0]) / 4 + abs(b - y - offset[1]) for a, b in taken)
+
+        best = max(sides, key=lambda offset: min(room(offset), 11))  # the first of those with room enough
+        taken.append((x + best[0], y + best[1]))
+        axes.annotate(
+            point["name"], place, xytext=best, textcoords="offset points", fontsize=8, ha="center", va="center",
+            color=colours[point["curve"]],
+        )  # fmt: skip
 
 
 def budgets(result: dict[str, Any], data: str) -> str:
     """Loads over the control's at every budget: what is tuned for one serves the others."""
     policies = list(dict.fromkeys(row["policy"] for row in result["points"][0][data]["loads"]))
+    height = max(3.4, 0.17 * len(result["points"]) + 1.6)
     figure, drawn = new_axes(
-        3.6 * len(policies) + 1.6, 3.4, columns=len(policies), sharey=True, squeeze=False
+        4.6 * len(policies) + 0.6, height, columns=len(policies), sharey=True, squeeze=False
     )
     colours = _colours(result)
     sizes = result["settings"]["budgets"]
     for axes, policy in zip(drawn[0], policies, strict=True):
+        ends = []
         for point in result["points"][1:]:
             entries = [of(point[data]["to_control"]["loads"], policy, size) for size in sizes]
             ratios = [entry for entry in entries if entry is not None]
@@ -120,13 +147,17 @@ def budgets(result: dict[str, Any], data: str) -> str:
                 range(len(ratios)), [ratio["ratio"] for ratio in ratios], marker="o", ms=3.5, lw=1.1,
                 color=colours[point["curve"]], alpha=0.85,
             )  # fmt: skip
+            ends.append((ratios[-1]["ratio"], point))
+        lowest = 0.0
+        for ratio, point in sorted(ends, key=lambda end: end[0]):
+            lowest = max(ratio, lowest + NAME_HEIGHT / height)
             axes.annotate(
-                point["name"], (len(ratios) - 1, ratios[-1]["ratio"]), xytext=(5, -2), textcoords="offset points",
-                fontsize=7, color="#333",
+                point["name"], (len(sizes) - 1, ratio), xytext=(len(sizes) - 0.9, lowest), fontsize=8, va="center",
+                color=colours[point["curve"]], arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#bbb"},
             )  # fmt: skip
         axes.axhline(1, color="black", lw=1)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-        axes.set_xlim(-0.2, len(sizes) - 0.3)
+        axes.set_xlim(-0.2, len(sizes) - 0.1)
         axes.set(title=policy, xlabel="slots per layer")
     drawn[0][0].set(ylabel="loads per token / control", ylim=(0, None))
     return svg(figure)

@@ -73,9 +73,9 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         }
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(result, default=float))
-        partial.replace(output)
         if not job.keep_merged:
             shutil.rmtree(merged, ignore_errors=True)
+        partial.replace(output)
     return result
 
 

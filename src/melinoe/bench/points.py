@@ -81,7 +81,7 @@ def read_points(
     shared, given = content.get("common") or {}, content["points"]
     if not all(isinstance(part, dict) for part in (shared, *given)):
         raise MelinoeError(f"{source} is not a sweep", allowed="{name, settings ...} for every point")
-    common = shared | (common or {})
+    common = {key: _number(key, value) for key, value in (shared | (common or {})).items()}
     points = [_point(entry, common, number) for number, entry in enumerate(given, 1)]
     if all(point.name != CONTROL for point in points):
         points.insert(0, Point(CONTROL, CONTROL, {**common, **OFF}))

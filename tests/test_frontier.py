@@ -1,0 +1,242 @@
+"""A sweep: its points and rows, the tables by hand, and one end to end that is killed and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from melinoe.bench.frontier_table import best_within, markdown, sentences
+from melinoe.bench.held_out import evenly, hold_out
+from melinoe.bench.points import read_points
+from melinoe.bench.quality import evaluate
+from melinoe.bench.teacher_forced import compare, pooled, summary
+from melinoe.cli import app
+from melinoe.errors import MelinoeError
+from melinoe.routing.concentration import load_entropy
+from melinoe.routing.policies import DECODE
+from melinoe.routing.simulate import simulate
+from melinoe.tracing import trace
+from melinoe.tuning.merge import merge
+from melinoe.tuning.settings import OBJECTIVES, TuneSettings
+
+
+def write_rows(folder, split, numbers, words="w"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"prompt": f"{words}{i} w{i + 1}", "completion": f"w{i + 2} {words}{i + 3} w{i + 4}"} for i in numbers
+    ]
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path):
+    for name, start in (("a", 0), ("b", 20)):
+        write_rows(tmp_path / name, "train", range(start, start + 10))
+        write_rows(tmp_path / name, "test", range(start + 10, start + 14))
+    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, None, tmp_path / "one") == 14
+    prompts = {
+        split: [json.loads(line)["prompt"] for line in (tmp_path / "one" / f"{split}.jsonl").open()]
+        for split in ("train", "test")
+    }
+    first = {split: [int(prompt.split()[0][1:]) for prompt in prompts[split]] for split in prompts}
+    assert first["train"] == [*range(7), *range(20, 27)]
+    assert first["test"] == [*range(10, 14), *range(7, 10), *range(30, 34), *range(27, 30)]
+    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, 7, tmp_path / "few") == 7
+    assert evenly([str(i) for i in range(14)], 7) == [str(i) for i in range(0, 14, 2)]
+    with pytest.raises(MelinoeError, match=r"left to train on; got --hold-out 10 of 10 rows"):
+        hold_out([tmp_path / "a"], 10, None, tmp_path / "none")
+    with pytest.raises(MelinoeError, match=r"no held-out rows.*--hold-out"):
+        hold_out([tmp_path / "a" / "train.jsonl"], 0, None, tmp_path / "file")
+
+
+def test_points_of_a_file(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "common: {max_steps: 7, learning_rate: 2e-4}\n"
+        "points:\n"
+        "  - {name: strong, lambda_cs: 0.5, max_steps: 9}\n"
+        "  - {name: paper x2, objective: paper, curve: theirs}\n"
+    )
+    control, strong, paper = read_points(file)
+    assert (control.name, strong.name, paper.name) == ("control", "strong", "paper x2")
+    assert control.settings["lambda_cs"] == control.settings["lambda_rm"] == 0
+    assert control.settings["max_steps"] == 7
+    settings = strong.tune_settings(3)
+    assert (settings.seed, settings.max_steps, settings.lambda_cs) == (3, 9, 0.5)
+    assert settings.learning_rate == 2e-4  # a text to YAML
+    assert (strong.curve, paper.curve) == (TuneSettings().objective, "theirs")
+    assert [p.settings["max_steps"] for p in read_points(file, {"max_steps": 11})] == [11, 9, 11]
+    own = [{"name": "b"}, {"name": "control", "rank": 2}]
+    assert [point.name for point in read_points(own)] == ["control", "b"]
+
+
+def test_default_points_know_every_objective():
+    points = read_points("default")
+    assert points[0].name == "control"
+    assert {point.tune_settings(0).objective for point in points} == set(OBJECTIVES)
+    assert len(points) == len(OBJECTIVES) + 4  # the default one at four weights; control
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        ([{"name": "a", "lambda": 1}], "point a: unknown settings; got lambda"),
+        ([{"name": "a", "lambda_cs": -1}], "point a: tune: lambda_cs is out of range; got -1"),
+        ([{"name": "a", "max_steps": "many"}], "point a: a setting has the wrong type"),
+        ([{"name": "a"}, {"name": "a"}], "two points of one name; got a"),
+        ([{"lambda_cs": 1}], "point 1 has no name"),
+        ([{"name": "a", "seed": 3}], "unknown settings; got seed"),
+        (["a"], "not a sweep"),
+    ],
+)
+def test_bad_points_are_named(points, message):
+    with pytest.raises(MelinoeError, match=message):
+        read_points(points)
+
+
+def test_bad_sweep_files_are_named(tmp_path):
+    with pytest.raises(MelinoeError, match="no such sweep"):
+        read_points(tmp_path / "none.yaml")
+    for name, text in (("a.yaml", "points: {a: 1}"), ("b.json", "{"), ("c.yaml", "a: [")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(MelinoeError, match=r"(is not a sweep|cannot be read)"):
+            read_points(tmp_path / name)
+
+
+def sums(nll, loads):
+    return {
+        "nll": nll,
+        "tokens": [4.0, 2.0],
+        "decoded": [3.0, 1.0],
+        "requests": [6.0, 2.0],
+        "own 4": [5.0, 2.0],
+        "shared 4": [3.0, 1.0],
+        "loads decay 4": loads,
+        "hits decay 4": [6.0 - loads[0], 2.0 - loads[1]],
+    }
+
+
+def test_seeds_are_pooled_by_adding():
+    tuned = pooled([sums([4.0, 2.0], [2.0, 1.0]), sums([5.0, 1.0], [1.0, 0.0])])
+    control = pooled([sums([4.0, 2.0], [4.0, 2.0]), sums([4.0, 2.0], [4.0, 2.0])])
+    found = summary(tuned)
+    assert found["nll"] == 1.0
+    assert found["perplexity"] == pytest.approx(math.e)
+    assert found["loads"] == [{"policy": "decay", "slots": 4, "loads_per_token": 0.5, "hit_rate": 0.75}]
+    assert found["static"] == [{"slots": 4, "own": 7 / 8, "shared": 4 / 8}]
+    ratios = compare(tuned, control)
+    assert ratios["loads"][0]["ratio"] == 4 / 12
+    assert ratios["perplexity"]["ratio"] == 1.0
+    assert ratios["nll"]["ratio"] == 1.0
+
+
+def fake(name, perplexity, loads):
+    """A point of result.json as the tables read it."""
+    ratio = {"ratio": perplexity, "low": perplexity - 0.004, "high": perplexity + 0.004}
+    entry = {"policy": "decay", "slots": 4, "ratio": loads, "low": loads, "high": loads}
+    return {"name": name, "held_out": {"to_control": {"perplexity": ratio, "loads": [entry]}}}
+
+
+def test_what_a_loss_buys():
+    points = [fake("control", 1, 1), fake("a", 1.004, 0.7), fake("b", 1.009, 0.5), fake("c", 1.06, 0.1)]
+    result = {"settings": {"policies": ["decay"], "budgets": [4], "slots": 4}, "points": points}
+    best = best_within(result, "held_out", 0.01)
+    assert (best["name"], best["sure"]) == ("b", False)
+    assert best_within(result, "held_out", 0.05)["sure"]
+    assert best_within(result, "held_out", 0.001) is None
+    one, five = sentences(result, "held_out")
+    assert "2.00 times fewer" in one and "reaches beyond the bound" in one
+    assert "(b, decay, 4 slots" in five and "beyond" not in five
+    assert markdown((["a", "b"], [["x|y", "1"]])) == "| a | b |\n|---|---:|\n| x\\|y | 1 |"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder, "train", range(30))
+    write_rows(folder, "test", range(30, 42))
+    return folder
+
+
+def test_a_killed_sweep_goes_on(olmoe, data, tmp_path):
+    output, file = tmp_path / "sweep", tmp_path / "sweep.json"
+    file.write_text(json.dumps({"points": [{"name": "strong", "lambda_cs": 0.5, "learning_rate": 0.01}]}))
+    command = ["tune", "--sweep", file, "--model", olmoe, "--data", data, "--output-dir", output, "--json"]
+    command += ["--max-steps", 3, "--hold-out", 4, "--limit", 8, "--out-of-domain", data / "train.jsonl"]
+    command = [str(part) for part in command]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "melinoe", *command], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(output.glob("points/control-*/measured-*.json")):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (control,) = output.glob("points/control-*/measured-*.json")
+    assert not (output / "result.json").exists()
+    finished = control.stat().st_mtime_ns
+
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 0, again.output
+    assert "control, seed 0: finished before" in again.stderr
+    assert control.stat().st_mtime_ns == finished
+    result = json.loads(again.stdout.splitlines()[-1])
+    assert result == json.loads((output / "result.json").read_text())
+    assert (result["format"], result["version"]) == ("melinoe-frontier", "1")
+    assert result["settings"]["rows"] == {"held_out": 8, "out_of_domain": 8}
+    first, strong = result["points"]
+    one = {"ratio": 1.0, "low": 1.0, "high": 1.0}
+    assert first["held_out"]["to_control"]["perplexity"] == one
+    assert strong["held_out"]["to_control"]["perplexity"] != one
+    assert strong["tuned"][0]["steps"] == 3
+    check_against_the_library(olmoe, output, strong, tmp_path)
+    page = (output / "frontier.html").read_text()
+    assert page.count("<svg") == 6  # three figures on each of the data
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)  # nothing beside the page
+    assert "| strong |" in (output / "table.md").read_text()
+    assert not list(output.glob("points/*/merged"))
+
+
+def check_against_the_library(olmoe, output, point, tmp_path):
+    """The numbers of the sweep are those of merge, evaluate, trace and simulate."""
+    (adapter,) = output.glob("points/strong-*/adapter")
+    merge(olmoe, adapter, tmp_path / "merged")
+    scored = evaluate(str(tmp_path / "merged"), output / "data", metrics="perplexity", progress=False)
+    measured = point["held_out"]
+    assert measured["nll"] == pytest.approx(scored["nll"], rel=1e-6)
+    recorded = trace(str(tmp_path / "merged"), output / "data", split="test", progress=False)
+    budgets = [entry["slots"] for entry in measured["static"]]
+    rows = simulate(recorded, "decay,lru", budgets)["results"]
+    assert [row["loads_per_token"] for row in rows] == pytest.approx(
+        [row["loads_per_token"] for row in measured["loads"]]
+    )
+    entropy = load_entropy(recorded.request_counts(DECODE).sum(0))
+    assert measured["load_entropy"] == pytest.approx(np.mean(entropy))
+
+
+def test_mistakes_of_a_sweep_are_one_line(olmoe, data, tmp_path):
+    def refused(*arguments):
+        found = CliRunner().invoke(app, ["tune", "--model", str(olmoe), "--data", str(data), *arguments])
+        assert found.exit_code == 1, found.output
+        return found.output.strip()
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    out = ["--output-dir", str(tmp_path / "out")]
+    assert "no such sweep; got nowhere.yaml" in refused("--sweep", "nowhere.yaml", *out)
+    assert "not a list of seeds; got a" in refused("--sweep", "default", "--seeds", "a", *out)
+    assert "seeds; got [0, 0]" in refused("--sweep", "default", "--seeds", "0,0", *out)
+    assert "--seeds, --limit: only with --sweep" in refused("--seeds", "0,1", "--limit", "5", *out)
+    assert "--overwrite" in refused("--sweep", "default", "--overwrite", *out)
+    assert "holds something else" in refused("--sweep", "default", "--output-dir", str(tmp_path / "other"))
+    assert "slots does not suit this model" in refused("--sweep", "default", "--slots", "99", *out)
+    assert not (tmp_path / "out").exists()

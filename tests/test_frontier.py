@@ -16,8 +16,8 @@ import pytest
 from typer.testing import CliRunner
 
 from melinoe.bench.frontier_table import best_within, markdown, sentences
-from melinoe.bench.held_out import evenly, hold_out
-from melinoe.bench.points import read_points
+from melinoe.bench.held_out import evenly, held_out_only, hold_out
+from melinoe.bench.points import read_sweep
 from melinoe.bench.quality import evaluate
 from melinoe.bench.teacher_forced import compare, pooled, summary
 from melinoe.cli import app
@@ -42,31 +42,30 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     for name, start in (("a", 0), ("b", 20)):
         write_rows(tmp_path / name, "train", range(start, start + 10))
         write_rows(tmp_path / name, "test", range(start + 10, start + 14))
-    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, None, tmp_path / "one") == 14
-    prompts = {
-        split: [json.loads(line)["prompt"] for line in (tmp_path / "one" / f"{split}.jsonl").open()]
-        for split in ("train", "test")
-    }
-    first = {split: [int(prompt.split()[0][1:]) for prompt in prompts[split]] for split in prompts}
-    assert first["train"] == [*range(7), *range(20, 27)]
-    assert first["test"] == [*range(10, 14), *range(7, 10), *range(30, 34), *range(27, 30)]
-    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, 7, tmp_path / "few") == 7
-    assert evenly([str(i) for i in range(14)], 7) == [str(i) for i in range(0, 14, 2)]
+    train, test = hold_out([tmp_path / "a", tmp_path / "b"], 3, None)
+    first = [[int(json.loads(line)["prompt"].split()[0][1:]) for line in lines] for lines in (train, test)]
+    assert first[0] == [*range(7), *range(20, 27)]
+    assert first[1] == [*range(10, 14), *range(7, 10), *range(30, 34), *range(27, 30)]
+    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, 7)[1] == test[::2]
+    assert evenly(["a", "b", "c"], 2) == ["a", "b"]
+    assert held_out_only(tmp_path / "a", None) == test[:4]
     with pytest.raises(MelinoeError, match=r"left to train on; got --hold-out 10 of 10 rows"):
-        hold_out([tmp_path / "a"], 10, None, tmp_path / "none")
+        hold_out([tmp_path / "a"], 10, None)
     with pytest.raises(MelinoeError, match=r"no held-out rows.*--hold-out"):
-        hold_out([tmp_path / "a" / "train.jsonl"], 0, None, tmp_path / "file")
+        hold_out([tmp_path / "a" / "train.jsonl"], 0, None)
 
 
 def test_points_of_a_file(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(
         "common: {max_steps: 7, learning_rate: 2e-4}\n"
+        "measure: {slots: [4, 8]}\n"
         "points:\n"
         "  - {name: strong, lambda_cs: 0.5, max_steps: 9}\n"
         "  - {name: paper x2, objective: paper, curve: theirs}\n"
     )
-    control, strong, paper = read_points(file)
+    (control, strong, paper), measure = read_sweep(file)
+    assert measure == {"slots": [4, 8]}
     assert (control.name, strong.name, paper.name) == ("control", "strong", "paper x2")
     assert control.settings["lambda_cs"] == control.settings["lambda_rm"] == 0
     assert control.settings["max_steps"] == 7
@@ -74,13 +73,13 @@ def test_points_of_a_file(tmp_path):
     assert (settings.seed, settings.max_steps, settings.lambda_cs) == (3, 9, 0.5)
     assert settings.learning_rate == 2e-4  # a text to YAML
     assert (strong.curve, paper.curve) == (TuneSettings().objective, "theirs")
-    assert [p.settings["max_steps"] for p in read_points(file, {"max_steps": 11})] == [11, 9, 11]
+    assert [p.settings["max_steps"] for p in read_sweep(file, {"max_steps": 11})[0]] == [11, 9, 11]
     own = [{"name": "b"}, {"name": "control", "rank": 2}]
-    assert [point.name for point in read_points(own)] == ["control", "b"]
+    assert [point.name for point in read_sweep(own)[0]] == ["control", "b"]
 
 
 def test_default_points_know_every_objective():
-    points = read_points("default")
+    points, _ = read_sweep("default")
     assert points[0].name == "control"
     assert {point.tune_settings(0).objective for point in points} == set(OBJECTIVES)
     assert len(points) == len(OBJECTIVES) + 4  # the default one at four weights; control
@@ -100,16 +99,23 @@ def test_default_points_know_every_objective():
 )
 def test_bad_points_are_named(points, message):
     with pytest.raises(MelinoeError, match=message):
-        read_points(points)
+        read_sweep(points)
 
 
 def test_bad_sweep_files_are_named(tmp_path):
     with pytest.raises(MelinoeError, match="no such sweep"):
-        read_points(tmp_path / "none.yaml")
-    for name, text in (("a.yaml", "points: {a: 1}"), ("b.json", "{"), ("c.yaml", "a: [")):
+        read_sweep(tmp_path / "none.yaml")
+    for name, text in (
+        ("a.yaml", "points: {a: 1}"),
+        ("b.json", "{"),
+        ("c.yaml", "a: ["),
+        ("d.yaml", "points: []\nmeasure: {rows: 3}"),
+    ):
         (tmp_path / name).write_text(text)
-        with pytest.raises(MelinoeError, match=r"(is not a sweep|cannot be read)"):
-            read_points(tmp_path / name)
+        with pytest.raises(
+            MelinoeError, match=r"(is not a sweep|cannot be read|measure: unknown keys; got rows)"
+        ):
+            read_sweep(tmp_path / name)
 
 
 def sums(nll, loads):
@@ -210,10 +216,12 @@ def check_against_the_library(olmoe, output, point, tmp_path):
     """The numbers of the sweep are those of merge, evaluate, trace and simulate."""
     (adapter,) = output.glob("points/strong-*/adapter")
     merge(olmoe, adapter, tmp_path / "merged")
-    scored = evaluate(str(tmp_path / "merged"), output / "data", metrics="perplexity", progress=False)
+    scored = evaluate(
+        str(tmp_path / "merged"), output / "data" / "held_out", metrics="perplexity", progress=False
+    )
     measured = point["held_out"]
     assert measured["nll"] == pytest.approx(scored["nll"], rel=1e-6)
-    recorded = trace(str(tmp_path / "merged"), output / "data", split="test", progress=False)
+    recorded = trace(str(tmp_path / "merged"), output / "data" / "held_out", split="test", progress=False)
     budgets = [entry["slots"] for entry in measured["static"]]
     rows = simulate(recorded, "decay,lru", budgets)["results"]
     assert [row["loads_per_token"] for row in rows] == pytest.approx(
@@ -238,5 +246,9 @@ def test_mistakes_of_a_sweep_are_one_line(olmoe, data, tmp_path):
     assert "--seeds, --limit: only with --sweep" in refused("--seeds", "0,1", "--limit", "5", *out)
     assert "--overwrite" in refused("--sweep", "default", "--overwrite", *out)
     assert "holds something else" in refused("--sweep", "default", "--output-dir", str(tmp_path / "other"))
+    file = tmp_path / "policy.json"
+    file.write_text(json.dumps({"points": [{"name": "a"}], "measure": {"policies": ["mru"]}}))
+    assert "policies; got ['mru']" in refused("--sweep", str(file), *out)
+    assert "no such data" in refused("--sweep", "default", "--out-of-domain", str(tmp_path / "no"), *out)
     assert "slots does not suit this model" in refused("--sweep", "default", "--slots", "99", *out)
     assert not (tmp_path / "out").exists()

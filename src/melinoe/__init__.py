@@ -27,6 +27,7 @@ _PUBLIC = {
     "simulate": "melinoe.routing.simulate",
     "fit_predictor": "melinoe.prediction.predictor",
     "evaluate": "melinoe.bench.quality",
+    "sweep": "melinoe.bench.frontier",
     "demo": "melinoe.bench.demo",
 }
 __all__ = sorted(_PUBLIC)

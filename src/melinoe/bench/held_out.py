@@ -12,16 +12,13 @@ from melinoe.data import read_rows
 from melinoe.errors import MelinoeError
 
 
-def hold_out(sources: list[str | Path], number: int, limit: int | None, target: Path) -> int:
-    """Writes target/train.jsonl and target/test.jsonl; the lines stay as they are.
+def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple[list[str], list[str]]:
+    """(train, test): lines of JSON as they stand in the files.
 
     Args:
         sources: data folders, or .jsonl files (all of whose rows are then train rows).
         number: rows at the end of each train split that are measured on instead of trained on.
         limit: at most this many held-out rows, evenly spaced, so that every source keeps its share.
-
-    Returns:
-        How many held-out rows there are.
 
     Raises:
         MelinoeError: a source without rows, or nothing left to train or to measure on.
@@ -45,13 +42,12 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None, target: 
             allowed="a folder with test.jsonl",
             next_step="or set rows aside: --hold-out N",
         )
-    _write(target, "train", train)
-    return _write(target, "test", evenly(test, limit))
+    return train, evenly(test, limit)
 
 
-def held_out_only(source: str | Path, limit: int | None, target: Path) -> int:
-    """Writes target/test.jsonl from a folder's test split or from a .jsonl file; returns its rows."""
-    return _write(target, "test", evenly(_lines(Path(source), "test"), limit))
+def held_out_only(source: str | Path, limit: int | None) -> list[str]:
+    """Lines of a folder's test split or of a .jsonl file."""
+    return evenly(_lines(Path(source), "test"), limit)
 
 
 def evenly(rows: list[str], limit: int | None) -> list[str]:
@@ -68,9 +64,9 @@ def _lines(source: Path, split: str) -> list[str]:
     return [line for line in lines if line.strip()]
 
 
-def _write(target: Path, split: str, rows: list[str]) -> int:
+def write_split(target: Path, split: str, rows: list[str]) -> None:
+    """Writes target/SPLIT.jsonl, whole or not at all."""
     target.mkdir(parents=True, exist_ok=True)
     partial = target / f"{split}.partial"
     partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
     partial.replace(target / f"{split}.jsonl")
-    return len(rows)

@@ -29,7 +29,7 @@ class Job:
     """What one process does.
 
     model: folder of the base.  settings: of `tune`; None: the base itself is measured.
-    train: data folder with train.jsonl.  held_out: {name: folder with test.jsonl}.
+    train: data folder with train.jsonl.  data: {name: folder with test.jsonl} to measure on.
     measuring: fields of teacher_forced.Measuring.  output: file name of the measurements.
     keep_merged: the merged checkpoint stays.
     """
@@ -37,14 +37,14 @@ class Job:
     model: str
     settings: dict[str, Any] | None
     train: str
-    held_out: dict[str, str]
+    data: dict[str, str]
     measuring: dict[str, Any]
     output: str
     keep_merged: bool = False
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
-    """Does what is left to do; returns the measurements, {"tuned": ..., "held_out": {name: ...}}."""
+    """Does what is left to do; returns the measurements, {"tuned", "predictor", "data": {name: ...}}."""
     from melinoe.bench.teacher_forced import Measuring, fit, measure
     from melinoe.tracing import open_model
 
@@ -62,14 +62,14 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
                 merge(job.model, folder / "adapter", merged)
             model = str(merged)
         opened = open_model(model)
-        what = Measuring(**{key: _tuple(value) for key, value in job.measuring.items()})
+        what = Measuring(**job.measuring)
         predictor = None
         if what.predictor_rows:
             predictor = folder / "predictor"
             seed = (job.settings or {}).get("seed", 0)
             result["predictor"] = fit(opened, Path(job.train), what.predictor_rows, predictor, seed)
-        result["held_out"] = {
-            name: measure(opened, Path(data), what, predictor) for name, data in job.held_out.items()
+        result["data"] = {
+            name: measure(opened, Path(data), what, predictor) for name, data in job.data.items()
         }
         partial = output.with_suffix(".partial")
         partial.write_text(json.dumps(result, default=float))
@@ -86,10 +86,6 @@ def _tuned(job: Job, adapter: Path) -> dict[str, Any]:
     if not adapter.is_dir():
         tune(job.model, job.train, adapter, progress=False, **(job.settings or {}))
     return json.loads((adapter / "melinoe.json").read_text())["result"]
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 A file (YAML or JSON) looks like this; every other key is a field of TuneSettings:
 
     common: {max_steps: 300}                # for all points, the control too
+    measure: {slots: [8, 16], exact_rows: 200, predictor_rows: 2000}   # all of it optional, see `sweep`
     points:
       - {name: gentle, lambda_cs: 0.02}
       - {name: strong, lambda_cs: 0.2, curve: boundary}
@@ -23,7 +24,8 @@ from melinoe.errors import MelinoeError
 from melinoe.tuning.settings import OBJECTIVES, TuneSettings
 
 CONTROL = "control"
-OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0, "target_hit_rate": None, "max_quality_loss": None}
+OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0, "balance": 0.0, "target_hit_rate": None, "max_quality_loss": None}
+MEASURED = ("slots", "policies", "exact_rows", "predictor_rows")  # arguments of `sweep`
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the default objective's weights
 
 
@@ -57,10 +59,10 @@ class Point:
             raise MelinoeError(f"sweep, point {self.name}: a setting has the wrong type", got=error) from None
 
 
-def read_points(
+def read_sweep(
     source: str | Path | list[dict[str, Any]], common: dict[str, Any] | None = None
-) -> list[Point]:
-    """Points of a file, of a list of {"name", settings ...}, or the built-in list (`default`); control first.
+) -> tuple[list[Point], dict[str, Any]]:
+    """(points, what is measured) of a file, of a list of {"name", settings ...}, or the built-in list (`default`); control first.
 
     Args:
         common: settings of all points, over the file's own common ones, under those of each point.
@@ -74,13 +76,12 @@ def read_points(
         content = {"points": source}
     if not isinstance(content, dict) or not isinstance(content.get("points"), list):
         raise MelinoeError(f"{source} is not a sweep", allowed="`points`, a list of {name, settings ...}")
-    if set(content) - {"points", "common"}:
-        raise MelinoeError(
-            f"{source}: unknown keys", got=", ".join(map(str, content)), allowed="common, points"
-        )
+    measuring = content.get("measure") or {}
     shared, given = content.get("common") or {}, content["points"]
-    if not all(isinstance(part, dict) for part in (shared, *given)):
+    _only(content, ("common", "measure", "points"), str(source))
+    if not all(isinstance(part, dict) for part in (shared, measuring, *given)):
         raise MelinoeError(f"{source} is not a sweep", allowed="{name, settings ...} for every point")
+    _only(measuring, MEASURED, f"{source}, measure")
     common = {key: _number(key, value) for key, value in (shared | (common or {})).items()}
     points = [_point(entry, common, number) for number, entry in enumerate(given, 1)]
     if all(point.name != CONTROL for point in points):
@@ -92,7 +93,13 @@ def read_points(
         raise MelinoeError("sweep: two points of one name", got=", ".join(twice))
     for point in points:
         point.tune_settings(0)
-    return points
+    return points, measuring
+
+
+def _only(given: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
+    unknown = sorted(set(map(str, given)) - set(allowed))
+    if unknown:
+        raise MelinoeError(f"{where}: unknown keys", got=", ".join(unknown), allowed=", ".join(allowed))
 
 
 def default_points() -> list[dict[str, Any]]:

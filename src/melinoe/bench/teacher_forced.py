@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from melinoe.bench.quality import evaluate
+from melinoe.errors import MelinoeError
 from melinoe.prediction.predictor import Predictor, fit_predictor
 from melinoe.routing.concentration import load_entropy, static_hits
 from melinoe.routing.paired import perplexity_ratio, ratio_of_sums
-from melinoe.routing.policies import DECODE
-from melinoe.routing.simulate import simulate
+from melinoe.routing.policies import DECODE, POLICIES
+from melinoe.routing.simulate import BOUNDS, simulate
 from melinoe.routing.trace import Trace
 from melinoe.tracing import trace
 
@@ -38,6 +39,19 @@ class Measuring:
     policies: tuple[str, ...] = ("decay", "lru")
     exact_rows: int = 0
     predictor_rows: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budgets", tuple(self.budgets))  # lists, where they come from a file
+        object.__setattr__(self, "policies", tuple(self.policies))
+        unknown = [name for name in self.policies if name not in (*POLICIES, *BOUNDS)]
+        if unknown or not self.policies:
+            raise MelinoeError(
+                "sweep: policies", got=list(self.policies), allowed=", ".join([*sorted(POLICIES), *BOUNDS])
+            )
+        for name in ("exact_rows", "predictor_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise MelinoeError(f"sweep: {name}", got=value, allowed="0 or more rows")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

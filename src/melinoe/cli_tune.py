@@ -33,7 +33,7 @@ def tune(
     lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="boundary (default), lru, counts, clipped, paper, or the rival remoe."),
+        typer.Option(help="counts (default), lru, boundary, clipped, paper, or the rival remoe."),
     ] = None,
     target_hit_rate: Annotated[
         str | None, typer.Option(help="Instead of a weight: the hit rate to reach, 0.85 or 85%.")

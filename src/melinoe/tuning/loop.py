@@ -103,10 +103,11 @@ class LocalityTrainer(Trainer):
         settings = self.settings
         routers = [p for layer in self.layers for p in layer.router.parameters() if p.requires_grad]
         factors = [p for layer in self.layers for p in layer.experts.low_rank.parameters() if p.requires_grad]
+        rate, router_rate = settings.learning_rates(self.model.config.get_text_config().hidden_size)
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": routers, "lr": settings.router_learning_rate},
-                {"params": factors, "lr": settings.learning_rate},
+                {"params": routers, "lr": router_rate},
+                {"params": factors, "lr": rate},
             ],
             weight_decay=0.0,
         )

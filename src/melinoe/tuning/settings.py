@@ -41,6 +41,11 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+# Over the width of the hidden states: AdamW moves every weight by about its rate, and a sum over `width` of them by that
+# many times more, so what is right at one width is right at another after division. Measured at 128 and 192 (docs/log.md).
+LEARNING_RATE, ROUTER_LEARNING_RATE = 0.75, 0.38
+
+
 @dataclass(frozen=True)
 class TuneSettings:
     """Settings of one tuning run.
@@ -64,7 +69,8 @@ class TuneSettings:
         margin is rho * 8 / E.
     rank_form: "sum" over pairs as in the paper, or "mean", whose weight carries over between models.
     rank_tokens: tokens per step and layer on which ranks are matched (0: all).
-    learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW).
+    learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW); None: LEARNING_RATE and
+        ROUTER_LEARNING_RATE over the model's width.
     rank, alpha: of the experts' low-rank factors.
     batch_tokens: padded tokens per step; max_length: longer rows are left out.
     time_limit_seconds: stop after this long, the schedule stretched to it.
@@ -78,7 +84,7 @@ class TuneSettings:
     seed: int = DEFAULT_SEED
     lambda_cs: float = None  # type: ignore[assignment]  # set below, never None afterwards
     lambda_rm: float = None  # type: ignore[assignment]
-    objective: str = "boundary"
+    objective: str = "counts"
     distill: float = 0.0
     distill_prompt: bool = True
     ramp: float = 0.0
@@ -93,8 +99,8 @@ class TuneSettings:
     rho_per_expert: bool = False
     rank_form: Literal["sum", "mean"] = "sum"
     rank_tokens: int = 512
-    learning_rate: float = 5e-4
-    router_learning_rate: float = 2e-3
+    learning_rate: float | None = None
+    router_learning_rate: float | None = None
     rank: int = 32
     alpha: float = 16.0
     batch_tokens: int = 2048
@@ -131,7 +137,7 @@ class TuneSettings:
         ):
             check(0 <= getattr(self, name) < float("inf"), name, "0 or more")
         for name in ("learning_rate", "router_learning_rate"):
-            check(0 <= getattr(self, name) < 1, name, "0 .. 1")
+            check(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "0 .. 1")
         check(self.temperature > 0, "temperature", "above 0")
         check(0 <= self.gamma <= 1, "gamma", "0 .. 1")
         check(0 <= self.warmup < 1, "warmup", "0 .. 1")
@@ -157,6 +163,14 @@ class TuneSettings:
     @property
     def form(self) -> Objective:
         return OBJECTIVES[self.objective]
+
+    def learning_rates(self, width: int) -> tuple[float, float]:
+        """(of the experts' factors, of the routers) for a model whose hidden states have `width` entries."""
+        rate, router_rate = self.learning_rate, self.router_learning_rate
+        return (
+            LEARNING_RATE / width if rate is None else rate,
+            ROUTER_LEARNING_RATE / width if router_rate is None else router_rate,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -69,3 +69,15 @@ def test_shares_are_read(text, share):
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(MelinoeError, match="not a share"):
         parse_share(text)
+
+
+def test_the_schedule_by_hand():
+    both = TuneSettings(ramp=0.2, cooldown=0.5)
+    assert [both.schedule(done) for done in (0.0, 0.1, 0.2, 0.5, 0.75, 1.0)] == [0, 0.5, 1, 1, 0.5, 0]
+    flat = TuneSettings(ramp=0.0, cooldown=0.0)
+    assert [flat.schedule(done) for done in (0.0, 0.5, 1.0)] == [1, 1, 1]
+
+
+def test_learning_rates_follow_the_width():
+    assert TuneSettings().learning_rates(192) == pytest.approx((0.75 / 192, 0.38 / 192))
+    assert TuneSettings(learning_rate=1e-3, router_learning_rate=0.0).learning_rates(192) == (1e-3, 0.0)

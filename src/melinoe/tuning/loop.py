@@ -94,8 +94,7 @@ class LocalityTrainer(Trainer):
         for layer in self.layers:
             layer.router.eval()  # some routers draw noise in training mode, which decoding does not
         torch.manual_seed((self.settings.seed << 20) + self.state.global_step)  # dropout, also after a resume
-        ramp = self.settings.ramp
-        self.losses.ramp = min(1.0, self.done_share(self.state.global_step) / ramp) if ramp else 1.0
+        self.losses.schedule = self.settings.schedule(self.done_share(self.state.global_step))
         self.last = self.losses(model, inputs, self.state.global_step, self.tokens_per_step)
         return self.last.total
 

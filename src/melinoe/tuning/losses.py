@@ -75,7 +75,7 @@ class TuningLosses:
         self.usage: dict[
             int, torch.Tensor
         ] = {}  # by layer: [E] share of late tokens that asked for each expert
-        self.ramp = 1.0  # of the weights, by the share of the run that is over
+        self.schedule = 1.0  # of both weights, by the share of the run that is over
 
     def __call__(
         self,
@@ -111,7 +111,7 @@ class TuningLosses:
         total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
         if found.divergence is not None and settings.distill > 0:
             total = total + settings.distill * found.divergence / max(found.divergence_tokens, 1)
-        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.ramp
+        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.schedule
         if settings.lambda_cs > 0:
             scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
             total = total + self.weight.factor * strength * settings.lambda_cs * scored_weight * misses

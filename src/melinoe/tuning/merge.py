@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.moe import fingerprint, moe_layers
 from melinoe.offload.adapter import apply_adapter, replace_folder
@@ -39,6 +40,7 @@ def merge(
         raise MelinoeError(
             f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
         )
+    model = resolve_model(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
     network.float()

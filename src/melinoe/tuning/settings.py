@@ -56,7 +56,8 @@ class TuneSettings:
     objective: a name of OBJECTIVES; "paper" is Eq. 4 and 5 as printed.
     distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution instead of
         the data's next token; distill_prompt: on the prompt's tokens as well.
-    ramp: the weights rise in a straight line over this share of the run.
+    ramp, cooldown: the weights rise in a straight line over the first share of the run, and fall to nothing over the
+        last: what has become local stays so, and the answers recover.
     balance: price on experts that all sequences ask for, in misses per request of one that is asked twice as often as
         the average; it turns concentration on one set for all into one set for each.
     target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity), instead of a
@@ -88,6 +89,7 @@ class TuneSettings:
     distill: float = 0.0
     distill_prompt: bool = True
     ramp: float = 0.0
+    cooldown: float = 0.5
     balance: float = 0.0
     target_hit_rate: float | None = None
     max_quality_loss: float | None = None
@@ -143,6 +145,7 @@ class TuneSettings:
         check(0 <= self.warmup < 1, "warmup", "0 .. 1")
         check(0 <= self.distill <= 1, "distill", "0 .. 1")
         check(0 <= self.ramp <= 1, "ramp", "0 .. 1")
+        check(0 <= self.cooldown <= 1, "cooldown", "0 .. 1")
         target, loss = self.target_hit_rate, self.max_quality_loss
         check(target is None or 0 < target < 1, "target_hit_rate", "between 0 and 1")
         check(loss is None or 0 < loss < float("inf"), "max_quality_loss", "above 0 (0.01 is one percent)")
@@ -163,6 +166,12 @@ class TuneSettings:
     @property
     def form(self) -> Objective:
         return OBJECTIVES[self.objective]
+
+    def schedule(self, done: float) -> float:
+        """What both weights are multiplied by when the share `done` of the run is over, 0 .. 1."""
+        rise = min(1.0, done / self.ramp) if self.ramp else 1.0
+        fall = min(1.0, (1 - done) / self.cooldown) if self.cooldown else 1.0
+        return rise * fall
 
     def learning_rates(self, width: int) -> tuple[float, float]:
         """(of the experts' factors, of the routers) for a model whose hidden states have `width` entries."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from melinoe.config import resolve_model
 from melinoe.data import Encoded, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.moe import MoeLayer, experts_per_token, fingerprint, moe_layers
@@ -68,6 +69,7 @@ def tune(
             f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
         )
     started = time.monotonic()
+    model = resolve_model(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
     encoded = [row for _, row in encode_rows(tokenizer, read_rows(data), chosen.max_length)]
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from melinoe.bench.frontier_table import best_within, markdown, sentences
 from melinoe.bench.held_out import evenly, held_out_only, hold_out
+from melinoe.bench.point import tuning_code
 from melinoe.bench.points import read_sweep
 from melinoe.bench.quality import evaluate
 from melinoe.bench.teacher_forced import compare, pooled, summary
@@ -193,7 +194,7 @@ def test_a_killed_sweep_goes_on(olmoe, data, tmp_path):
 
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 0, again.output
-    assert "control, seed 0: finished before" in again.stderr
+    assert "control, seed 0: finished before\n" in re.sub(r" \(\d+ s\)", "", again.stderr)
     assert control.stat().st_mtime_ns == finished
     result = json.loads(again.stdout.splitlines()[-1])
     assert result == json.loads((output / "result.json").read_text())
@@ -204,6 +205,7 @@ def test_a_killed_sweep_goes_on(olmoe, data, tmp_path):
     assert first["held_out"]["to_control"]["perplexity"] == one
     assert strong["held_out"]["to_control"]["perplexity"] != one
     assert strong["tuned"][0]["steps"] == 3
+    assert strong["code"] == first["code"] == [tuning_code()]
     check_against_the_library(olmoe, output, strong, tmp_path)
     page = (output / "frontier.html").read_text()
     assert page.count("<svg") == 6  # three figures on each of the data

@@ -5,7 +5,7 @@
 
 Points that are finished stay in OUTPUT/points, named by a hash of model, data, settings and seed, and are
 reused; so a sweep that was stopped goes on, and one that got more points, seeds or budgets runs those.
-A change of the code is not in the hash: take a new output folder for it.
+A change of the code is not in the hash: such a run is named, and a new output folder leaves it behind.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _tables(runs: list[Run], points: list[Point], data: list[str]) -> dict[str, 
         mine = [run for run in tuned if run.point == point]
         controls = [control_of(run, runs) or run for run in mine]
         row: dict[str, Any] = {"name": point.name, "curve": point.curve, "settings": point.settings}
-        for key in ("tuned", "predictor"):
-            row[key] = [measured[run.folder][key] for run in mine]
+        for key in ("tuned", "code", "predictor"):
+            row[key] = [measured[run.folder].get(key) for run in mine]
         for name in data:
             own = [measured[run.folder]["data"][name] for run in mine]
             other = [measured[run.folder]["data"][name] for run in controls]

@@ -73,7 +73,7 @@ def _draw(axes: Any, result: dict[str, Any], data: str) -> None:
         xlabel="perplexity / control", ylabel=f"expert loads per token / control ({policy}, {slots} slots)"
     )
     axes.set_ylim(0, None)
-    axes.set_xlim(min(0.995, axes.get_xlim()[0]), max(1.06, axes.get_xlim()[1]))
+    axes.set_xlim(min(0.986, axes.get_xlim()[0]), max(1.06, axes.get_xlim()[1]))
 
 
 def _place(measured: dict[str, Any], policy: str, slots: int) -> tuple[float, float]:

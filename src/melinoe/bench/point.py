@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import json
 import shutil
 import sys
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import melinoe
 from melinoe.errors import MelinoeError
 
-JOB = "job.json"
+JOB, CODE = "job.json", "tuned-by"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Job:
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
-    """Does what is left to do; returns the measurements, {"tuned", "predictor", "data": {name: ...}}."""
+    """Does what is left to do; returns the measurements, {"tuned", "code", "predictor", "data": {name: ...}}."""
     from melinoe.bench.teacher_forced import Measuring, fit, measure
     from melinoe.tracing import open_model
 
@@ -52,10 +54,11 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         output = folder / job.output
         if output.is_file():
             return json.loads(output.read_text())
-        result: dict[str, Any] = {"tuned": None, "predictor": None}
+        result: dict[str, Any] = {"tuned": None, "code": None, "predictor": None}
         model, merged = job.model, folder / "merged"
         if job.settings is not None:
-            result["tuned"] = _tuned(job, folder / "adapter")
+            result["tuned"] = _tuned(job, folder)
+            result["code"] = (folder / CODE).read_text() if (folder / CODE).is_file() else None
             if not merged.is_dir():
                 from melinoe.tuning.merge import merge
 
@@ -79,13 +82,22 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _tuned(job: Job, adapter: Path) -> dict[str, Any]:
+def _tuned(job: Job, folder: Path) -> dict[str, Any]:
     """The result of tuning, from now or from before."""
     from melinoe.tuning.trainer import tune
 
+    adapter = folder / "adapter"
     if not adapter.is_dir():
+        (folder / CODE).write_text(tuning_code())
         tune(job.model, job.train, adapter, progress=False, **(job.settings or {}))
     return json.loads((adapter / "melinoe.json").read_text())["result"]
+
+
+def tuning_code() -> str:
+    """A digest of the sources that decide what tuning does, so that a reused run of other code is named."""
+    package = Path(melinoe.__file__).parent
+    sources = [*sorted((package / "tuning").glob("*.py")), package / "offload" / "low_rank.py"]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from melinoe.bench.point import JOB, Job
+from melinoe.bench.point import JOB, Job, tuning_code
 from melinoe.bench.points import CONTROL, Point
 from melinoe.bench.stages import Stages, Verb, run_verbs
 from melinoe.bench.teacher_forced import Measuring, compare, pooled, summary
@@ -93,10 +93,13 @@ def _key(identity: dict[str, Any]) -> str:
 
 def run_all(runs: list[Run], stages: Stages, at_once: int) -> None:
     """Does the runs that are not finished, and says so one by one."""
-    left = []
+    left, code = [], tuning_code()
     for run in runs:
         if run.is_finished:
-            stages.start(f"{run.label}: finished before")
+            other = run.point is not None and run.measured.get("code") != code
+            stages.start(
+                f"{run.label}: finished before" + (" with other code: compare with care" if other else "")
+            )
             continue
         run.folder.mkdir(exist_ok=True)
         (run.folder / JOB).write_text(json.dumps(asdict(run.job), indent=1))

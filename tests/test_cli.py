@@ -122,7 +122,6 @@ def test_mistakes_are_one_line(olmoe, olmoe_store, data, tmp_path):
         "generate", "--model", olmoe_store, "-p", "w1", "--slots", "2", "--max-new-tokens", "500"
     )
     assert "no such data" in refused("evaluate", "--model", olmoe, "--data", "nowhere")
-    assert "is a store" in refused("evaluate", "--model", olmoe_store, "--data", data)
     (data / "bad.jsonl").write_text('{"prompt": "w1", "completion": "w2"}\n{"prompt": \n')
     assert "bad.jsonl, line 2" in refused("evaluate", "--model", olmoe, "--data", data / "bad.jsonl")
     (data / "other.jsonl").write_text('{"question": "w1"}\n')

@@ -35,7 +35,7 @@ OBJECTIVES: dict[str, Objective] = {
     "clipped": Objective("clipped", "probabilities", 1.0, 0.1),
     "boundary": Objective("clipped", "boundary", 0.045, 0.02),
     "lru": Objective("lru", "boundary", 0.045, 0.02),
-    "counts": Objective("counts", "boundary", 0.045, 0.02),
+    "counts": Objective("counts", "boundary", 0.045, 0.006),
     # the rival of arXiv 2605.27081, re-implemented from its description: only the routers move
     "remoe": Objective("previous", "probabilities", 1.0, 0.1, "divergence", experts=False),
 }

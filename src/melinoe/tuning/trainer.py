@@ -20,12 +20,12 @@ from melinoe.data import Encoded, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.moe import MoeLayer, experts_per_token, fingerprint, moe_layers
 from melinoe.offload.adapter import write_adapter
-from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank
+from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
 from melinoe.tuning.batches import Batches, plan_batches
 from melinoe.tuning.loop import CHECKPOINT, LOG, STATE, LocalityTrainer
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.settings import TuneSettings
-from melinoe.undecorated import is_undecorated
+from melinoe.undecorated import has_flat_experts, take_over
 
 RUN = "run.json"
 
@@ -124,11 +124,11 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
     network.config.output_router_logits = False  # its load-balancing loss fights locality
     layers = moe_layers(network)
     network.requires_grad_(False)
-    if is_undecorated(network):
+    if has_flat_experts(network):
         raise MelinoeError(
-            "this family can be paged and traced, but not tuned",
+            "this family can be paged and traced, but not tuned: an adapter cannot name one of its experts",
             got=type(network).__name__,
-            allowed="a model whose experts transformers decorates for its ExpertsInterface",
+            allowed="a model whose experts weights are [experts, in, out]",
         )
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in layers:
@@ -144,7 +144,8 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
         layer.router.float().requires_grad_(True)
         if network.dtype != torch.float32:
             layer.router.register_forward_pre_hook(_float32_inputs)
-    network.set_experts_implementation(EXPERTS_FUNCTION)
+    if not take_over(network, tuning_experts):
+        network.set_experts_implementation(EXPERTS_FUNCTION)
     return network, layers
 
 

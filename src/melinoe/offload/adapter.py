@@ -271,7 +271,7 @@ def _parts_of(
     """The factors and the router of one layer, shapes taken from the file."""
     state = layer.router.state_dict()
     device = next(iter(state.values())).device
-    factors = {}
+    factors: dict[str, torch.Tensor] = {}
     for projection in ("up", "down"):
         name_a, name_b = _factor_names(layer, projection)
         a, b = tensors[name_a], tensors[name_b]

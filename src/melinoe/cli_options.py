@@ -25,6 +25,11 @@ Packed = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
+def is_first_process() -> bool:
+    """Whether this process speaks, of those that torchrun or accelerate started; true where nobody did."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, allow_nan=False, default=float))
 

@@ -65,3 +65,18 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what import finds where it is not installed
     with pytest.raises(MelinoeError, match=r"pip install 'melinoe-moe\[data\]'"):
         read_rows("openai/gsm8k:main")
+
+
+def test_a_data_set_is_read_by_split(tmp_path, monkeypatch):
+    """With the library itself, which reads a local folder of the same name without a network."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "openai" / "gsm8k"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    assert list(hub_data.read("openai/gsm8k", "train", 2)) == [{"question": "1+1?", "answer": "2"}] * 2
+    assert len(list(hub_data.read("openai/gsm8k", "valid"))) == 3
+    with pytest.raises(MelinoeError, match="no split test; got train, validation"):
+        hub_data.read("openai/gsm8k", "test")

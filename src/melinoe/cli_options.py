@@ -12,7 +12,9 @@ import typer
 from melinoe.config import resolve_model
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
-Data = Annotated[str, typer.Option(help="A .jsonl file, or a folder of train/valid/test.jsonl.")]
+Data = Annotated[
+    str, typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from melinoe.cli_options import Json, Overwrite, Quiet, is_first_process, prepare, print_json
@@ -19,7 +18,7 @@ def tune(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, or a data set's Hub id."),
+        typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny."),
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -129,7 +128,7 @@ def tune(
     settings |= {name: value for name, value in given.items() if value is not None}
     for name in ("model", "data"):
         if name not in settings:
-            raise click.UsageError(f"Missing option '--{name}' (or '{name}' in a recipe).")
+            raise typer.BadParameter("missing, here and in a recipe", param_hint=f"'--{name}'")
     prepare(settings["model"])
     from melinoe.tuning.trainer import tune as run
 

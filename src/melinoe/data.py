@@ -1,7 +1,7 @@
 """Text rows: what tune, trace, evaluate and demo read.
 
-A data set is a .jsonl file, a folder with train.jsonl, valid.jsonl and test.jsonl, or the id of one on the Hugging Face Hub
-(hub_data.py). Each line holds `messages`, or `prompt` and `completion` (under this or another known pair of
+A data set is a .jsonl file, a folder with train.jsonl, valid.jsonl and test.jsonl, the id of one on the Hugging Face Hub
+(hub_data.py), or `tiny`, the embedded workload. Each line holds `messages`, or `prompt` and `completion` (under this or another known pair of
 names), or `text`; the kind is detected line by line. Encoding uses
 the tokenizer's chat template where it has one, so that a model is tuned on what it will be asked.
 """
@@ -85,13 +85,17 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
     """Rows of a file, or of one split of a folder or of a data set on the Hub.
 
     Args:
-        path: a .jsonl file (then `split` is not looked at), a folder of train/valid/test.jsonl, or a Hub id.
+        path: a .jsonl file (then `split` is not looked at), a folder of train/valid/test.jsonl, a Hub id, or `tiny`.
         split: which part of a folder or data set.
         limit: at most this many rows, from the start.
 
     Raises:
         MelinoeError: no such file, a malformed line (named with file and line), or no rows.
     """
+    if str(path) == "tiny":
+        from melinoe.tiny import data_path
+
+        path = data_path()
     if not Path(path).exists() and hub_data.is_id(str(path)):
         records = hub_data.read(str(path), split, limit)
         rows = [_parse_row(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]
@@ -110,7 +114,7 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
         raise MelinoeError(
             "no such data file or folder",
             got=path,
-            allowed="a .jsonl file, a folder of train/valid/test.jsonl, or the Hub id of a data set",
+            allowed="a .jsonl file, a folder of train/valid/test.jsonl, the Hub id of a data set, or tiny",
         )
     rows = []
     with file.open(encoding="utf-8") as lines:

@@ -14,7 +14,9 @@ SPLIT_NAMES = {"train": ("train",), "valid": ("validation", "valid", "dev"), "te
 
 def is_id(text: str) -> bool:
     """Whether a path that does not exist can be the id of a data set; file names are not."""
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", text)) and not text.endswith((".jsonl", ".json"))
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?", text)) and not text.endswith(
+        (".jsonl", ".json")
+    )
 
 
 def read(source: str, split: str, limit: int | None = None) -> Iterable[dict[str, Any]]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from melinoe.config import resolve_model
 from melinoe.data import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.moe import MoeLayer, experts_per_token, fingerprint, moe_layers
@@ -46,8 +47,8 @@ def tune(
     Run by `torchrun` or `accelerate launch`, the processes share each step's rows; the first one writes.
 
     Args:
-        model: checkpoint folder or Hub id; opened, never written.
-        data: a .jsonl file, a folder with train.jsonl, or the Hub id of a data set (melinoe.data).
+        model: checkpoint folder, Hub id or `tiny`; opened, never written.
+        data: a .jsonl file, a folder with train.jsonl, the Hub id of a data set, or `tiny` (melinoe.data).
         output_dir: the adapter folder to write; apply it with `--adapter` or fold it in with `merge`.
         eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
         resume: there must be an interrupted run to go on with. Without it, one with the same settings and data is gone
@@ -163,7 +164,7 @@ def _read(
     model: str | Path, data: str | Path, settings: TuneSettings, parts: int = 1, show: bool = False
 ) -> tuple[Any, list[Encoded], list[list[int]]]:
     """(tokenizer, rows as tokens, the plan of steps); with `show`, what was found goes to stderr."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
     rows = read_rows(data)
     encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
     lengths = [len(row.ids) for row in encoded]
@@ -203,7 +204,7 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
     """
     dtype = settings.dtype or ("float32" if device == "cpu" else "auto")
     network = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32 if dtype == "float32" else "auto"
+        resolve_model(model), dtype=torch.float32 if dtype == "float32" else "auto"
     )
     if settings.gradient_checkpointing:
         _checkpoint_activations(network)

@@ -7,8 +7,8 @@
     equal    largest difference of logits and of gradients, over the largest value                   must be < 1e-5
 
 An OLMoE of random weights; routers and experts' factors are trained, everything else is frozen, the loss is the plain next-token
-loss for both. PEFT runs on transformers' grouped_mm and on its eager experts; the faster one counts. Contestants take
-turns, `--rounds` times, in one process; a ratio is taken within a round. PEFT forms W + dW of every expert in every
+loss for both. PEFT runs on transformers' grouped_mm, and with --eager on its eager experts too; the faster one counts.
+Contestants take turns, `--rounds` times, in one process; a ratio is taken within a round. PEFT forms W + dW of every expert in every
 pass, whatever the number of tokens, so both ratios depend on tokens per step: several sizes are measured.
 """
 
@@ -32,7 +32,7 @@ from melinoe.moe import moe_layers
 from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank
 
 ALPHA = 16.0
-NAMES = ("ours", "PEFT, grouped_mm", "PEFT, eager")
+GROUPED, EAGER = "PEFT, grouped_mm", "PEFT, eager"
 
 
 def base(options: argparse.Namespace) -> Any:
@@ -64,7 +64,7 @@ def contestants(options: argparse.Namespace) -> tuple[dict[str, Any], list[tuple
         layer.router.float().requires_grad_(True)
     ours.set_experts_implementation(EXPERTS_FUNCTION)
     models, pairs = {"ours": ours}, []
-    for name in NAMES[1:]:
+    for name in (GROUPED, EAGER) if options.eager else (GROUPED,):
         model = base(options)
         model.set_experts_implementation(name.split(", ")[1])
         targets = [
@@ -87,7 +87,7 @@ def contestants(options: argparse.Namespace) -> tuple[dict[str, Any], list[tuple
                 mine_a, mine_b = layer.experts.low_rank.factors(projection)
                 a.data = mine_a.detach().reshape(a.shape).clone().to(a.dtype)
                 b.data = mine_b.detach().permute(1, 2, 0).reshape(b.shape).clone().to(b.dtype)
-                if name == NAMES[1]:
+                if name == GROUPED:
                     pairs += [(mine_a, a, True), (mine_b, b, False)]
         models[name] = wrapped
     for model in models.values():
@@ -128,7 +128,7 @@ def differences(
     def relative(mine: torch.Tensor, other: torch.Tensor) -> float:
         return float((mine - other).abs().max() / other.abs().max().clamp_min(1e-30))
 
-    ours, theirs = models["ours"], models[NAMES[1]]
+    ours, theirs = models["ours"], models[GROUPED]
     with torch.no_grad():
         logits = relative(ours(input_ids=ids).logits, theirs(input_ids=ids).logits)
     for model in (ours, theirs):
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--eager", action="store_true", help="PEFT over eager experts as well")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output")
     options = parser.parse_args()
@@ -208,7 +209,7 @@ def main() -> None:
             print(
                 f"| {tokens} | {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {format_bytes(saved[name])} |"
             )
-        rival = min(NAMES[1:], key=lambda name: statistics.median(seconds[name]))
+        rival = min(set(models) - {"ours"}, key=lambda name: statistics.median(seconds[name]))
         ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds[rival], strict=True)]
         size = {
             "tokens": tokens,

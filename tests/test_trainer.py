@@ -96,9 +96,10 @@ def test_accumulated_parts_are_one_large_batch(tmp_path, base, data, monkeypatch
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_two_processes_are_one_large_batch(tmp_path, base, data):
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
     """Through `accelerate launch`, which calls torchrun, over gloo; its own --cpu would start one process alone."""
-    tune(base, data, tmp_path / "one", accumulate=4, eval_steps=3, **SHORT, **EVERYTHING)
+    alone = tune(base, data, tmp_path / "one", accumulate=4, eval_steps=3, **SHORT, **EVERYTHING)
     settings = {
         **SHORT,
         **EVERYTHING,
@@ -113,13 +114,17 @@ def test_two_processes_are_one_large_batch(tmp_path, base, data):
     start += ["--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *start, "melinoe", "tune"]
     command += ["--recipe", "recipe.yaml", "--output-dir", "two", "--device", "cpu", "--json"]
+    command += ["--shard", "--gradient-checkpointing"] if shard else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (printed,) = [line for line in done.stdout.splitlines() if line.strip()]  # the first process alone
-    assert json.loads(printed)["processes"] == 2
+    result = json.loads(printed)
+    assert result["processes"] == 2
+    # what is trained is whole everywhere, what is frozen is halved
+    assert (result["weight_bytes"] < 0.8 * alone["weight_bytes"]) == shard
     assert done.stderr.count("rows of prompt + completion") == 1
     assert_same_run(tmp_path / "one", tmp_path / "two")
     for mine, theirs in zip(
@@ -131,6 +136,15 @@ def test_two_processes_are_one_large_batch(tmp_path, base, data):
         for name in ("nll", "hit_rate", "loads_per_token"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
     assert not (tmp_path / "two.partial").exists()
+
+
+def test_what_needs_other_processes_is_refused_before_any_work(tmp_path, base, data, monkeypatch):
+    with pytest.raises(MelinoeError, match="nothing to divide"):
+        tune(base, data, tmp_path / "a", shard=True, **SHORT)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(MelinoeError, match="--shard divides the frozen weights"):
+        tune(base, data, tmp_path / "a", **SHORT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_is_not_finite_spoils_its_step_alone(tmp_path, base, data, monkeypatch):

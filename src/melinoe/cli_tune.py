@@ -67,6 +67,10 @@ def tune(
             help="Compute inner values again in the backward pass: less memory, a third more time.",
         ),
     ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Divide the frozen weights among several processes."),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="Of the frozen model: float32 (on a CPU), or auto (elsewhere): the checkpoint's."),
@@ -114,6 +118,7 @@ def tune(
         "accumulate": accumulate,
         "max_length": max_length,
         "gradient_checkpointing": gradient_checkpointing,
+        "shard": shard,
         "dtype": dtype,
         "device": device,
         "eval_steps": eval_steps,

@@ -46,12 +46,16 @@ class Evaluation:
     ) -> None:
         self.num_rows, self.layers, self.slots = len(encoded), layers, slots
         self.pad_token_id, self.processes = pad_token_id, processes
-        mine = sorted(encoded, key=lambda row: -len(row.ids))[processes.index :: processes.count]
-        self.batches: list[list[Encoded]] = []
-        while mine:
-            size = max(1, batch_tokens // len(mine[0].ids))
-            self.batches.append(mine[:size])
-            mine = mine[size:]
+        waiting = sorted(encoded, key=lambda row: -len(row.ids))
+        batches: list[list[Encoded]] = []
+        while waiting:
+            size = max(1, batch_tokens // len(waiting[0].ids))
+            batches.append(waiting[:size])
+            waiting = waiting[size:]
+        self.batches = batches[processes.index :: processes.count]
+        # a sharded layer needs every process at every pass: whoever has fewer batches repeats one
+        self.idle = -(-len(batches) // processes.count) - len(self.batches)
+        self.any_batch = batches[0]
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, Any]:
@@ -65,6 +69,8 @@ class Evaluation:
         sums = np.zeros(5)  # nll, completion tokens, hits, loads, decoded tokens
         for rows in self.batches:
             sums += self._batch(model, rows)
+        for _ in range(self.idle):
+            self._batch(model, self.any_batch)
         model.train(was_training)
         nll, completion, hits, loads, decoded = self.processes.sum(torch.from_numpy(sums)).tolist()
         mean = nll / max(completion, 1.0)

@@ -33,7 +33,16 @@ class Processes:
 
         Args:
             device: "cpu" (then they talk over gloo) or "cuda".
+
+        Raises:
+            MelinoeError: accelerate was told to shard in its own way.
         """
+        for wanted in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            if os.environ.get(f"ACCELERATE_USE_{wanted}", "false").lower() == "true":
+                raise MelinoeError(
+                    f"tune does not run under accelerate's {wanted}, which would divide what is trained as well",
+                    next_step="launch with a plain multi-GPU configuration; --shard divides the frozen weights",
+                )
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState

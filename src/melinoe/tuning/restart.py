@@ -15,6 +15,7 @@ from melinoe.tuning.checkpoint import CHECKPOINT, STATE, steps_done
 from melinoe.tuning.settings import TuneSettings
 
 RUN = "run.json"
+FREE = ("accumulate", "device", "shard")  # settings that may change without changing the losses
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,7 @@ def run_identity(
     Two processes may go on with what one accumulated in two parts: only the number of parts counts.
     """
     digest = hashlib.sha256(json.dumps([row.ids for row in encoded]).encode()).hexdigest()[:16]
-    named = {
-        name: value for name, value in settings.as_dict().items() if name not in ("accumulate", "device")
-    }
+    named = {name: value for name, value in settings.as_dict().items() if name not in FREE}
     return {"settings": named, "parts": parts, "base_fingerprint": base_fingerprint, "data": digest}
 
 

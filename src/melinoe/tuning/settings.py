@@ -77,6 +77,7 @@ class TuneSettings:
     accumulate: such batches per step and process. A step has batch_tokens * accumulate * processes, and its losses and
         gradients are those of one batch of that size.
     gradient_checkpointing: compute each layer's inner values again in the backward pass instead of keeping them.
+    shard: divide the frozen weights among the processes instead of holding all of them in each.
     eval_steps: every so many steps, and at the start and the end, measure on held-out rows (0: never); eval_rows: at
         most so many of them.
     time_limit_seconds: stop after this long, the schedule stretched to it.
@@ -114,6 +115,7 @@ class TuneSettings:
     max_length: int = 256
     accumulate: int = 1
     gradient_checkpointing: bool = False
+    shard: bool = False
     eval_steps: int = 0
     eval_rows: int = 64
     warmup: float = 0.05

@@ -28,6 +28,7 @@ from melinoe.tuning.processes import Processes
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.restart import open_run, run_identity
 from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.sharding import average_trained_alone, shard_frozen, weight_bytes
 from melinoe.undecorated import has_flat_experts, take_over
 
 
@@ -59,8 +60,8 @@ def tune(
 
     Returns:
         {"output_dir", "steps", "seconds", "tokens", "nll", "misses", "rank", "total", "skipped_steps",
-        "base_fingerprint", "fingerprint", "resumed_from"}; losses are means over the last tenth of the run. With
-        `eval_steps` also "held_out", the last record of evaluations.jsonl.
+        "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)}; losses are
+        means over the last tenth of the run. With `eval_steps` also "held_out", the last record of evaluations.jsonl.
 
     Raises:
         MelinoeError: settings out of range, a dense or offloaded model, no usable rows, nothing to resume where that was
@@ -84,6 +85,10 @@ def tune(
     held_out = _held_out(tokenizer, data, eval_data, chosen)
     network, layers = prepare_model(model, chosen, device)
     base_fingerprint = fingerprint(network)
+    if chosen.shard:
+        shard_frozen(network, processes)
+    if processes.count > 1:
+        average_trained_alone(network)
     work = output.with_name(output.name + ".partial")
     identity = run_identity(chosen, parts, base_fingerprint, encoded)
     restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
@@ -131,6 +136,7 @@ def tune(
             "rows": len(encoded),
             "slots": slots,
             "processes": processes.count,
+            "weight_bytes": weight_bytes(network),
         }
         logs = [work / LOG]
         if evaluation is not None:

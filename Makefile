@@ -6,7 +6,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench gpu lint check clean
+.PHONY: demo test bench bench-trainer gpu lint check clean
 .DELETE_ON_ERROR:
 
 # Done once per change of the dependencies; torch first and pinned, else pip takes the CUDA build.
@@ -26,6 +26,10 @@ test: $(VENV)/.installed
 # ratios to the ceilings and to the peer; quiet machine, a few GB in TMPDIR, about ten minutes
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/runtime.py $(BENCH_ARGS)
+
+# a tuning step against PEFT's: speed, what is kept for the backward pass; 3 GB of memory, a few minutes
+bench-trainer: $(VENV)/.installed
+	$(BIN)/python benchmarks/trainer.py $(BENCH_ARGS)
 
 # a machine with a CUDA GPU and 30 GB free in TMPDIR: parity, bus bandwidth, decode speed against the peers
 gpu: $(VENV)/.installed

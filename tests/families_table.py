@@ -46,7 +46,8 @@ every row again and fails when this page says something else. All models are tin
 {refusals}
 
 llama4 and dbrx are not decorated for transformers' ExpertsInterface (`melinoe/undecorated.py` has what differs). They
-convert, load, trace and generate; tuning them is refused. jetmoe, longcat_flash and doge are not decorated either:
+convert, load, trace and generate; llama4 can be tuned, dbrx is refused there (all experts of a layer are one flat matrix, in
+which PEFT cannot name one expert). jetmoe, longcat_flash and doge are not decorated either:
 they are refused as models without experts modules.
 """
 

@@ -161,16 +161,6 @@ def test_probabilities_by_hand():
     assert requests(torch.tensor([[1, 2]]), 2).tolist() == [[0.0, 1.0]]  # 2 belongs to another process
 
 
-def test_undecorated_families_cannot_be_tuned(tmp_path):
-    from melinoe.tuning.settings import TuneSettings
-    from melinoe.tuning.trainer import prepare_model
-
-    for family in UNDECORATED:
-        save_checkpoint(tmp_path / family, family)
-        with pytest.raises(ValueError, match="paged and traced, but not tuned"):
-            prepare_model(tmp_path / family, TuneSettings(), "cpu")
-
-
 @pytest.mark.parametrize("family", UNDECORATED)
 def test_describing_an_undecorated_model_changes_nothing(family, tmp_path):
     """Until it is switched to our function, the model computes as transformers wrote it, and saves as it loaded."""

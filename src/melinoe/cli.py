@@ -50,7 +50,9 @@ def _explain(error: BaseException) -> int:
     else:
         text = " ".join(str(error).split())[:300]
         line, code = f"unexpected {type(error).__name__}: {text}; MELINOE_TRACEBACK=1 shows where", 1
-    print(f"melinoe: {line}", file=sys.stderr)
+    same_for_all = isinstance(error, MelinoeError) and os.environ.get("LOCAL_RANK", "0") != "0"
+    if not same_for_all:  # of several processes on a machine, one says it
+        print(f"melinoe: {line}", file=sys.stderr)
     return code
 
 

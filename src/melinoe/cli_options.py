@@ -12,7 +12,9 @@ import typer
 from melinoe.config import resolve_model
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
-Data = Annotated[str, typer.Option(help="A .jsonl file, or a folder of train/valid/test.jsonl.")]
+Data = Annotated[
+    str, typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
@@ -23,6 +25,11 @@ Packed = Annotated[
     typer.Option("--packed/--expanded", help="How slots hold int8 or int4 records; expanded if not given."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks, of those that torchrun or accelerate started; true where nobody did."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_json(result: dict[str, Any]) -> None:

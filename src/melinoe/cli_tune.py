@@ -1,4 +1,4 @@
-"""The verb `tune` of the command line."""
+"""The verb `tune` of the command line: its options, and what a recipe says for those that are not given."""
 
 from __future__ import annotations
 
@@ -7,34 +7,31 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli_options import Data, Json, Model, Overwrite, Quiet, Seed, prepare, print_json
-from melinoe.cli_sweep import (
-    AtOnce,
-    HoldOut,
-    OutOfDomain,
-    Rows,
-    Seeds,
-    Sweep,
-    refuse_without_sweep,
-    run_sweep,
-)
-from melinoe.config import parse_share
+from melinoe.cli_options import Json, Overwrite, Quiet, is_first_process, prepare, print_json
+from melinoe.config import DEFAULT_SEED, parse_share
 
 
 def tune(
-    model: Model,
-    data: Data,
     output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; 150 if not given.", min=1)] = None,
-    seed: Seed = 0,
-    lambda_cs: Annotated[
-        float | None, typer.Option(help="Weight of the cache simulation loss.", min=0)
+    model: Annotated[
+        str | None, typer.Option(help="Model folder, Hub id, or tiny (the embedded model).")
     ] = None,
-    lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A .yaml file with any of these settings; options given here win over it."),
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(help="counts (default), lru, boundary, clipped, paper, or the rival remoe."),
     ] = None,
+    lambda_cs: Annotated[
+        float | None, typer.Option(help="Weight of the cache simulation loss; 0 and 0 is the control.", min=0)
+    ] = None,
+    lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
     target_hit_rate: Annotated[
         str | None, typer.Option(help="Instead of a weight: the hit rate to reach, 0.85 or 85%.")
     ] = None,
@@ -42,62 +39,110 @@ def tune(
         str | None, typer.Option(help="Instead of a weight: the rise of perplexity to accept, 1% or 0.01.")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(help="Records per layer to tune for; a quarter if not given.")
+        int | None, typer.Option(help="Records per layer to tune for; a quarter of the experts if not given.")
     ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; 150 if not given.", min=1)] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
-    sweep: Sweep = None,
-    seeds: Seeds = None,
-    hold_out: HoldOut = None,
-    limit: Rows = None,
-    out_of_domain: OutOfDomain = None,
-    at_once: AtOnce = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the experts' low-rank factors; 5e-4 if not given.", min=0)
+    ] = None,
+    router_learning_rate: Annotated[
+        float | None, typer.Option(help="Of the routers; 2e-3 if not given.", min=0)
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the experts' factors; 32 if not given.", min=1)] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Padded tokens that a process holds at once; 2048 if not given.", min=1),
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Such batches per step, as one large batch; 1 if not given.", min=1)
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longer rows are left out, never cut; 256 tokens if not given.", min=2)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Compute inner values again in the backward pass: less memory, a third more time.",
+        ),
+    ] = None,
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Divide the frozen weights among several processes."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the frozen model: float32 (on a CPU), or auto (elsewhere): the checkpoint's."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
+    eval_steps: Annotated[
+        int | None,
+        typer.Option(help="Every so many steps: loss, hit rate and loads on held-out rows; 0: never.", min=0),
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(help="Those rows; the valid split of --data if not given.")
+    ] = None,
+    eval_rows: Annotated[
+        int | None, typer.Option(help="At most so many of them; 64 if not given.", min=1)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="There must be an interrupted run to go on with.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter."""
-    prepare(model)
+    """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter.
+
+    The same call again goes on with a run that was interrupted. Under `torchrun --nproc-per-node N -m melinoe tune ...` or
+    `accelerate launch -m melinoe tune ...` every process takes its part of each step.
+    """
     given: dict[str, Any] = {
-        "max_steps": max_steps,
+        "model": model,
+        "data": data,
+        "eval_data": eval_data,
+        "objective": objective,
         "lambda_cs": lambda_cs,
         "lambda_rm": lambda_rm,
-        "objective": objective,
+        "target_hit_rate": None if target_hit_rate is None else parse_share(target_hit_rate),
+        "max_quality_loss": None if max_quality_loss is None else parse_share(max_quality_loss),
         "slots": slots,
+        "max_steps": max_steps,
+        "time_limit_seconds": time_limit,
+        "learning_rate": learning_rate,
+        "router_learning_rate": router_learning_rate,
+        "rank": rank,
+        "batch_tokens": batch_tokens,
+        "accumulate": accumulate,
+        "max_length": max_length,
+        "gradient_checkpointing": gradient_checkpointing,
+        "shard": shard,
+        "dtype": dtype,
+        "device": device,
+        "eval_steps": eval_steps,
+        "eval_rows": eval_rows,
+        "seed": seed,
     }
-    given["time_limit_seconds"] = time_limit
-    given["target_hit_rate"] = None if target_hit_rate is None else parse_share(target_hit_rate)
-    given["max_quality_loss"] = None if max_quality_loss is None else parse_share(max_quality_loss)
-    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if sweep is not None:
-        return run_sweep(
-            model,
-            data,
-            output_dir,
-            sweep,
-            settings,
-            seeds or str(seed),
-            overwrite,
-            as_json,
-            hold_out_rows=hold_out,
-            limit=limit,
-            out_of_domain=out_of_domain,
-            at_once=at_once,
-            progress=not quiet,
-        )
-    refuse_without_sweep(
-        seeds=seeds, hold_out=hold_out, limit=limit, out_of_domain=out_of_domain, at_once=at_once
-    )
+    settings: dict[str, Any] = {"seed": DEFAULT_SEED}
+    if recipe is not None:
+        from melinoe.tuning.recipe import read_recipe
+
+        settings |= read_recipe(recipe)
+    settings |= {name: value for name, value in given.items() if value is not None}
+    for name in ("model", "data"):
+        if name not in settings:
+            raise typer.BadParameter("missing, here and in a recipe", param_hint=f"'--{name}'")
+    prepare(settings["model"])
     from melinoe.tuning.trainer import tune as run
 
-    result = run(
-        model,
-        data,
-        output_dir,
-        seed=seed,
-        overwrite=overwrite,
-        progress=not quiet,
-        **settings,
-    )
+    result = run(output_dir=output_dir, resume=resume, overwrite=overwrite, progress=not quiet, **settings)
+    if not is_first_process():
+        return
     if as_json:
         return print_json(result)
     print(f"{output_dir}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
+    if "held_out" in result:
+        held_out = {k: v for k, v in result["held_out"].items() if isinstance(v, float)}
+        print("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()))

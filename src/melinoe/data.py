@@ -1,29 +1,40 @@
 """Text rows: what tune, trace, evaluate and demo read.
 
-A data set is a .jsonl file, or a folder with train.jsonl, valid.jsonl and test.jsonl. Each line holds
-`messages`, or `prompt` and `completion`, or `text`; the kind is detected line by line. Encoding uses
+A data set is a .jsonl file, a folder with train.jsonl, valid.jsonl and test.jsonl, the id of one on the Hugging Face Hub
+(hub_data.py), or `tiny`, the embedded workload. Each line holds `messages`, or `prompt` and `completion` (under this or another known pair of
+names), or `text`; the kind is detected line by line. Encoding uses
 the tokenizer's chat template where it has one, so that a model is tuned on what it will be asked.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melinoe import hub_data
 from melinoe.errors import MelinoeError
 
 SPLITS = ("train", "valid", "test")
+# names under which well-known data sets hold prompt and completion, and what is put below the prompt if it is there
+PAIRS = (
+    ("prompt", "completion", ()),
+    ("question", "answer", ()),  # GSM8K
+    ("instruction", "response", ("context",)),  # Dolly-15k
+    ("instruction", "output", ("input",)),  # Alpaca
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `messages` is the conversation before the completion."""
+    """One example. `messages` is the conversation before the completion; `kind`: the columns it was read from."""
 
     messages: tuple[dict[str, str], ...]
     completion: str
     task: str = ""
+    kind: str = ""
 
     @property
     def prompt(self) -> str:
@@ -55,29 +66,40 @@ def _parse_row(record: Any, where: str) -> Row:
                 got=messages[-1]["role"],
                 allowed="assistant",
             )
-        return Row(tuple(messages[:-1]), messages[-1]["content"], task)
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return Row(({"role": "user", "content": record["prompt"]},), record["completion"], task)
+        return Row(tuple(messages[:-1]), messages[-1]["content"], task, "messages")
+    for first, second, below in PAIRS:
+        if isinstance(record.get(first), str) and isinstance(record.get(second), str):
+            parts = [record[first], *(record[name] for name in below if record.get(name))]
+            prompt = {"role": "user", "content": "\n\n".join(map(str, parts))}
+            return Row((prompt,), record[second], task, f"{first} + {second}")
     if isinstance(record.get("text"), str):
-        return Row((), record["text"], task)
+        return Row((), record["text"], task, "text")
     raise MelinoeError(
         f"{where}: unknown row format",
         got="keys " + ", ".join(sorted(map(str, record))),
-        allowed="messages | prompt + completion | text (strings)",
+        allowed="messages | " + " | ".join(f"{a} + {b}" for a, b, _ in PAIRS) + " | text (strings)",
     )
 
 
 def read_rows(path: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Rows of a file, or of one split of a folder.
+    """Rows of a file, or of one split of a folder or of a data set on the Hub.
 
     Args:
-        path: a .jsonl file (then `split` is not looked at) or a folder of train/valid/test.jsonl.
-        split: which file of a folder.
+        path: a .jsonl file (then `split` is not looked at), a folder of train/valid/test.jsonl, a Hub id, or `tiny`.
+        split: which part of a folder or data set.
         limit: at most this many rows, from the start.
 
     Raises:
         MelinoeError: no such file, a malformed line (named with file and line), or no rows.
     """
+    if str(path) == "tiny":
+        from melinoe.tiny import data_path
+
+        path = data_path()
+    if not Path(path).exists() and hub_data.is_id(str(path)):
+        records = hub_data.read(str(path), split, limit)
+        rows = [_parse_row(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]
+        return _checked(rows, path)
     path = Path(path)
     if path.is_dir():
         file = path / f"{split}.jsonl"
@@ -92,9 +114,9 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
         raise MelinoeError(
             "no such data file or folder",
             got=path,
-            allowed="a .jsonl file or a folder of train/valid/test.jsonl",
+            allowed="a .jsonl file, a folder of train/valid/test.jsonl, the Hub id of a data set, or tiny",
         )
-    rows: list[Row] = []
+    rows = []
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if limit is not None and len(rows) >= limit:
@@ -106,9 +128,22 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
             except json.JSONDecodeError as error:
                 raise MelinoeError(f"{file}, line {number}: not JSON", got=error.msg) from None
             rows.append(_parse_row(record, f"{file}, line {number}"))
+    return _checked(rows, file)
+
+
+def _checked(rows: list[Row], source: object) -> list[Row]:
     if not rows:
-        raise MelinoeError(f"{file} has no rows", allowed="at least one JSON line")
+        raise MelinoeError(f"{source} has no rows", allowed="at least one JSON line")
     return rows
+
+
+def describe_rows(rows: list[Row]) -> str:
+    """`400 rows of prompt + completion, 12 of text`: how many rows of which columns were detected."""
+    counts = Counter(row.kind for row in rows)
+    parts = [
+        f"{count:,} rows of {kind}" if kind else f"{count:,} rows" for kind, count in counts.most_common()
+    ]
+    return ", ".join(parts)
 
 
 def encode_prompt(tokenizer: Any, messages: tuple[dict[str, str], ...] | str, raw: bool = False) -> list[int]:

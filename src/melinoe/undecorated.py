@@ -53,6 +53,11 @@ def is_undecorated(model: nn.Module) -> bool:
     return any(_class_name(module) in _FORWARDS for module in model.modules())
 
 
+def has_flat_experts(model: nn.Module) -> bool:
+    """Whether all experts of a layer lie in one [E * F, H] matrix (dbrx), where PEFT cannot name one of them."""
+    return any(_class_name(module) == "DbrxExpertGLU" for module in model.modules())
+
+
 def take_over(model: nn.Module, function: ExpertsFunction) -> bool:
     """Makes undecorated experts of this model (not of its class) call `function`; False: it has none."""
     describe(model)
@@ -68,18 +73,19 @@ def routing(model: nn.Module, router_name: str, output: Any, logits_index: int) 
     """(logits [T, E], weights [T, K], indices [T, K]) from what a router returned.
 
     Decorated families return all three. Llama4Router returns (scores, logits) and DbrxRouter logits; there we
-    choose by the same operation on the same values as the model does behind the router.
+    choose by the same operation on the same values as the model does behind the router, without gradient: what
+    autograd saved here, gradient checkpointing would miss in its second pass, to which nobody listens.
     """
     if isinstance(output, tuple) and len(output) >= 3:
         return output[logits_index], output[1], output[2]
     router = model.get_submodule(router_name)
     if _class_name(router) == "Llama4Router":
         scores, logits = output
-        indices = _llama4_choice(router, logits)
-        return logits, scores.gather(1, indices), indices
+        indices = _llama4_choice(router, logits.detach())
+        return logits, scores.detach().gather(1, indices), indices
     owner = model.get_submodule(router_name.rpartition(".")[0])
     if _class_name(owner) == "DbrxFFN":
-        weights, indices = owner.route_tokens_to_experts(output)  # type: ignore[operator]
+        weights, indices = owner.route_tokens_to_experts(output.detach())  # type: ignore[operator]
         return output, weights, indices
     raise MelinoeError(
         f"router {router_name} does not return what the tap can read",

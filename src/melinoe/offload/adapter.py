@@ -46,12 +46,21 @@ def _factor_names(layer: MoeLayer, projection: Projection) -> tuple[str, str]:
     return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
 
 
+def _peft_order(layer: MoeLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [E, r, in], B [E, out, r]) as PEFT counts in and out, and back again.
+
+    It believes a class that transformers does not decorate (llama4's) not to be transposed, though it is: what goes in
+    is out to it, and its A is our B.
+    """
+    return (b.mT, a.mT) if getattr(layer.experts, "weights_scale_input", False) else (a, b)
+
+
 def adapter_tensors(layers: list[MoeLayer]) -> dict[str, torch.Tensor]:
     """The routers and factors of a tuned model, under PEFT's names and shapes."""
     tensors = {}
     for layer in layers:
         for projection in ("up", "down"):
-            a_ERI, b_EOR = layer.experts.low_rank.factors(projection)
+            a_ERI, b_EOR = _peft_order(layer, *layer.experts.low_rank.factors(projection))
             name_a, name_b = _factor_names(layer, projection)
             tensors[name_a] = a_ERI.detach().reshape(-1, a_ERI.shape[2])
             tensors[name_b] = b_EOR.detach().permute(1, 2, 0).reshape(b_EOR.shape[1], -1)
@@ -262,14 +271,14 @@ def _parts_of(
     """The factors and the router of one layer, shapes taken from the file."""
     state = layer.router.state_dict()
     device = next(iter(state.values())).device
-    factors = {}
+    factors: dict[str, torch.Tensor] = {}
     for projection in ("up", "down"):
         name_a, name_b = _factor_names(layer, projection)
         a, b = tensors[name_a], tensors[name_b]
-        factors[f"{projection}_A"] = a.reshape(layer.num_experts, adapter.rank, -1)
-        factors[f"{projection}_B"] = (
-            b.reshape(-1, adapter.rank, layer.num_experts).permute(2, 0, 1).contiguous()
-        )
+        a_ERI = a.reshape(layer.num_experts, adapter.rank, -1)
+        b_EOR = b.reshape(-1, adapter.rank, layer.num_experts).permute(2, 0, 1)
+        a_ERI, b_EOR = _peft_order(layer, a_ERI, b_EOR)
+        factors |= {f"{projection}_A": a_ERI.contiguous(), f"{projection}_B": b_EOR.contiguous()}
     low_rank = LowRankExperts(
         layer.num_experts,
         (factors["up_A"].shape[2], factors["up_B"].shape[1]),

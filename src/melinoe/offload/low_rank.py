@@ -251,6 +251,9 @@ def tuning_experts(
 
     token_N = order_N.div(num_choices, rounding_mode="floor")
     x_NH = _SortRows.apply(hidden_states, token_N, place_TK)
+    if getattr(module, "weights_scale_input", False):  # llama4
+        x_NH = x_NH * top_k_weights.reshape(-1)[order_N, None].to(x_NH.dtype)
+        top_k_weights = torch.ones_like(top_k_weights)
     y = project(x_NH, "up")
     y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
     y = project(y, "down")

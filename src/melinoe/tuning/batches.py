@@ -1,65 +1,156 @@
-"""Rows to batches: a budget of tokens per step, rows of like length together, the order set by the seed."""
+"""Rows to batches: a budget of tokens, rows of like length together, the order set by the seed.
+
+A step is a list of rows. It is computed in parts of at most `batch_tokens` padded tokens: one after the other where gradients
+are accumulated, side by side where several processes run. Part p of n is `rows[p::n]`, so that all
+parts are about as long. What a step's losses are divided by is counted over the whole step, here, so that a part
+needs to know nothing of the others.
+
+Rows are padded, not packed into one another: with rows of like length together a few percent of a batch are padding
+(`padding_share`), and no attention mask, position or state-space layer has to be told where a document ends.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from melinoe.data import Encoded
 
-POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many batches
+POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many steps
 
 
-def plan_batches(lengths: list[int], batch_tokens: int, num_batches: int, seed: int) -> list[list[int]]:
-    """`num_batches` lists of row numbers; each, padded to its longest row, has at most `batch_tokens` tokens.
+def plan_batches(
+    lengths: list[int], batch_tokens: int, num_steps: int, seed: int, parts: int = 1
+) -> list[list[int]]:
+    """`num_steps` lists of row numbers; each part of one, padded to its longest row, has at most `batch_tokens` tokens.
 
     Every row comes once per pass over the data, and passes follow each other without a seam. Mixed pools keep
     short and long rows in every stretch of the run.
 
     Args:
         lengths: tokens of each row, none above batch_tokens.
+        parts: into which a step is divided (`part_of`); a step has at least as many rows.
     """
     assert max(lengths) <= batch_tokens, (max(lengths), batch_tokens)
     random = np.random.default_rng(seed)
-    pool_rows = max(1, int(POOL_BATCHES * batch_tokens / (sum(lengths) / len(lengths))))
+    pool_rows = max(parts, int(POOL_BATCHES * parts * batch_tokens / (sum(lengths) / len(lengths))))
     waiting: list[int] = []
-    batches: list[list[int]] = []
-    while len(batches) < num_batches:
+    steps: list[list[int]] = []
+    while len(steps) < num_steps:
         while len(waiting) < pool_rows:
             waiting += random.permutation(len(lengths)).tolist()
         pool, waiting = waiting[:pool_rows], waiting[pool_rows:]
-        cut = _cut(sorted(pool, key=lambda row: lengths[row]), lengths, batch_tokens)
-        batches += [cut[i] for i in random.permutation(len(cut))]
-    return batches[:num_batches]
+        cut = _cut(sorted(pool, key=lambda row: lengths[row]), lengths, batch_tokens, parts)
+        if len(cut[-1]) < parts:  # a part must not be empty; there are more rows in the pool than these
+            waiting = cut.pop() + waiting
+        steps += [cut[i] for i in random.permutation(len(cut))]
+    return steps[:num_steps]
 
 
-def _cut(rows: list[int], lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Rows in order of length, from the longest, into as few full batches as fit."""
-    batches: list[list[int]] = []
+def _cut(rows: list[int], lengths: list[int], batch_tokens: int, parts: int) -> list[list[int]]:
+    """Rows in order of length, from the longest, into as few full steps as fit."""
+    steps: list[list[int]] = []
     rows = rows[::-1]
     while rows:
-        count = max(1, batch_tokens // lengths[rows[0]])
-        batches.append(rows[:count])
+        count = parts * max(1, batch_tokens // lengths[rows[0]])
+        steps.append(rows[:count])
         rows = rows[count:]
-    return batches
+    return steps
+
+
+def part_of(rows: list[int], part: int, parts: int) -> list[int]:
+    """The rows of one part of a step, longest first."""
+    return rows[part::parts]
+
+
+def padding_share(lengths: list[int], plan: list[list[int]], parts: int = 1) -> float:
+    """Share of the computed positions that are padding, 0 .. 1."""
+    real = sum(lengths[row] for rows in plan for row in rows)
+    cut = [part_of(rows, part, parts) for rows in plan for part in range(parts)]
+    padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in cut)
+    return 1 - real / padded
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What a whole step holds, all parts together: real tokens, rows, completion tokens, tokens whose ranks are matched."""
+
+    tokens: int
+    rows: int
+    completion: int
+    ranked: int
 
 
 class Batches(torch.utils.data.Dataset):
-    """Dataset of whole batches, padded right: {input_ids, attention_mask [B, S], prompt_lengths [B]}."""
+    """Dataset of the batches that one process computes, in order, `accumulate` of them per step.
 
-    def __init__(self, encoded: list[Encoded], plan: list[list[int]], pad_token_id: int) -> None:
+    An item is padded right: {input_ids, attention_mask [B, S], prompt_lengths [B], ranked [B, S] bool (the tokens
+    whose ranks are matched), counts (StepCounts)}.
+
+    Args:
+        plan: of plan_batches, for accumulate * processes parts.
+        rank_tokens: tokens of a step on which ranks are matched, drawn by `seed` and step (0: all).
+        process, processes: which part of each step is ours.
+    """
+
+    def __init__(
+        self,
+        encoded: list[Encoded],
+        plan: list[list[int]],
+        pad_token_id: int,
+        *,
+        rank_tokens: int = 0,
+        seed: int = 0,
+        accumulate: int = 1,
+        process: int = 0,
+        processes: int = 1,
+    ) -> None:
         self.encoded, self.plan, self.pad_token_id = encoded, plan, pad_token_id
+        self.rank_tokens, self.seed = rank_tokens, seed
+        self.accumulate, self.process, self.processes = accumulate, process, processes
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.plan) * self.accumulate
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        rows = [self.encoded[row] for row in self.plan[index]]
-        size = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), size), self.pad_token_id)
-        mask = torch.zeros(len(rows), size, dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row.ids)] = torch.tensor(row.ids)
-            mask[number, : len(row.ids)] = 1
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, turn = divmod(index, self.accumulate)
+        part, parts = turn * self.processes + self.process, self.accumulate * self.processes
+        numbers = self.plan[step]
+        ranked, counts = self._step(step)
+        rows = [self.encoded[row] for row in part_of(numbers, part, parts)]
+        chosen = ranked[part::parts]
+        ids, mask = pad([row.ids for row in rows], self.pad_token_id)
+        ranked_BS = torch.zeros_like(mask, dtype=torch.bool)
+        for number, chosen_S in enumerate(chosen):
+            ranked_BS[number, : len(chosen_S)] = chosen_S
         lengths = torch.tensor([row.prompt_length for row in rows])
-        return {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        return {**batch, "ranked": ranked_BS, "counts": counts}
+
+    def _step(self, step: int) -> tuple[list[torch.Tensor], StepCounts]:
+        """([bool per token] per row of the step: whether its ranks are matched; what the step holds)."""
+        rows = [self.encoded[row] for row in self.plan[step]]
+        sizes = [len(row.ids) for row in rows]
+        tokens = sum(sizes)
+        if 0 < self.rank_tokens < tokens:
+            generator = torch.Generator().manual_seed((self.seed << 20) + step)
+            ranked = torch.zeros(tokens, dtype=torch.bool)
+            ranked[torch.randperm(tokens, generator=generator)[: self.rank_tokens]] = True
+        else:
+            ranked = torch.ones(tokens, dtype=torch.bool)
+        completion = tokens - sum(row.prompt_length for row in rows)
+        return list(ranked.split(sizes)), StepCounts(tokens, len(rows), completion, int(ranked.sum()))
+
+
+def pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both [B, S] int64, padded right."""
+    size = max(map(len, rows))
+    ids = torch.full((len(rows), size), pad_token_id)
+    mask = torch.zeros(len(rows), size, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids, mask

@@ -45,6 +45,11 @@ def next_token_positions(
     return follows_BS, follows_BS & (position_BS + 1 >= prompt_lengths_B[:, None])
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where accelerate put DistributedDataParallel around it."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def logits_at(model: nn.Module, batch: dict[str, torch.Tensor], chosen_BS: torch.Tensor) -> torch.Tensor:
     """[N, V] logits of the chosen positions alone, in order.
 
@@ -62,7 +67,7 @@ def logits_at(model: nn.Module, batch: dict[str, torch.Tensor], chosen_BS: torch
         hooked = True
         return (args[0].reshape(-1, args[0].shape[-1])[rows_N][None], *args[1:])
 
-    output_layer = model.get_output_embeddings()
+    output_layer = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     handle = output_layer.register_forward_pre_hook(only_chosen) if output_layer is not None else None
     try:
         logits = model(input_ids=ids_BS, attention_mask=batch["attention_mask"], use_cache=False).logits
@@ -81,7 +86,7 @@ def as_base(model: nn.Module, layers: list[MoeLayer], base_routers: list[nn.Modu
     def put(routers: list[nn.Module], low_rank: list[Any]) -> None:
         for layer, router, factor in zip(layers, routers, low_rank, strict=True):
             parent, _, name = layer.router_name.rpartition(".")
-            setattr(model.get_submodule(parent), name, router)
+            setattr(unwrapped(model).get_submodule(parent), name, router)
             layer.experts.low_rank = factor
 
     put(base_routers, [None] * len(layers))

@@ -1,7 +1,8 @@
 """The training loop of `tune`: transformers' Trainer with the losses of Eq. 6.
 
-Trainer runs the loop; ours are the losses, the two learning rates, the planned batches, and a checkpoint
-of what is trained. What a run shares with the next one lies in one folder: losses.jsonl and checkpoint/.
+Trainer runs the loop, over gradients that accumulate and over several processes; ours are the losses, the two learning
+rates, the planned batches, and a checkpoint of what is trained. What a run shares with the next one lies in one folder:
+losses.jsonl, evaluations.jsonl and checkpoint/.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from melinoe.errors import MelinoeError
 from melinoe.moe import MoeLayer
-from melinoe.offload.adapter import replace_folder
+from melinoe.tuning import checkpoint
 from melinoe.tuning.batches import Batches
-from melinoe.tuning.losses import Losses, TuningLosses
+from melinoe.tuning.evaluation import Evaluation
+from melinoe.tuning.losses import TuningLosses
+from melinoe.tuning.processes import Processes
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.step import StepMeans, StepSums
 
-CHECKPOINT, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
-LOG = "losses.jsonl"
+LOG, EVALUATIONS = "losses.jsonl", "evaluations.jsonl"
 FINAL_LEARNING_RATE = 0.0  # of the first, reached at the end
 MAX_SKIPPED = 10  # steps in a row that were not finite
 
@@ -38,9 +39,12 @@ class LocalityTrainer(Trainer):
 
     Args:
         model: routers and factors require gradient, nothing else does.
-        folder: where losses.jsonl and the checkpoint go.
-        tokens_per_step: mean completion and scored tokens of a batch.
+        folder: where the logs and the checkpoint go.
+        tokens_per_step: mean completion and scored tokens of a step.
+        evaluation: held-out rows to measure on, or None.
     """
+
+    loss_is_scaled_for_ga = True  # the sum over the parts of a step is the loss of the step
 
     def __init__(
         self,
@@ -52,11 +56,16 @@ class LocalityTrainer(Trainer):
         tokens_per_step: tuple[float, float],
         device: str,
         progress: TuningProgress,
+        processes: Processes | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=settings.max_steps,
             per_device_train_batch_size=1,
+            gradient_accumulation_steps=settings.accumulate,
+            ddp_find_unused_parameters=False,  # all that is trained is used; some only by our losses
+            ddp_broadcast_buffers=False,
             max_grad_norm=settings.max_grad_norm or math.inf,
             seed=settings.seed,
             use_cpu=device == "cpu",
@@ -73,30 +82,38 @@ class LocalityTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=batches, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
         self.settings, self.folder, self.layers = settings, folder, layers
-        self.tokens_per_step, self.progress = tokens_per_step, progress
+        self.tokens_per_step, self.progress, self.evaluation = tokens_per_step, progress, evaluation
+        self.processes = processes or Processes()
         self.losses = TuningLosses(model, layers, settings)
-        self.last: Losses | None = None
+        self.sums = StepSums(self.processes)
+        self.means: StepMeans | None = None
         self.skipped_steps = self.skipped_in_a_row = 0
-        self.started = time.monotonic()
+        self.started, self.seconds = time.monotonic(), 0.0
 
     # ------------------------------------------------------------ what a step is
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """The planned batches, in order; one item is one batch (a resumed run skips by batch sampler)."""
+        """The planned batches of this process, in order; one item is one batch (a resumed run skips by batch sampler)."""
         order = [[index] for index in range(len(self.train_dataset))]
         return torch.utils.data.DataLoader(
             self.train_dataset, batch_sampler=order, collate_fn=lambda items: items[0]
         )
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], *_args: Any, **_options: Any
+        self, model: nn.Module, inputs: dict[str, Any], *_args: Any, **_options: Any
     ) -> torch.Tensor:
         for layer in self.layers:
             layer.router.eval()  # some routers draw noise in training mode, which decoding does not
-        torch.manual_seed((self.settings.seed << 20) + self.state.global_step)  # dropout, also after a resume
-        self.losses.schedule = self.settings.schedule(self.done_share(self.state.global_step))
-        self.last = self.losses(model, inputs, self.state.global_step, self.tokens_per_step)
-        return self.last.total
+        step, turn, processes = self.state.global_step, len(self.sums.parts), self.processes
+        part = turn * processes.count + processes.index
+        # dropout, also after a resume; each part draws its own
+        parts = self.settings.accumulate * processes.count
+        torch.manual_seed(((self.settings.seed << 20) + step) * parts + part)
+        ramp = self.settings.ramp
+        self.losses.ramp = min(1.0, self.done_share(step) / ramp) if ramp else 1.0
+        losses = self.losses(model, inputs, self.tokens_per_step)
+        self.sums.add(losses)
+        return losses.total * processes.count  # whose gradients are averaged, and are to be summed
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         settings = self.settings
@@ -122,7 +139,7 @@ class LocalityTrainer(Trainer):
         settings = self.settings
         share = step / settings.max_steps
         if settings.time_limit_seconds:
-            share = max(share, (time.monotonic() - self.started) / settings.time_limit_seconds)
+            share = max(share, self.seconds / settings.time_limit_seconds)
         return min(1.0, share)
 
     def _learning_rate_at(self, step: int) -> float:
@@ -131,8 +148,14 @@ class LocalityTrainer(Trainer):
         return min(1.0, warm) * (1 - (1 - FINAL_LEARNING_RATE) * self.done_share(step))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """A step whose gradient is not finite changes nothing and is counted."""
+        """Once per step, when its gradient is whole and summed over processes: adds up what the parts gave.
+
+        A step whose gradient is not finite, in whichever part, changes nothing and is counted.
+        """
         norm = float(super()._get_grad_norm(model, grad_norm))
+        self.means = self.sums.finish(time.monotonic() - self.started)
+        self.seconds = self.means.seconds  # the first process's clock: all must stop at the same step
+        self.losses.end_of_step(self.means)
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             return norm
@@ -151,48 +174,25 @@ class LocalityTrainer(Trainer):
 
     # ------------------------------------------------------------ checkpoint and resume
 
-    def _trained(self) -> dict[str, nn.Parameter]:
+    def _trained(self) -> checkpoint.Trained:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """What is trained with AdamW's moments (safetensors), and Trainer's state; whole or not at all."""
-        new = self.folder / (CHECKPOINT + ".new")
-        new.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for name, parameter in self._trained().items():
-            tensors[name] = parameter.detach()
-            moments = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{key}:{name}": value for key, value in moments.items()}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(
-            tensors,
-            new / WEIGHTS,
-            {"skipped_steps": str(self.skipped_steps), "losses": json.dumps(self.losses.memory())},
-        )
-        self.state.save_to_json(str(new / STATE))
-        replace_folder(new, self.folder / CHECKPOINT)
-
-    @torch.no_grad()
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with safe_open(Path(resume_from_checkpoint) / WEIGHTS, framework="pt") as file:
-            for name, parameter in self._trained().items():
-                parameter.copy_(file.get_tensor(name))
-            self.skipped_steps = int(file.metadata()["skipped_steps"])
-            self.losses.remember(json.loads(file.metadata()["losses"]))
-
-    @torch.no_grad()
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
+        if not self.processes.is_first:
             return
-        with safe_open(Path(checkpoint) / WEIGHTS, framework="pt") as file:
-            names = set(file.keys())
-            for name, parameter in self._trained().items():
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}:{name}" in names:
-                        value = file.get_tensor(f"{key}:{name}")
-                        state = self.optimizer.state[parameter]
-                        state[key] = value if key == "step" else value.to(parameter.device)
-        step = json.loads((Path(checkpoint) / STATE).read_text())["global_step"]
+        memory = {"skipped_steps": str(self.skipped_steps), "losses": json.dumps(self.losses.memory())}
+        checkpoint.save(self.folder, self._trained(), self.optimizer, self.state, memory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        memory = checkpoint.load_weights(Path(resume_from_checkpoint), self._trained())
+        self.skipped_steps = int(memory["skipped_steps"])
+        self.losses.remember(json.loads(memory["losses"]))
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None:
+            return
+        checkpoint.load_moments(Path(folder), self._trained(), self.optimizer)
+        step = checkpoint.steps_done(Path(folder))
         self.lr_scheduler.last_epoch = step
         for group, first in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
             group["lr"] = first * self._learning_rate_at(step)
@@ -202,7 +202,7 @@ class LocalityTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """After each step: one line in losses.jsonl, the progress bar, and the time limit."""
+    """After each step: one line in losses.jsonl, the progress bar, the evaluation, and the time limit."""
 
     def __init__(self, trainer: LocalityTrainer) -> None:
         self.trainer = trainer
@@ -211,29 +211,50 @@ class _Steps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Drops the log lines of steps that an interrupted run did and its checkpoint did not keep."""
-        log = self.trainer.folder / LOG
-        lines = log.read_text().splitlines() if log.is_file() else []
-        log.write_text("".join(f"{line}\n" for line in lines[: state.global_step]))
-        self.trainer.started = time.monotonic()
+        trainer = self.trainer
+        if trainer.processes.is_first:
+            for name in (LOG, EVALUATIONS):
+                log = trainer.folder / name
+                lines = log.read_text().splitlines() if log.is_file() else []
+                kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+                log.write_text("".join(f"{line}\n" for line in kept))
+        trainer.started = time.monotonic()
+        if state.global_step == 0:
+            self._evaluate(0)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        trainer, last = self.trainer, self.trainer.last
-        assert last is not None
-        seconds = time.monotonic() - trainer.started
+        trainer, means = self.trainer, self.trainer.means
+        assert means is not None
         record: dict[str, Any] = {"step": state.global_step}
-        for name in ("total", "nll", "misses", "rank", "hit_rate", "divergence", "base_nll"):
-            value = getattr(last, name)
-            if value is not None:
-                value = float(value.detach())
-                record[name] = round(value, 6) if math.isfinite(value) else None
+        optional = ("divergence", "base_nll")
+        for name in ("total", "nll", "misses", "rank", "hit_rate", *optional):
+            value = means.values[name]
+            if value is not None or name not in optional:
+                record[name] = None if value is None else round(value, 6)
         if trainer.losses.weight.steers:
             record["weight_factor"] = round(trainer.losses.weight.factor, 5)
-        record |= {"seconds": round(seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
-        with (trainer.folder / LOG).open("a") as log:
-            log.write(json.dumps(record) + "\n")
-        trainer.progress.step(record, trainer.done_share(state.global_step))
+        record |= {"seconds": round(means.seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
+        self._log(LOG, record)
         limit = trainer.settings.time_limit_seconds
-        if limit is not None and seconds >= limit:
+        if limit is not None and means.seconds >= limit:
             control.should_training_stop = True
+        last = control.should_training_stop or state.global_step >= trainer.settings.max_steps
+        every = trainer.settings.eval_steps
+        if every and (state.global_step % every == 0 or last):
+            self._evaluate(state.global_step)
+        trainer.progress.step(record, trainer.done_share(state.global_step))
+
+    def _evaluate(self, step: int) -> None:
+        trainer = self.trainer
+        if trainer.evaluation is None:
+            return
+        record = {"step": step, **trainer.evaluation.measure(trainer.model)}
+        self._log(EVALUATIONS, record)
+        trainer.progress.evaluation(record)
+
+    def _log(self, name: str, record: dict[str, Any]) -> None:
+        if self.trainer.processes.is_first:
+            with (self.trainer.folder / name).open("a") as log:
+                log.write(json.dumps(record) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from melinoe.moe import (
     router_probabilities,
     score_kind,
 )
+from melinoe.tuning.batches import StepCounts
 from melinoe.tuning.control import Weight
 from melinoe.tuning.likelihood import likelihood
 from melinoe.tuning.objective import (
@@ -30,25 +30,7 @@ from melinoe.tuning.objective import (
 )
 from melinoe.tuning.rank_matching import rank_matching
 from melinoe.tuning.settings import TuneSettings
-
-
-@dataclass
-class Losses:
-    """total is what is minimised; the others are for people.
-
-    nll: nats per completion token; misses: of the loss's own cache, per layer and decoded token (0 .. K); hit_rate: what
-    the runtime's policy would find in the slots; rank: the anchor's loss per token; divergence: nats per token
-    away from the base model, where it is asked; base_nll: the base's on the same batch, likewise.
-    """
-
-    total: torch.Tensor
-    nll: torch.Tensor
-    misses: torch.Tensor
-    rank: torch.Tensor
-    hit_rate: torch.Tensor
-    divergence: torch.Tensor | None = None
-    base_nll: torch.Tensor | None = None
-
+from melinoe.tuning.step import Losses, StepMeans
 
 # Scored tokens of a step below which the boundary objective's weights grow in inverse proportion. With few tokens
 # the likelihood's gradient is mostly noise, which AdamW scales up to full steps, and the cache's is lost in it: T0 mix
@@ -80,22 +62,23 @@ class TuningLosses:
     def __call__(
         self,
         model: nn.Module,
-        batch: dict[str, torch.Tensor],
-        step: int,
+        batch: dict[str, Any],
         tokens_per_step: tuple[float, float],
     ) -> Losses:
         """Args:
-        batch: input_ids, attention_mask [B, S], prompt_lengths [B].
-        step: picks the tokens on which ranks are matched.
-        tokens_per_step: mean completion and scored tokens of a batch. Sums are divided by these instead
-            of the batch's own counts, so that every token of the data weighs the same.
+        batch: an item of batches.Batches, one part of a step.
+        tokens_per_step: mean completion and scored tokens of a step. Sums are divided by these instead
+            of the step's own counts, so that every token of the data weighs the same.
         """
         settings, mask_BS = self.settings, batch["attention_mask"]
+        counts: StepCounts = batch["counts"]
         with_base = settings.distill > 0 or settings.max_quality_loss is not None
         with RouterTap(self.layers) as tap:
             found = likelihood(
                 model, batch, self.layers, self.base_routers, with_base, settings.distill_prompt
             )
+        # the reentrant kind of gradient checkpointing would cut them off, silently
+        assert all(record.logits.requires_grad for record in tap.records) or not torch.is_grad_enabled()
         if self.kinds is None:
             self.kinds = [score_kind(record) for record in tap.records]
         probabilities = [
@@ -104,27 +87,40 @@ class TuningLosses:
         ]
         scored_BS = scored_positions(mask_BS, batch["prompt_lengths"])
         with torch.set_grad_enabled(settings.lambda_cs > 0):
-            misses, missed_share = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
+            misses, missed_share, asked = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
         with torch.set_grad_enabled(settings.lambda_rm > 0):
-            rank = self._rank_loss(tap.records, probabilities, mask_BS, step)
+            rank = self._rank_loss(tap.records, probabilities, batch["ranked"].reshape(-1))
+            rank = rank * (float(batch["ranked"].sum()) / counts.ranked)
         nll = found.nll / max(found.tokens, 1)
         total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
         if found.divergence is not None and settings.distill > 0:
-            total = total + settings.distill * found.divergence / max(found.divergence_tokens, 1)
-        strength = self._strength(float(nll.detach()), tokens_per_step[1]) * self.schedule
+            compared = counts.tokens - counts.rows if settings.distill_prompt else counts.completion
+            total = total + settings.distill * found.divergence / max(compared, 1)
+        strength = self._strength(tokens_per_step[1]) * self.ramp
         if settings.lambda_cs > 0:
             scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
             total = total + self.weight.factor * strength * settings.lambda_cs * scored_weight * misses
         if settings.lambda_rm > 0:
             total = total + strength * settings.lambda_rm * rank
-        losses = Losses(total, nll.detach(), misses.detach(), rank.detach(), 1 - missed_share)
+        losses = Losses(total, nll.detach(), misses.detach(), rank.detach(), 1 - missed_share, asked=asked)
+        losses.tokens, losses.scored = found.tokens, int(scored_BS.sum())
         if found.divergence is not None and found.base_nll is not None:
+            losses.divergence_tokens = found.divergence_tokens
             losses.divergence = found.divergence.detach() / max(found.divergence_tokens, 1)
             losses.base_nll = found.base_nll / max(found.tokens, 1)
-        if found.tokens and bool(scored_BS.any()):
-            above_base = None if losses.base_nll is None else float(losses.nll - losses.base_nll)
-            self.weight.step(float(losses.hit_rate), above_base)
         return losses
+
+    def end_of_step(self, means: StepMeans) -> None:
+        """Moves the running means by what a whole step gave, in all parts and processes."""
+        nll = means.values["nll"]
+        if nll is not None and means.tokens:
+            self.nll_level = nll if self.nll_level is None else 0.9 * self.nll_level + 0.1 * nll
+        hit_rate, base_nll = means.values["hit_rate"], means.values["base_nll"]
+        if nll is not None and hit_rate is not None and means.tokens and means.scored:
+            self.weight.step(hit_rate, None if base_nll is None else nll - base_nll)
+        for index, now_E in means.asked.items():
+            old_E = self.usage.get(index)
+            self.usage[index] = now_E if old_E is None else USAGE_MEMORY * old_E + (1 - USAGE_MEMORY) * now_E
 
     def memory(self) -> dict[str, Any]:
         """What must survive an interruption besides the tensors."""
@@ -143,21 +139,17 @@ class TuningLosses:
             int(index): torch.tensor(usage, device=device) for index, usage in memory["usage"].items()
         }
 
-    def _strength(self, nll: float, scored_tokens: float) -> float:
-        """What both weights are multiplied by: 1 unless `relative`."""
+    def _strength(self, scored_tokens: float) -> float:
+        """What both weights are multiplied by: 1 unless `relative`, and in the first step, which knows no level yet.
+
+        The square root of the likelihood loss of late. Constant weights let misses alone govern a model that is nearly
+        certain of its answers (0.001 nats), weights in proportion to the loss leave it as it is; between a model of
+        2.3 nats and one of 0.001 the root held.
+        """
         if not self.settings.relative or self.settings.form.gradient != "boundary":
             return 1.0
-        return self._level(nll) * max(1.0, SCORED_TOKENS / max(scored_tokens, 1.0))
-
-    def _level(self, nll: float) -> float:
-        """The square root of the likelihood loss of late, by which both weights are multiplied.
-
-        Constant weights let misses alone govern a model that is nearly certain of its answers (0.001 nats), weights in
-        proportion to the loss leave it as it is; between a model of 2.3 nats and one of 0.001 the root held.
-        """
-        if math.isfinite(nll):
-            self.nll_level = nll if self.nll_level is None else 0.9 * self.nll_level + 0.1 * nll
-        return math.sqrt(self.nll_level) if self.nll_level is not None else 1.0
+        level = 1.0 if self.nll_level is None else math.sqrt(self.nll_level)
+        return level * max(1.0, SCORED_TOKENS / max(scored_tokens, 1.0))
 
     def _cache_loss(
         self,
@@ -165,13 +157,15 @@ class TuningLosses:
         probabilities: list[torch.Tensor],
         mask_BS: torch.Tensor,
         scored_BS: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(Eq. 4 over all layers, the share of requests that the runtime would miss); equal layers in one call."""
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
+        """(Eq. 4 over all layers, the share of requests that the runtime would miss, Losses.asked); equal layers in one
+        call."""
         groups: dict[tuple[int, int], list[int]] = {}
         for index, layer in enumerate(self.layers):
             groups.setdefault((layer.num_experts, self.capacities[index]), []).append(index)
         total: Any = 0.0
         missed: Any = 0.0
+        asked: dict[int, torch.Tensor] = {}
         for (num_experts, capacity), members in groups.items():
             asked_LTE = requests(torch.stack([tap.records[i].indices for i in members]), num_experts)
             if self.settings.form.gradient == "boundary":
@@ -191,44 +185,33 @@ class TuningLosses:
                 detach_cache=self.settings.detach_cache,
             )
             if self.settings.balance > 0:
-                misses = misses + self._price_of_load(requests_LTE, asked_LTE, members, scored_BS)
+                scored_T = scored_BS.reshape(-1)
+                asked |= zip(members, asked_LTE[:, scored_T].sum(1), strict=True)
+                if all(index in self.usage for index in members) and bool(scored_T.any()):
+                    misses = misses + self._price_of_load(requests_LTE[:, scored_T], members)
             total = total + misses * (len(members) / len(self.layers))
             asked_LBSE = asked_LTE.view(len(members), *mask_BS.shape, num_experts)
             missed = missed + simulated_misses(asked_LBSE, mask_BS, scored_BS, capacity).sum()
-        return total, missed / (len(self.layers) * self.top_k)
+        return total, missed / (len(self.layers) * self.top_k), asked
 
-    def _price_of_load(
-        self, requests_LTE: torch.Tensor, asked_LTE: torch.Tensor, members: list[int], scored_BS: torch.Tensor
-    ) -> torch.Tensor:
-        """What the experts that everybody asks for cost more, and the others less, per scored token.
+    def _price_of_load(self, requests_LNE: torch.Tensor, members: list[int]) -> torch.Tensor:
+        """What the experts that everybody asks for cost more, and the others less, per scored token (N of them).
 
         price(e) = balance (E/K f(e) - 1), f the share of late tokens that asked for e, over all sequences. Misses alone
         are cheapest when all sequences share the same experts; with a price on those each keeps to its own.
         """
-        scored_T = scored_BS.reshape(-1)
-        if not bool(scored_T.any()):
-            return requests_LTE.sum() * 0.0
-        num_experts = requests_LTE.shape[-1]
-        with torch.no_grad():
-            now_LE = asked_LTE[:, scored_T].mean(1)
-            for index, now_E in zip(members, now_LE, strict=True):
-                old_E = self.usage.get(index)
-                self.usage[index] = (
-                    now_E if old_E is None else USAGE_MEMORY * old_E + (1 - USAGE_MEMORY) * now_E
-                )
-            usage_LE = torch.stack([self.usage[index] for index in members])
-            price_LE = self.settings.balance * (usage_LE * num_experts / self.top_k - 1)
-        return (requests_LTE[:, scored_T] * price_LE[:, None]).sum(-1).mean()
+        usage_LE = torch.stack([self.usage[index] for index in members])
+        price_LE = self.settings.balance * (usage_LE * requests_LNE.shape[-1] / self.top_k - 1)
+        return (requests_LNE * price_LE[:, None]).sum(-1).mean()
 
     def _rank_loss(
-        self, records: list[RouterRecord], probabilities: list[torch.Tensor], mask_BS: torch.Tensor, step: int
+        self, records: list[RouterRecord], probabilities: list[torch.Tensor], ranked_T: torch.Tensor
     ) -> torch.Tensor:
-        """Eq. 5 as a mean over layers, on a sample of the real tokens (the same in every layer)."""
+        """Eq. 5 as a mean over layers, on the tokens of `ranked_T` (bool; the same in every layer)."""
         settings = self.settings
-        chosen_T = mask_BS.reshape(-1).nonzero()[:, 0]
-        if 0 < settings.rank_tokens < len(chosen_T):
-            generator = torch.Generator().manual_seed((settings.seed << 20) + step)
-            chosen_T = chosen_T[torch.randperm(len(chosen_T), generator=generator)[: settings.rank_tokens]]
+        chosen_T = ranked_T.nonzero()[:, 0]
+        if len(chosen_T) == 0:  # all that were drawn are in other parts of the step
+            return sum(tuned_TE.sum() for tuned_TE in probabilities) * 0.0  # type: ignore[return-value]
         total: Any = 0.0
         assert self.kinds is not None
         for layer, router, record, tuned_TE, kind in zip(

@@ -16,6 +16,7 @@ class TuningProgress:
     def __init__(self, show: bool, max_steps: int) -> None:
         self.max_steps = max_steps
         self.smooth: dict[str, float] = {}
+        self.held_out = ""
         self.bar = Progress(
             TextColumn("tune"),
             BarColumn(bar_width=20),
@@ -47,4 +48,14 @@ class TuningProgress:
         )
         if record["skipped"]:
             text += "  (not finite: skipped)"
+        text += self.held_out
         self.bar.update(self.task, completed=share, text=text)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Keeps the numbers of one evaluations.jsonl record in the line."""
+        parts = [
+            f"{label} {record[name]:.3f}"
+            for name, label in (("nll", "nll"), ("hit_rate", "hits"), ("loads_per_token", "loads/token"))
+            if record[name] is not None
+        ]
+        self.held_out = f"  held out at {record['step']}: " + ", ".join(parts)

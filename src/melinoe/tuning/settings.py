@@ -73,7 +73,13 @@ class TuneSettings:
     learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW); None: LEARNING_RATE and
         ROUTER_LEARNING_RATE over the model's width.
     rank, alpha: of the experts' low-rank factors.
-    batch_tokens: padded tokens per step; max_length: longer rows are left out.
+    batch_tokens: padded tokens that a process holds at once; max_length: longer rows are left out.
+    accumulate: such batches per step and process. A step has batch_tokens * accumulate * processes, and its losses and
+        gradients are those of one batch of that size.
+    gradient_checkpointing: compute each layer's inner values again in the backward pass instead of keeping them.
+    shard: divide the frozen weights among the processes instead of holding all of them in each.
+    eval_steps: every so many steps, and at the start and the end, measure on held-out rows (0: never); eval_rows: at
+        most so many of them.
     time_limit_seconds: stop after this long, the schedule stretched to it.
     checkpoint_steps: an interrupted run resumes from the last multiple (0: never saved).
     detach_cache: no gradient through past requests (an ablation).
@@ -107,6 +113,11 @@ class TuneSettings:
     alpha: float = 16.0
     batch_tokens: int = 2048
     max_length: int = 256
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    shard: bool = False
+    eval_steps: int = 0
+    eval_rows: int = 64
     warmup: float = 0.05
     max_grad_norm: float = 1.0
     time_limit_seconds: float | None = None
@@ -126,7 +137,15 @@ class TuneSettings:
             if not right:
                 raise MelinoeError(f"tune: {name} is out of range", got=getattr(self, name), allowed=allowed)
 
-        for name in ("max_steps", "rank", "batch_tokens", "max_length", "alpha"):
+        for name in (
+            "max_steps",
+            "rank",
+            "batch_tokens",
+            "max_length",
+            "alpha",
+            "accumulate",
+            "eval_rows",
+        ):
             check(getattr(self, name) > 0, name, "above 0")
         for name in (
             "lambda_cs",
@@ -136,6 +155,7 @@ class TuneSettings:
             "balance",
             "max_grad_norm",
             "checkpoint_steps",
+            "eval_steps",
         ):
             check(0 <= getattr(self, name) < float("inf"), name, "0 or more")
         for name in ("learning_rate", "router_learning_rate"):
@@ -159,6 +179,7 @@ class TuneSettings:
         check(not steered or self.lambda_cs > 0, "lambda_cs", "above 0 where an aim is given")
         check(self.rank_form in ("sum", "mean"), "rank_form", "sum | mean")
         check(self.dtype in (None, "float32", "auto"), "dtype", "float32 | auto")
+        check(self.device in (None, "cpu", "cuda"), "device", "cpu | cuda (CUDA_VISIBLE_DEVICES picks one)")
         check(self.slots is None or self.slots > 0, "slots", "1 or more")
         check(self.time_limit_seconds is None or self.time_limit_seconds > 0, "time_limit_seconds", "above 0")
         check(self.batch_tokens >= self.max_length, "batch_tokens", f"max_length ({self.max_length}) or more")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,18 +16,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melinoe.config import resolve_model
-from melinoe.data import Encoded, encode_rows, read_rows
+from melinoe.data import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.moe import MoeLayer, experts_per_token, fingerprint, moe_layers
 from melinoe.offload.adapter import write_adapter
-from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank
-from melinoe.tuning.batches import Batches, plan_batches
-from melinoe.tuning.loop import CHECKPOINT, LOG, STATE, LocalityTrainer
+from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
+from melinoe.tuning.batches import Batches, padding_share, plan_batches
+from melinoe.tuning.evaluation import Evaluation
+from melinoe.tuning.loop import EVALUATIONS, LOG, LocalityTrainer
+from melinoe.tuning.processes import Processes
 from melinoe.tuning.progress import TuningProgress
+from melinoe.tuning.restart import open_run, run_identity
 from melinoe.tuning.settings import TuneSettings
-from melinoe.undecorated import is_undecorated
-
-RUN = "run.json"
+from melinoe.tuning.sharding import average_trained_alone, shard_frozen, weight_bytes
+from melinoe.undecorated import has_flat_experts, take_over
 
 
 def tune(
@@ -35,80 +37,169 @@ def tune(
     data: str | Path,
     output_dir: str | Path,
     *,
+    eval_data: str | Path | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
     """Tunes the routers (fully) and the experts (low rank) of a checkpoint for expert locality.
 
+    Run by `torchrun` or `accelerate launch`, the processes share each step's rows; the first one writes.
+
     Args:
-        model: checkpoint folder or Hub id; opened, never written.
-        data: a .jsonl file or a folder with train.jsonl (melinoe.data).
+        model: checkpoint folder, Hub id or `tiny`; opened, never written.
+        data: a .jsonl file, a folder with train.jsonl, the Hub id of a data set, or `tiny` (melinoe.data).
         output_dir: the adapter folder to write; apply it with `--adapter` or fold it in with `merge`.
+        eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
+        resume: there must be an interrupted run to go on with. Without it, one with the same settings and data is gone
+            on with as well, and any other starts anew.
         overwrite: replace what stands in `output_dir`, and do not resume an interrupted run.
         progress: a live line on stderr.
         settings: the fields of TuneSettings.
 
     Returns:
         {"output_dir", "steps", "seconds", "tokens", "nll", "misses", "rank", "total", "skipped_steps",
-        "base_fingerprint", "fingerprint", "resumed_from"}; losses are means over the last tenth of the run.
+        "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)}; losses are
+        means over the last tenth of the run. With `eval_steps` also "held_out", the last record of evaluations.jsonl.
 
     Raises:
-        MelinoeError: settings out of range, a dense or offloaded model, no usable rows, or an output folder
-            that holds something else.
+        MelinoeError: settings out of range, a dense or offloaded model, no usable rows, nothing to resume where that was
+            asked, or an output folder that holds something else.
         KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
     """
-    unknown = sorted(set(settings) - {field.name for field in fields(TuneSettings)})
-    if unknown:
-        allowed = ", ".join(field.name for field in fields(TuneSettings))
-        raise MelinoeError("tune: unknown settings", got=", ".join(unknown), allowed=allowed)
-    chosen = TuneSettings(**settings)
+    chosen = _settings(settings)
+    if resume and overwrite:
+        raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
     output = Path(output_dir)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
         raise MelinoeError(
             f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
         )
     started = time.monotonic()
-    model = resolve_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    encoded = [row for _, row in encode_rows(tokenizer, read_rows(data), chosen.max_length)]
     device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    processes = Processes.join(device)
+    progress = progress and processes.is_first
+    parts = chosen.accumulate * processes.count
+    tokenizer, encoded, plan = _read(model, data, chosen, parts, progress)
+    held_out = _held_out(tokenizer, data, eval_data, chosen)
     network, layers = prepare_model(model, chosen, device)
     base_fingerprint = fingerprint(network)
+    if chosen.shard:
+        shard_frozen(network, processes)
+    if processes.count > 1:
+        average_trained_alone(network)
     work = output.with_name(output.name + ".partial")
-    identity = _identity(chosen, base_fingerprint, encoded)
-    resume = _open_run(work, identity, overwrite)
-    resumed_from = json.loads((resume / STATE).read_text())["global_step"] if resume else None
-    plan = plan_batches([len(row.ids) for row in encoded], chosen.batch_tokens, chosen.max_steps, chosen.seed)
-    batches = Batches(encoded, plan, tokenizer.pad_token_id or 0)
+    identity = run_identity(chosen, parts, base_fingerprint, encoded)
+    restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
+    if restart.note and progress:
+        print(f"melinoe: {restart.note}", file=sys.stderr)
+    pad_token_id = tokenizer.pad_token_id or 0
+    batches = Batches(
+        encoded,
+        plan,
+        pad_token_id,
+        rank_tokens=chosen.rank_tokens,
+        seed=chosen.seed,
+        accumulate=chosen.accumulate,
+        process=processes.index,
+        processes=processes.count,
+    )
+    slots = max(chosen.capacity(layer.num_experts, experts_per_token(network)) for layer in layers)
+    evaluation = None
+    if held_out:
+        evaluation = Evaluation(held_out, layers, slots, chosen.batch_tokens, pad_token_id, processes)
     with _quiet(), TuningProgress(progress, chosen.max_steps) as bar:
         trainer = LocalityTrainer(
-            network, layers, batches, chosen, work, _tokens_per_step(encoded, plan), device, bar
+            network,
+            layers,
+            batches,
+            chosen,
+            work,
+            _tokens_per_step(encoded, plan),
+            device,
+            bar,
+            processes,
+            evaluation,
         )
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=str(restart.checkpoint) if restart.checkpoint else None)
     steps = trainer.state.global_step
-    result = {
-        "steps": steps,
-        "seconds": round(time.monotonic() - started, 2),
-        "tokens": sum(len(encoded[row].ids) for rows in plan[:steps] for row in rows),
-        **_last_losses(work / LOG),
-        "skipped_steps": trainer.skipped_steps,
-        "resumed_from": resumed_from,
-        "rows": len(encoded),
-        "slots": max(trainer.losses.capacities),
-    }
-    card = write_adapter(
-        network,
-        output,
-        base=str(model),
-        base_fingerprint=base_fingerprint,
-        settings=chosen.as_dict(),
-        result=result,
-        keep=(work / LOG,),
-    )
-    shutil.rmtree(work, ignore_errors=True)
-    prints = {key: card[key] for key in ("base_fingerprint", "fingerprint")}
-    return {"output_dir": str(output), **prints, **result}
+
+    def finish() -> dict[str, Any]:
+        result = {
+            "steps": steps,
+            "seconds": round(time.monotonic() - started, 2),
+            "tokens": sum(len(encoded[row].ids) for rows in plan[:steps] for row in rows),
+            **_last_losses(work / LOG),
+            "skipped_steps": trainer.skipped_steps,
+            "resumed_from": restart.steps_done,
+            "rows": len(encoded),
+            "slots": slots,
+            "processes": processes.count,
+            "weight_bytes": weight_bytes(network),
+        }
+        logs = [work / LOG]
+        if evaluation is not None:
+            logs.append(work / EVALUATIONS)
+            result["held_out"] = json.loads(logs[-1].read_text().splitlines()[-1])
+        card = write_adapter(
+            network,
+            output,
+            base=str(model),
+            base_fingerprint=base_fingerprint,
+            settings=chosen.as_dict(),
+            result=result,
+            keep=tuple(logs),
+        )
+        shutil.rmtree(work, ignore_errors=True)
+        prints = {key: card[key] for key in ("base_fingerprint", "fingerprint")}
+        return {"output_dir": str(output), **prints, **result}
+
+    return processes.ask_first(finish)
+
+
+def _settings(given: dict[str, Any]) -> TuneSettings:
+    unknown = sorted(set(given) - {field.name for field in fields(TuneSettings)})
+    if unknown:
+        allowed = ", ".join(field.name for field in fields(TuneSettings))
+        raise MelinoeError("tune: unknown settings", got=", ".join(unknown), allowed=allowed)
+    return TuneSettings(**given)
+
+
+def _read(
+    model: str | Path, data: str | Path, settings: TuneSettings, parts: int = 1, show: bool = False
+) -> tuple[Any, list[Encoded], list[list[int]]]:
+    """(tokenizer, rows as tokens, the plan of steps); with `show`, what was found goes to stderr."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    rows = read_rows(data)
+    encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
+    lengths = [len(row.ids) for row in encoded]
+    plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts)
+    if show:
+        left_out = len(rows) - len(encoded)
+        print(
+            f"melinoe: {data}: {describe_rows(rows)}; "
+            + (f"{left_out:,} left out (over {settings.max_length} tokens or empty); " if left_out else "")
+            + f"{padding_share(lengths, plan, parts):.1%} of a batch is padding",
+            file=sys.stderr,
+        )
+    return tokenizer, encoded, plan
+
+
+def _held_out(
+    tokenizer: Any, data: str | Path, eval_data: str | Path | None, settings: TuneSettings
+) -> list[Encoded]:
+    """Rows to measure on while tuning; none where that was not asked."""
+    if not settings.eval_steps:
+        return []
+    if eval_data is None and Path(data).is_file():
+        raise MelinoeError(
+            "tune: evaluation needs held-out rows, and a single file has none",
+            got=data,
+            next_step="give --eval-data, or --data a folder with valid.jsonl",
+        )
+    rows = read_rows(eval_data or data, "valid")
+    return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]
 
 
 def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tuple[nn.Module, list[MoeLayer]]:
@@ -119,16 +210,18 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
     """
     dtype = settings.dtype or ("float32" if device == "cpu" else "auto")
     network = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32 if dtype == "float32" else "auto"
+        resolve_model(model), dtype=torch.float32 if dtype == "float32" else "auto"
     )
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(network)
     network.config.output_router_logits = False  # its load-balancing loss fights locality
     layers = moe_layers(network)
     network.requires_grad_(False)
-    if is_undecorated(network):
+    if has_flat_experts(network):
         raise MelinoeError(
-            "this family can be paged and traced, but not tuned",
+            "this family can be paged and traced, but not tuned: an adapter cannot name one of its experts",
             got=type(network).__name__,
-            allowed="a model whose experts transformers decorates for its ExpertsInterface",
+            allowed="a model whose experts weights are [experts, in, out]",
         )
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in layers:
@@ -144,8 +237,18 @@ def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tup
         layer.router.float().requires_grad_(True)
         if network.dtype != torch.float32:
             layer.router.register_forward_pre_hook(_float32_inputs)
-    network.set_experts_implementation(EXPERTS_FUNCTION)
+    if not take_over(network, tuning_experts):
+        network.set_experts_implementation(EXPERTS_FUNCTION)
     return network, layers
+
+
+def _checkpoint_activations(network: Any) -> None:
+    """Every decoder layer keeps its input alone and computes the rest again in the backward pass."""
+    if not network.supports_gradient_checkpointing:
+        raise MelinoeError("this model knows no gradient checkpointing", got=type(network).__name__)
+    # the reentrant kind gives router logits without a gradient, silently
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    network.disable_input_require_grads()  # only the reentrant kind needs them
 
 
 def _float32_inputs(_router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -157,26 +260,6 @@ def _tokens_per_step(encoded: list[Encoded], plan: list[list[int]]) -> tuple[flo
     completion = sum(len(encoded[row].ids) - encoded[row].prompt_length for rows in plan for row in rows)
     rows = sum(map(len, plan))
     return completion / len(plan), (completion - rows) / len(plan)
-
-
-def _identity(settings: TuneSettings, base_fingerprint: str, encoded: list[Encoded]) -> dict[str, Any]:
-    """What a run must share with an interrupted one to resume it."""
-    digest = hashlib.sha256(json.dumps([row.ids for row in encoded]).encode()).hexdigest()[:16]
-    return {"settings": settings.as_dict(), "base_fingerprint": base_fingerprint, "data": digest}
-
-
-def _open_run(work: Path, identity: dict[str, Any], overwrite: bool) -> Path | None:
-    """Makes the work folder; the checkpoint to resume from if an interrupted run is the same one."""
-    try:
-        same = not overwrite and json.loads((work / RUN).read_text()) == identity
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        (work / RUN).write_text(json.dumps(identity))
-    checkpoint = work / CHECKPOINT
-    return checkpoint if (checkpoint / STATE).is_file() else None
 
 
 def _last_losses(log: Path) -> dict[str, float | None]:

@@ -1,0 +1,67 @@
+"""The checkpoint of an unfinished run: what is trained, AdamW's moments, and what the losses remember.
+
+One folder, whole or not at all: training.safetensors and Trainer's own trainer_state.json. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import TrainerState
+
+from melinoe.offload.adapter import replace_folder
+
+CHECKPOINT, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
+
+Trained = dict[str, nn.Parameter]
+
+
+def save(
+    folder: Path,
+    trained: Trained,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    memory: dict[str, str],
+) -> None:
+    """Writes FOLDER/checkpoint. memory: strings that come back from `load_weights`."""
+    new = folder / (CHECKPOINT + ".new")
+    new.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in trained.items():
+        tensors[name] = parameter
+        moments = optimizer.state.get(parameter, {})
+        tensors |= {f"{key}:{name}": value for key, value in moments.items()}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(tensors, new / WEIGHTS, memory)
+    state.save_to_json(str(new / STATE))
+    replace_folder(new, folder / CHECKPOINT)
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, trained: Trained) -> dict[str, str]:
+    """Puts the weights back; returns what `save` was told to remember."""
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+        for name, parameter in trained.items():
+            parameter.copy_(file.get_tensor(name))
+        return file.metadata()
+
+
+@torch.no_grad()
+def load_moments(checkpoint: Path, trained: Trained, optimizer: torch.optim.Optimizer) -> None:
+    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        for name, parameter in trained.items():
+            for key in MOMENTS:
+                if f"{key}:{name}" in names:
+                    value = file.get_tensor(f"{key}:{name}")
+                    optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def steps_done(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / STATE).read_text())["global_step"])

@@ -1,0 +1,106 @@
+"""Held-out rows while tuning runs: what the answers cost in likelihood, and what decoding them would load.
+
+Teacher-forced, as everywhere: a row read whole asks the same experts as one decoded token by token. The loads are those of
+the runtime's default policy at the tuned number of slots, each sequence from an empty cache, without a prediction.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from melinoe.data import Encoded
+from melinoe.moe import MoeLayer, RouterTap
+from melinoe.routing.simulate import simulate
+from melinoe.routing.trace import from_sequences
+from melinoe.tuning.batches import pad
+from melinoe.tuning.likelihood import likelihood
+from melinoe.tuning.processes import Processes
+
+POLICY = "decay"
+
+
+class Evaluation:
+    """Rows, and how to measure on them.
+
+    Args:
+        encoded: held-out rows.
+        slots: C, per layer.
+        batch_tokens: padded tokens of a forward pass.
+        processes: the rows are divided among them.
+    """
+
+    def __init__(
+        self,
+        encoded: list[Encoded],
+        layers: list[MoeLayer],
+        slots: int,
+        batch_tokens: int,
+        pad_token_id: int,
+        processes: Processes,
+    ) -> None:
+        self.num_rows, self.layers, self.slots = len(encoded), layers, slots
+        self.pad_token_id, self.processes = pad_token_id, processes
+        waiting = sorted(encoded, key=lambda row: -len(row.ids))
+        batches: list[list[Encoded]] = []
+        while waiting:
+            size = max(1, batch_tokens // len(waiting[0].ids))
+            batches.append(waiting[:size])
+            waiting = waiting[size:]
+        self.batches = batches[processes.index :: processes.count]
+        # a sharded layer needs every process at every pass: whoever has fewer batches repeats one
+        self.idle = -(-len(batches) // processes.count) - len(self.batches)
+        self.any_batch = batches[0]
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> dict[str, Any]:
+        """{"nll": nats per completion token, "perplexity", "hit_rate", "loads_per_token", "rows", "slots", "seconds"}.
+
+        hit_rate and loads_per_token are of decoding, loads summed over layers; all None where not finite or nothing decoded.
+        """
+        started = time.monotonic()
+        was_training = model.training
+        model.eval()
+        sums = np.zeros(5)  # nll, completion tokens, hits, loads, decoded tokens
+        for rows in self.batches:
+            sums += self._batch(model, rows)
+        for _ in range(self.idle):
+            self._batch(model, self.any_batch)
+        model.train(was_training)
+        nll, completion, hits, loads, decoded = self.processes.sum(torch.from_numpy(sums)).tolist()
+        mean = nll / max(completion, 1.0)
+        finite = math.isfinite(mean)
+        return {
+            "nll": round(mean, 6) if finite else None,
+            "perplexity": round(math.exp(min(mean, 700.0)), 6) if finite else None,
+            "hit_rate": round(hits / (hits + loads), 6) if hits + loads else None,
+            "loads_per_token": round(loads / decoded, 6) if decoded else None,
+            "rows": self.num_rows,
+            "slots": self.slots,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+    def _batch(self, model: nn.Module, rows: list[Encoded]) -> np.ndarray:
+        device = next(model.parameters()).device
+        ids, mask = (tensor.to(device) for tensor in pad([row.ids for row in rows], self.pad_token_id))
+        lengths = torch.tensor([row.prompt_length for row in rows], device=device)
+        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        with RouterTap(self.layers) as tap:
+            found = likelihood(model, batch, self.layers, [], distill=False, distill_prompt=False)
+        chosen = tap.indices().reshape(len(self.layers), *ids.shape, -1).permute(1, 2, 0, 3)  # [B, S, L, K]
+        chosen = chosen.to("cpu", torch.int16).numpy()
+        trace = from_sequences(
+            [chosen[number, : len(row.ids) - 1] for number, row in enumerate(rows)],
+            [row.ids for row in rows],
+            [row.prompt_length for row in rows],
+            num_experts=self.layers[0].num_experts,
+        )
+        (result,) = simulate(trace, POLICY, self.slots, per_sequence=True)["results"]
+        counted = result["per_sequence"]
+        numbers = [counted[name].sum() for name in ("hits", "loads", "tokens")]
+        return np.array([float(found.nll), found.tokens, *numbers], dtype=np.float64)

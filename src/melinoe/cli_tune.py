@@ -8,7 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli_options import Json, Overwrite, Quiet, is_first_process, prepare, print_json
+from melinoe.cli_sweep import (
+    AtOnce,
+    HoldOut,
+    OutOfDomain,
+    Rows,
+    Seeds,
+    Sweep,
+    refuse_without_sweep,
+    run_sweep,
+)
 from melinoe.config import DEFAULT_SEED, parse_share
+from melinoe.errors import MelinoeError
 
 
 def tune(
@@ -44,10 +55,13 @@ def tune(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; 150 if not given.", min=1)] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of the experts' low-rank factors; 5e-4 if not given.", min=0)
+        float | None,
+        typer.Option(
+            help="Of the experts' low-rank factors; 0.75 over the model's width if not given.", min=0
+        ),
     ] = None,
     router_learning_rate: Annotated[
-        float | None, typer.Option(help="Of the routers; 2e-3 if not given.", min=0)
+        float | None, typer.Option(help="Of the routers; 0.38 over the width if not given.", min=0)
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the experts' factors; 32 if not given.", min=1)] = None,
     batch_tokens: Annotated[
@@ -90,6 +104,12 @@ def tune(
     resume: Annotated[
         bool, typer.Option("--resume", help="There must be an interrupted run to go on with.")
     ] = False,
+    sweep: Sweep = None,
+    seeds: Seeds = None,
+    hold_out: HoldOut = None,
+    limit: Rows = None,
+    out_of_domain: OutOfDomain = None,
+    at_once: AtOnce = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -135,6 +155,29 @@ def tune(
         if name not in settings:
             raise typer.BadParameter("missing, here and in a recipe", param_hint=f"'--{name}'")
     prepare(settings["model"])
+    if sweep is not None:
+        if resume or "eval_data" in settings:
+            raise MelinoeError(
+                "--resume, --eval-data: not with --sweep, which goes on and measures by itself"
+            )
+        return run_sweep(
+            settings["model"],
+            settings["data"],
+            output_dir,
+            sweep,
+            {name: value for name, value in settings.items() if name not in ("model", "data", "seed")},
+            seeds or str(settings["seed"]),
+            overwrite,
+            as_json,
+            hold_out_rows=hold_out,
+            limit=limit,
+            out_of_domain=out_of_domain,
+            at_once=at_once,
+            progress=not quiet,
+        )
+    refuse_without_sweep(
+        seeds=seeds, hold_out=hold_out, limit=limit, out_of_domain=out_of_domain, at_once=at_once
+    )
     from melinoe.tuning.trainer import tune as run
 
     result = run(output_dir=output_dir, resume=resume, overwrite=overwrite, progress=not quiet, **settings)

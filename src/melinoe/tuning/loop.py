@@ -109,8 +109,7 @@ class LocalityTrainer(Trainer):
         # dropout, also after a resume; each part draws its own
         parts = self.settings.accumulate * processes.count
         torch.manual_seed(((self.settings.seed << 20) + step) * parts + part)
-        ramp = self.settings.ramp
-        self.losses.ramp = min(1.0, self.done_share(step) / ramp) if ramp else 1.0
+        self.losses.schedule = self.settings.schedule(self.done_share(step))
         losses = self.losses(model, inputs, self.tokens_per_step)
         self.sums.add(losses)
         return losses.total * processes.count  # whose gradients are averaged, and are to be summed

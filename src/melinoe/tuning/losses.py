@@ -96,7 +96,7 @@ class TuningLosses:
         if found.divergence is not None and settings.distill > 0:
             compared = counts.tokens - counts.rows if settings.distill_prompt else counts.completion
             total = total + settings.distill * found.divergence / max(compared, 1)
-        strength = self._strength(tokens_per_step[1]) * self.ramp
+        strength = self._strength(tokens_per_step[1]) * self.schedule
         if settings.lambda_cs > 0:
             scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
             total = total + self.weight.factor * strength * settings.lambda_cs * scored_weight * misses

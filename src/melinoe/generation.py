@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from melinoe.config import format_bytes
 from melinoe.data import encode_prompt
 from melinoe.errors import MelinoeError
+from melinoe.offload.machine import peak_memory
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -194,7 +194,7 @@ def stream_generate(
 def _statistics(
     prompt: int, generated: int, ttft: float, seconds: float, model: Any, before: dict[str, Any] | None
 ) -> GenerationStatistics:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if before is None:
         return GenerationStatistics(prompt, generated, ttft, seconds, peak)
     after = model.melinoe_context.pager.statistics.to_json()

@@ -28,6 +28,17 @@ def free_memory(device: torch.device | None = None) -> int:
     return available
 
 
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes.
+
+    Not getrusage: its ru_maxrss begins with what the parent had when it started us.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def usable_device(device: str | torch.device) -> torch.device:
     """The device, checked.
 

@@ -98,8 +98,11 @@ class ExpandingReader:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(threads):
             self._free.put(index)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="melinoe-expand")
+        self._pool = self._new_pool()
         self._lock = threading.Lock()  # one expansion is launched at a time on a stream
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.buffers.count, thread_name_prefix="melinoe-expand")
 
     @property
     def bytes_read(self) -> int:
@@ -136,6 +139,12 @@ class ExpandingReader:
                     return self._stream.record_event()
         finally:
             self._free.put(index)
+
+    def drain(self) -> None:
+        """As `Reader.drain`."""
+        self._pool.shutdown(wait=True)
+        self._pool = self._new_pool()
+        self.reader.drain()
 
     def arrived(self, event: Any) -> None:
         """Makes the caller's stream wait for an expanded record; the host goes on."""

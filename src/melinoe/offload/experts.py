@@ -136,6 +136,7 @@ def _many_tokens(
     return outputs
 
 
+@torch.compiler.disable  # which experts are where is no part of a graph
 def melinoe_experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:

@@ -80,14 +80,6 @@ def load(
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=config.dtype, device_map={"": place}
     )
-    if fingerprint(model) != store.fingerprint:
-        raise MelinoeError(
-            f"the weights in {folder} are not those the store was made with",
-            got=fingerprint(model),
-            allowed=store.fingerprint,
-            next_step="convert again",
-        )
-    align(model)
     if adapter is not None:
         from melinoe.offload.adapter import apply_adapter
 

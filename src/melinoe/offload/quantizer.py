@@ -74,10 +74,9 @@ class MelinoeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from melinoe.offload import attach
 
-        if (
-            self.store.shards
-        ):  # before the reader checks, as it opens them, that the shards are still the same
-            attach.unmap(model)
+        attach.unmap(model)  # before the reader checks, as it opens them, that the shards are still the same
+        if self.store.fingerprint:  # none yet while a store is being written
+            attach.check_weights(model, self.store)
         attach.attach(model, self.store, self.quantization_config)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         for module in model.modules():

@@ -99,7 +99,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
     """Attaches pager and context to a stripped model.
 
     Args:
-        settings: the quantizer's config: slots, memory, policy, predictor, slots_format.
+        settings: the quantizer's config, `MelinoeConfig`.
     """
     packed = slots_packed(store, settings.slots_format)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
@@ -108,6 +108,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         slot_records(store, packed),
         settings.memory,
         settings.slots,
+        context=settings.context,
         extra_bytes=extra,
         buffer_bytes=expansion_bytes(store, packed),
         device=model.device,

@@ -36,6 +36,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     slots_format: str | None = None,
+    context: int | None = None,
 ) -> Any:
     """Opens a model with its experts paged inside a memory budget.
 
@@ -51,6 +52,8 @@ def load(
         dtype: only the store's own.
         slots_format: of a store converted with `format`: packed (slots hold records as they are stored, expanded
             at each use) or expanded (to full size when they arrive); None: expanded.
+        context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text works,
+            and takes more memory than was asked for.
 
     Returns:
         A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
@@ -74,6 +77,7 @@ def load(
         "memory": memory,
         "policy": policy,
         "slots_format": slots_format,
+        "context": context,
         "extra_bytes": _weight_bytes(adapter),
         "predictor": None,  # set below: it may have been fitted to the adapter's routers
     }

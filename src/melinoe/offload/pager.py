@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,8 @@ class ExpertPager:
 
     def _serve(self, layer: int, call: Call) -> Generator[tuple[int, Views]]:
         bank = self.banks[layer]
-        in_flight: dict[Future[Any], tuple[int, int | None]] = {}
+        in_flight: dict[Future[Any], tuple[int, int | None]] = {}  # (expert, staging record or None: its slot)
+        landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         decision = self.policy.request(layer, call)
         self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)
         hits = set(decision.hits)
@@ -137,20 +139,23 @@ class ExpertPager:
         free_staging = list(range(self.staging.count))
         behind: dict[int, tuple[Load, bool]] = {}  # loads into the slot of an expert that is served first
 
+        def follow(future: Future[Any], expert: int, index: int | None) -> None:
+            in_flight[future] = (expert, index)
+            future.add_done_callback(landed.put)
+
         def start(load: Load, preload: bool) -> None:
             slot = bank.place(load.expert, load.victim)
             future = self.reader.read(layer, load.expert, bank.buffer.record(slot, bank.buffer.record_bytes))
             if preload:
                 bank.pending[load.expert] = future
             else:
-                in_flight[future] = (load.expert, None)
+                follow(future, load.expert, None)
 
         def stream() -> None:
             while streamed and free_staging:
                 expert, index = streamed.popleft(), free_staging.pop()
                 length = self._layouts[layer].record_bytes
-                future = self.reader.read(layer, expert, self.staging.record(index, length))
-                in_flight[future] = (expert, index)
+                follow(self.reader.read(layer, expert, self.staging.record(index, length)), expert, index)
 
         def start_or_wait(load: Load, preload: bool) -> None:
             if load.victim in hits:
@@ -173,17 +178,14 @@ class ExpertPager:
                 start(*behind.pop(expert))
         while in_flight:
             began = time.perf_counter()
-            done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+            future = landed.get()
             self.statistics.stalled_seconds += time.perf_counter() - began
-            for future in [
-                future for future in in_flight if future in done
-            ]:  # in the order they were asked for
-                self.reader.arrived(future.result())
-                expert, index = in_flight.pop(future)
-                yield expert, bank.views(expert) if index is None else self._staging_views[layer][index]
-                if index is not None:
-                    free_staging.append(index)
-                    stream()
+            self.reader.arrived(future.result())
+            expert, index = in_flight.pop(future)
+            yield expert, bank.views(expert) if index is None else self._staging_views[layer][index]
+            if index is not None:
+                free_staging.append(index)
+                stream()
 
     def _wait(self, future: Future[Any]) -> None:
         began = time.perf_counter()

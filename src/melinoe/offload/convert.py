@@ -104,18 +104,19 @@ def convert(
     return open_store(target)
 
 
-def local_folder(source: Path | str) -> Path:
-    """The folder of a model: itself, or what huggingface_hub has fetched for an id."""
+def local_folder(source: Path | str, weights: bool = True) -> Path:
+    """The folder of a model: itself, or what huggingface_hub has fetched for an id.
+
+    Args:
+        weights: fetch weights too; if not, they may be there from an earlier call.
+    """
     if isinstance(source, Path):
         return source
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(
-            snapshot_download(
-                source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
-        )
+        return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         raise MelinoeError(
             "no such model folder, and the Hub has no such model or cannot be reached",

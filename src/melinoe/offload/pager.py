@@ -130,7 +130,9 @@ class ExpertPager:
 
     def _serve(self, layer: int, call: Call) -> Generator[tuple[int, Views]]:
         bank = self.banks[layer]
-        in_flight: dict[Future[Any], tuple[int, int | None]] = {}  # (expert, staging record or None: its slot)
+        in_flight: dict[
+            Future[Any], tuple[int, int | None]
+        ] = {}  # (expert, staging record or None: its slot)
         landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         decision = self.policy.request(layer, call)
         self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)

@@ -12,7 +12,8 @@
              experts: same widened model, same memory limit                                     aim >= 10
 
 The first four are pairs: both sides of a ratio, one after the other, for one prompt, in one process, the order
-turning, so that other work on the machine meets both alike. The contestants of the last run in a process of their
+turning, so that other work on the machine meets both alike; `others` is the share of our cores' time that it took
+during each pair, and a second table has the quiet half of the pairs. The contestants of the last run in a process of their
 own each, under one memory limit, page cache dropped. The table gives the median, the quartiles and the range. Every
 side's tokens are compared with the resident model's.
 """
@@ -21,10 +22,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,19 +83,35 @@ def main() -> None:
         ]
     finally:
         shutil.rmtree(folder)
-    ratios = {name: [one[name] for one in measured] for name in ("misses", "hits", "convert", "reading")}
-    ratios["peer"] = [one["ratio"] for one in peers]
-    print(
-        f"{'ratio':<8}{'n':>4}"
-        + "".join(f"{name:>10}" for name in ("median", "q1", "q3", "lowest", "highest"))
+    names = ("misses", "hits", "convert", "reading", "others")
+    quiet = sorted(measured, key=lambda one: one["others"])[: (len(measured) + 1) // 2]
+    table(
+        {name: [one[name] for one in measured] for name in names} | {"peer": [one["ratio"] for one in peers]}
     )
-    for name, values in ratios.items():
+    table({name: [one[name] for one in quiet] for name in names})
+    if options.output:
+        result = {"settings": vars(options), "pairs": measured, "peers": peers}
+        Path(options.output).write_text(json.dumps(result, indent=1, default=float))
+
+
+def table(columns: dict[str, list[float]]) -> None:
+    print(f"{'':<8}{'n':>4}" + "".join(f"{name:>10}" for name in ("median", "q1", "q3", "lowest", "highest")))
+    for name, values in columns.items():
         q1, median, q3 = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         row = (median, q1, q3, min(values), max(values))
         print(f"{name:<8}{len(values):>4}" + "".join(f"{value:>10.3f}" for value in row))
-    if options.output:
-        result = {"settings": vars(options), "ratios": ratios, "pairs": measured, "peers": peers}
-        Path(options.output).write_text(json.dumps(result, indent=1, default=float))
+
+
+def core_seconds() -> tuple[float, float]:
+    """(seconds that the cores we may use were busy, seconds of them that were ours), since some time."""
+    ticks, cores = os.sysconf("SC_CLK_TCK"), {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    busy = 0.0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in cores:
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(int, fields[:8])
+            busy += (user + nice + system + irq + softirq + steal) / ticks
+    return busy, time.process_time()
 
 
 class Pairs:
@@ -143,6 +162,7 @@ class Pairs:
     def measure(self, prompt: list[int], turn: int) -> dict[str, Any]:
         """All sides for one prompt; every second turn the other way round."""
         rates, bandwidths, tokens = {}, {}, {}
+        began, (busy, own) = time.perf_counter(), core_seconds()
         order = ["resident", "all in slots"]
         for name in order if turn % 2 == 0 else order[::-1]:
             rates[name], tokens[name] = self._generate(name, prompt)
@@ -158,6 +178,9 @@ class Pairs:
             "convert": rates["quarter"] / rates["in place"],
             "reading": bandwidths["bare quarter"] / bandwidths["bare in place"],
         }
+        seconds, (busy_now, own_now) = time.perf_counter() - began, core_seconds()
+        cores = len(os.sched_getaffinity(0))
+        result["others"] = max(0.0, (busy_now - busy) - (own_now - own)) / (seconds * cores)
         print({name: round(value, 3) for name, value in result.items()}, flush=True)
         return {**result, "tokens_per_second": rates, "bytes_per_second": bandwidths}
 

@@ -21,7 +21,8 @@ from melinoe.offload.context import PassContext
 from melinoe.offload.experts import melinoe_experts
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
-from melinoe.offload.store import Store, write_layer
+from melinoe.offload.record_file import write_layer
+from melinoe.offload.store import Store
 from melinoe.routing.policies import POLICIES, make_policy
 
 EXPERTS, HIDDEN, TOKENS, TOP_K = 8, 32, 11, 3

@@ -19,8 +19,9 @@ from melinoe.errors import MelinoeError
 from melinoe.offload.device import DeviceReader
 from melinoe.offload.formats import Tensors
 from melinoe.offload.layout import RecordLayout
+from melinoe.offload.record_file import StoredLayer
 from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
-from melinoe.offload.store import Store, StoredLayer
+from melinoe.offload.store import Store
 
 SLOTS_FORMATS = ("packed", "expanded")
 DEFAULT_SLOTS_FORMAT = "expanded"  # measured faster on a CPU with a disk of 1 GB/s (docs/results.md)

@@ -49,12 +49,16 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
-def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device) -> dict[int, torch.Tensor]:
-    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out."""
-    flat = indices.ravel()
-    order = np.argsort(flat, kind="stable")
-    experts, counts = np.unique(flat, return_counts=True)
-    groups = torch.from_numpy(order).to(device).split(counts.tolist())  # one upload for all
+def _rows_by_expert(
+    top_k_index: torch.Tensor, indices: np.ndarray, num_experts: int
+) -> dict[int, torch.Tensor]:
+    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out.
+
+    indices: top_k_index on the host. Sorted where it is: an upload would be one more synchronisation.
+    """
+    order = top_k_index.reshape(-1).argsort(stable=True)
+    experts, counts = np.unique(indices, return_counts=True)
+    groups = order.split(counts.tolist())
     return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
 
 
@@ -107,12 +111,13 @@ def _many_tokens(
     module: nn.Module,
     context: PassContext | None,
     hidden_TH: torch.Tensor,
+    top_k_index: torch.Tensor,
     indices: np.ndarray,
     scale_TK: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """[T * K, H] outputs, every expert's rows computed at once and put in their own places."""
     tokens, top_k = indices.shape
-    rows = _rows_by_expert(indices, int(module.num_experts), hidden_TH.device)  # type: ignore[arg-type]
+    rows = _rows_by_expert(top_k_index, indices, int(module.num_experts))  # type: ignore[arg-type]
     served = _served(module, context, indices, rows)
     outputs: torch.Tensor | None = None
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -166,7 +171,7 @@ def melinoe_experts(
     if distinct and not (torch.is_grad_enabled() and hidden_states.requires_grad):
         outputs = _one_token(module, context, hidden_states, indices, scale_TK)
     else:
-        outputs = _many_tokens(module, context, hidden_states, indices, scale_TK)
+        outputs = _many_tokens(module, context, hidden_states, top_k_index, indices, scale_TK)
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
     terms = outputs.view(tokens, top_k, -1)

@@ -73,7 +73,8 @@ class ExpertPager:
         self.statistics = Statistics()
         self._lock = threading.RLock()  # decisions follow program order; two threads take turns
         self._process = os.getpid()
-        self._serving = False  # stays True behind a call that did not come to its end
+        self._inside = False  # while a call is served
+        self._unfinished = False  # behind a call that did not come to its end
 
     @property
     def slot_bytes(self) -> int:
@@ -92,7 +93,7 @@ class ExpertPager:
             for bank in self.banks:
                 bank.clear()
             self.policy.reset()
-            self._serving = False
+            self._unfinished = False
 
     def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
         """A new request starts; see `Policy.begin`."""
@@ -120,13 +121,17 @@ class ExpertPager:
                 next_step="load it in every process (multiprocessing: start method spawn, or load after the fork)",
             )
         with self._lock:
-            if self._serving:
+            assert not self._inside, "a call inside a call would overwrite what the outer one uses"
+            if self._unfinished:
                 self.reset()
-            self._serving = True
-            with contextlib.closing(self._serve(layer, call)) as served:
-                for expert, views in served:
-                    yield expert, views if self._scratch is None else self._scratch.expand(layer, views)
-            self._serving = False
+            self._inside = self._unfinished = True
+            try:
+                with contextlib.closing(self._serve(layer, call)) as served:
+                    for expert, views in served:
+                        yield expert, views if self._scratch is None else self._scratch.expand(layer, views)
+                self._unfinished = False
+            finally:
+                self._inside = False
 
     def _serve(self, layer: int, call: Call) -> Generator[tuple[int, Views]]:
         bank = self.banks[layer]

@@ -65,6 +65,24 @@ def test_slow_reads_are_waited_for(olmoe_store, expected, slow_reads):
         assert exact(melinoe.load(olmoe_store, slots=slots), expected), slots
 
 
+def test_a_call_inside_a_call_is_refused(olmoe_store, expected, monkeypatch):
+    """It would read into the staging records that the outer one computes with."""
+    model = melinoe.load(olmoe_store, slots=1)
+    real, depth = experts.expert_output, []
+
+    def nested(module, hidden, weights, expert):
+        if not depth:
+            depth.append(1)
+            experts.melinoe_experts(module, hidden[:1], torch.tensor([[0, 7]]), torch.ones(1, 2))
+        return real(module, hidden, weights, expert)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "expert_output", nested)
+        with pytest.raises(AssertionError, match="a call inside a call"):
+            greedy(model)
+    assert exact(model, expected)
+
+
 def interrupt(monkeypatch, where, at, late=None):
     """Raises KeyboardInterrupt at the `at`-th call of one function, after what the function does; `calls` counts."""
     owner, name = where

@@ -105,7 +105,7 @@ def test_a_prompt_reads_an_expert_at_most_once(olmoe_store, monkeypatch, slots):
         reads.clear()
         model(**batch(seed=seed))
         assert reads or slots == 8
-        assert set(reads.values()) == {1}
+        assert set(reads.values()) <= {1}
         assert not [(layer, e) for layer, e in reads if e in before[layer]]
         assert all(len(one) >= min(slots, 5) for one in model.melinoe_context.pager.policy.resident)
 

@@ -30,17 +30,17 @@ NAME = "melinoe"
 
 def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
     """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
-    own_way = getattr(module, "expert_forward", None)
+    # both by dictionary: for what is not there, nn.Module's getattr takes longer than a small matrix
+    own_way, low_rank = module.__dict__.get("expert_forward"), module._modules.get("low_rank")
     if own_way is not None:  # dbrx
         return own_way(hidden, weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    low_rank = getattr(module, "low_rank", None)
 
     def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
         weight = weights[name]
         out = rows @ weight if module.is_transposed else F.linear(rows, weight)
         if low_rank is not None:
-            out = out + low_rank.term(rows, expert, side)
+            out = out + low_rank.term(rows, expert, side)  # type: ignore[operator]
         return out + weights[f"{name}_bias"] if module.has_bias else out
 
     inner = project(hidden, up, "up")
@@ -96,15 +96,15 @@ def _one_token(
     asked = indices[0].tolist()
     place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
     served = _served(module, context, indices, place)
-    outputs: torch.Tensor | None = None
+    parts: dict[int, torch.Tensor] = {}
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
             inputs_1H = hidden_1H if scale_TK is None else hidden_1H * scale_TK[0, place[expert]]
-            part_1H = expert_output(module, inputs_1H, weights, expert)
-            if outputs is None:
-                outputs = part_1H.new_zeros(len(asked), part_1H.shape[-1])
-            outputs[place[expert]] = part_1H[0]
-    return outputs
+            parts[place[expert]] = expert_output(module, inputs_1H, weights, expert)
+    if not parts:
+        return None
+    nothing = None if len(parts) == len(asked) else torch.zeros_like(next(iter(parts.values())))  # sentinels
+    return torch.cat([parts.get(position, nothing) for position in range(len(asked))])  # type: ignore[misc]
 
 
 def _many_tokens(

@@ -5,13 +5,12 @@
 Writes 13.8 GB of random bfloat16 weights under the hub's names (one safetensors shard per layer, kept and reused),
 then, each in a process of its own inside a memory cgroup of 4 GiB in which the page cache counts as well:
 
-    in place    melinoe generate --model CHECKPOINT: indexed on first use, no second copy; then once more
+    in place    melinoe generate --model CHECKPOINT: indexed on first use, no second copy
     convert     melinoe convert CHECKPOINT STORE
-    store       melinoe generate --model STORE, and once more with a smaller budget
+    store       melinoe generate --model STORE, in turn with in place, and once with a smaller budget
 
 All must generate the same text. For each: seconds, the largest resident set of the process, and the largest use of
-the cgroup. Random weights say nothing of quality and their router asks for experts evenly: the hit rate is the worst
-a model can have.
+the cgroup. Random weights say nothing of quality, nor of the hit rate that a trained model would have.
 """
 
 from __future__ import annotations
@@ -141,6 +140,7 @@ def main() -> None:
     parser.add_argument("--memory", default="3GiB", help="melinoe's budget inside it")
     parser.add_argument("--less-memory", default="2GiB", help="of the last run")
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2, help="of store and in place in turn")
     parser.add_argument("--keep", action="store_true", help="leave checkpoint and store there")
     parser.add_argument("--output")
     options = parser.parse_args()
@@ -157,9 +157,12 @@ def main() -> None:
     prompt = " ".join(f"w{100 + 37 * word}" for word in range(16))
     runs = {
         "in place, first use": (source, options.memory),
-        "in place": (source, options.memory),
         "convert": None,
-        "store": (store, options.memory),
+        **{
+            f"{name}, {turn}": (folder, options.memory)
+            for turn in range(1, options.rounds + 1)
+            for name, folder in (("store", store), ("in place", source))
+        },
         "store, less memory": (store, options.less_memory),
     }
     result: dict = {"settings": vars(options), "checkpoint_bytes": total, "limit_applied": limit.available}

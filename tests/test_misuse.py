@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -235,6 +236,31 @@ def test_plain_from_pretrained_refuses_other_weights(copied, tmp_path):
     shutil.copy(tmp_path / "store" / "model.safetensors", copied / "model.safetensors")
     with pytest.raises(melinoe.MelinoeError, match="not those the store was made with"):
         AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_a_checkpoint_whose_config_was_edited(tmp_path):
+    """The store made on first use has a copy of the old one."""
+    source = save_checkpoint(tmp_path / "model", "olmoe")
+    assert torch.equal(greedy(melinoe.load(source, slots=3)), greedy(resident(source)))
+    text = (source / "config.json").read_text()
+    assert '"num_experts_per_tok": 2' in text
+    (source / "config.json").write_text(text.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 3'))
+    assert torch.equal(greedy(melinoe.load(source, slots=3)), greedy(resident(source)))
+
+
+@pytest.mark.parametrize("convert", [True, False], ids=["converted", "in place"])
+def test_missing_weights_are_not_made_up(tmp_path, convert):
+    """transformers warns, and fills them with random numbers."""
+    source = save_checkpoint(tmp_path / "model", "olmoe")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    if convert:
+        melinoe.convert(source, tmp_path / "store", progress=False)
+    with pytest.raises(
+        melinoe.MelinoeError, match=r"lacks weights of the model; got nothing for lm_head\.weight"
+    ):
+        melinoe.load(tmp_path / "store" if convert else source, slots=3)
 
 
 def test_moves_are_refused(olmoe_store, expected):

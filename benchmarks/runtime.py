@@ -5,13 +5,14 @@
     misses   bytes over the time in which a read is outstanding, over what a bare reader reaches with the same
              record size, threads and misses per layer                                          aim >= 0.85
     hits     decoding with every expert in slots, over the resident model with grouped_mm       aim >= 1
+    cpu      the same by the processor seconds of whole requests, which other work on the machine does not move
     convert  decoding at a quarter of the experts from a converted store, over decoding in place from the
              checkpoint's own shards
     reading  the same for two bare readers, without a model
     peer     decoding at a quarter of the experts, over accelerate's disk_offload of the
              experts: same widened model, same memory limit                                     aim >= 10
 
-The first four are pairs: both sides of a ratio, one after the other, for one prompt, in one process, the order
+All but the last are pairs: both sides of a ratio, one after the other, for one prompt, in one process, the order
 turning, so that other work on the machine meets both alike; `others` is the share of our cores' time that it took
 during each pair, and a second table has the quiet half of the pairs. The contestants of the last run in a process of their
 own each, under one memory limit, page cache dropped. The table gives the median, the quartiles and the range. Every
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder with test.jsonl; the embedded workload if not given")
     parser.add_argument("--record-bytes", type=int, default=RECORD_BYTES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", type=int, help="rounds of the last ratio; as the others if not given")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--output")
@@ -74,7 +76,7 @@ def main() -> None:
     try:
         source = str(resolve_model(options.model))
         arena = speed.prepare({"base": source}, folder / "wide", options.record_bytes, rows, size, 0)
-        peers = [peer(arena) for _ in range(options.rounds)]
+        peers = [peer(arena) for _ in range(options.rounds if options.peers is None else options.peers)]
         pairs = Pairs(arena, folder / "in-place")
         measured = [
             pairs.measure(prompt, turn)
@@ -83,11 +85,10 @@ def main() -> None:
         ]
     finally:
         shutil.rmtree(folder)
-    names = ("misses", "hits", "convert", "reading", "others")
+    names = ("misses", "hits", "cpu", "convert", "reading", "others")
     quiet = sorted(measured, key=lambda one: one["others"])[: (len(measured) + 1) // 2]
-    table(
-        {name: [one[name] for one in measured] for name in names} | {"peer": [one["ratio"] for one in peers]}
-    )
+    found = {name: [one[name] for one in measured] for name in names}
+    table(found | ({"peer": [one["ratio"] for one in peers]} if peers else {}))
     table({name: [one[name] for one in quiet] for name in names})
     if options.output:
         result = {"settings": vars(options), "pairs": measured, "peers": peers}
@@ -131,11 +132,12 @@ class Pairs:
             "quarter": load(store, slots=max(1, experts // 4)),
             "in place": load(in_place, slots=max(1, experts // 4)),
         }
+        self.cpu_seconds: dict[str, float] = {}  # of the last request of each
         for prompt in arena.prompts:  # all that they ask for comes into the slots
             self._generate("all in slots", prompt)
 
     def _generate(self, name: str, prompt: list[int]) -> tuple[float, list[int]]:
-        tokens, speed_reached = [], 0.0
+        tokens, speed_reached, began = [], 0.0, time.process_time()
         pieces = stream_generate(
             self.models[name], self.tokenizer, prompt, max_new_tokens=self.tokens, ignore_eos=True
         )
@@ -144,6 +146,7 @@ class Pairs:
                 tokens.append(piece.token)
             if piece.statistics is not None:
                 speed_reached = piece.statistics.generation_tokens_per_second or 0.0
+        self.cpu_seconds[name] = time.process_time() - began
         return speed_reached, tokens
 
     def _paged(self, name: str, prompt: list[int]) -> tuple[float, list[int], float, list[int]]:
@@ -175,6 +178,7 @@ class Pairs:
         result = {
             "misses": bandwidths["quarter"] / bandwidths["bare quarter"],
             "hits": rates["all in slots"] / rates["resident"],
+            "cpu": self.cpu_seconds["resident"] / self.cpu_seconds["all in slots"],
             "convert": rates["quarter"] / rates["in place"],
             "reading": bandwidths["bare quarter"] / bandwidths["bare in place"],
         }

@@ -73,18 +73,23 @@ def test_a_share_of_what_is_free(olmoe_store, monkeypatch):
     assert melinoe.plan(olmoe_store, " 24.9 % ", measure_seconds=0)["budget"]["slots"] == 4
 
 
-def test_free_memory_inside_a_cgroup():
+def test_memory_is_that_of_this_process_and_its_cgroup():
+    """Free memory is what the process's own cgroup leaves; the peak is not that of the parent, which has more."""
     limit = MemoryLimit(2**30)
     if not limit.available:
         pytest.skip("no memory cgroup can be made here")
+    ours = bytearray(800 * 2**20)
+    ours[::4096] = b"x" * len(ours[::4096])  # resident
     try:
-        code = "from melinoe.offload.machine import free_memory; print(free_memory())"
+        code = "from melinoe.offload.machine import free_memory, peak_memory; print(free_memory(), peak_memory())"
         inside = subprocess.run(
             [sys.executable, "-c", code], preexec_fn=limit.join, capture_output=True, text=True, check=True
         )
     finally:
         limit.close()
-    assert 0 < int(inside.stdout) < 2**30 < free_memory()
+    free, peak = map(int, inside.stdout.split())
+    assert 0 < free < 2**30 < free_memory()
+    assert 0 < peak < len(ours)
 
 
 def test_plan_of_a_checkpoint_is_what_load_does_with_it(olmoe, tmp_path):

@@ -220,4 +220,6 @@ def test_expert_parallel_sentinels_add_nothing(module_name, class_name):
     masked[::2, 1] = EXPERTS
     alone = melinoe_experts(experts, hidden, index, weights.masked_fill(masked == EXPERTS, 0.0))
     assert torch.allclose(melinoe_experts(experts, hidden, masked, weights), alone, atol=1e-5)
+    first = melinoe_experts(experts, hidden[:1], masked[:1], weights[:1])  # decoding's own way
+    assert torch.allclose(first, alone[:1], atol=1e-5)
     assert not melinoe_experts(experts, hidden, torch.full_like(index, EXPERTS), weights).any()

@@ -21,7 +21,8 @@ from melinoe.offload.context import PassContext
 from melinoe.offload.experts import melinoe_experts
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.pager import ExpertPager
-from melinoe.offload.store import Store, write_layer
+from melinoe.offload.record_file import write_layer
+from melinoe.offload.store import Store
 from melinoe.routing.policies import POLICIES, make_policy
 
 EXPERTS, HIDDEN, TOKENS, TOP_K = 8, 32, 11, 3
@@ -219,4 +220,6 @@ def test_expert_parallel_sentinels_add_nothing(module_name, class_name):
     masked[::2, 1] = EXPERTS
     alone = melinoe_experts(experts, hidden, index, weights.masked_fill(masked == EXPERTS, 0.0))
     assert torch.allclose(melinoe_experts(experts, hidden, masked, weights), alone, atol=1e-5)
+    first = melinoe_experts(experts, hidden[:1], masked[:1], weights[:1])  # decoding's own way
+    assert torch.allclose(first, alone[:1], atol=1e-5)
     assert not melinoe_experts(experts, hidden, torch.full_like(index, EXPERTS), weights).any()

@@ -224,7 +224,7 @@ def test_memory_budget(olmoe_store):
         melinoe.load(olmoe_store, slots=3, policy="mru")
 
 
-def test_plan_agrees_with_what_is_loaded(olmoe, olmoe_store):
+def test_plan_agrees_with_what_is_loaded(olmoe_store):
     planned = melinoe.plan(olmoe_store, memory="1MiB", measure_seconds=0.2)
     loaded = melinoe.load(olmoe_store, memory="1MiB").melinoe_budget
     assert planned["budget"]["slots"] == loaded.slots
@@ -233,9 +233,6 @@ def test_plan_agrees_with_what_is_loaded(olmoe, olmoe_store):
     assert planned["ceiling_tokens_per_second"][0.5] == pytest.approx(
         2 * planned["bandwidth"] / planned["bytes_per_token"]
     )
-    checkpoint = melinoe.plan(olmoe, memory="1MiB")
-    assert checkpoint["budget"] == planned["budget"]
-    assert checkpoint["bandwidth"] is None
     for share in ("0%", "101%"):
         with pytest.raises(melinoe.MelinoeError, match="share"):
-            melinoe.plan(olmoe, memory=share)
+            melinoe.plan(olmoe_store, memory=share)

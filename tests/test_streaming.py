@@ -18,6 +18,7 @@ import melinoe
 from families import batch, config, save_checkpoint, save_tokenizer
 from melinoe.moe import fingerprint, moe_layers
 from melinoe.offload.adapter import write_adapter
+from melinoe.offload.checkpoint import separable
 from melinoe.offload.low_rank import attach_low_rank
 from melinoe.offload.store import Store, open_store
 
@@ -226,6 +227,24 @@ def test_other_quantised_formats_are_named(olmoe, tmp_path):
     with pytest.raises(melinoe.MelinoeError, match=r"cannot stream.*gptq.*fp8, mxfp4"):
         melinoe.convert(folder, tmp_path / "store", progress=False)
     assert not list(tmp_path.glob("store*"))
+
+
+def test_the_conversions_that_mix_experts_are_those_that_the_docs_name():
+    """Of all that transformers has; they need more memory (docs/store.md)."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mixing, seen = set(), set()
+    for family, steps in conversion_mapping._build_checkpoint_conversion_mapping().items():
+        for step in steps:
+            if isinstance(step, WeightConverter) and any("experts" in name for name in step.target_patterns):
+                seen.add(family)
+                if not separable(step):
+                    mixing.add(family)
+    assert len(seen) > 50
+    assert mixing == {"qwen3_vl_moe", "ernie4_5_vl_moe"}
+    text = (Path(__file__).parent.parent / "docs" / "store.md").read_text()
+    assert all(family in text for family in mixing)
 
 
 _MEASURE = """

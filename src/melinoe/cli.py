@@ -145,12 +145,16 @@ def generate(
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
     prepare(model)
-    from melinoe.generation import stream_generate
+    from melinoe.data import encode_prompt
+    from melinoe.generation import DEFAULT_NEW_TOKENS, stream_generate
+    from melinoe.offload.budget import DEFAULT_CONTEXT
     from melinoe.offload.loader import load, load_tokenizer, plan
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
+    tokenizer = load_tokenizer(model)
+    needed = len(encode_prompt(tokenizer, text, raw)) + (max_new_tokens or DEFAULT_NEW_TOKENS)
     loaded = load(
         model,
         adapter=adapter,
@@ -160,9 +164,9 @@ def generate(
         policy=policy,
         device=device,
         slots_format=slots_format_of(packed),
+        context=needed if needed > DEFAULT_CONTEXT else None,
     )
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
-    tokenizer = load_tokenizer(model)
     answer, statistics = "", None
     for piece in stream_generate(
         loaded, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from melinoe.config import format_bytes
 from melinoe.data import encode_prompt
 from melinoe.errors import MelinoeError
+from melinoe.offload.budget import PREFILL_CHUNK
+from melinoe.offload.machine import peak_memory
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -147,6 +148,8 @@ def stream_generate(
             next_step="lower --max-new-tokens or shorten the prompt",
         )
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if len(ids) > PREFILL_CHUNK:  # resident models too: what is computed must not depend on where experts are
+        settings["prefill_chunk_size"] = PREFILL_CHUNK
     if temperature > 0:
         settings["temperature"] = temperature
     if ignore_eos:
@@ -194,7 +197,7 @@ def stream_generate(
 def _statistics(
     prompt: int, generated: int, ttft: float, seconds: float, model: Any, before: dict[str, Any] | None
 ) -> GenerationStatistics:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if before is None:
         return GenerationStatistics(prompt, generated, ttft, seconds, peak)
     after = model.melinoe_context.pager.statistics.to_json()

@@ -59,6 +59,22 @@ def open_for(model: nn.Module, folder: Path) -> Store:
     return store
 
 
+def check_weights(model: nn.Module, store: Store) -> None:
+    """Refuses resident weights (read by now) that are not those of the store.
+
+    Raises:
+        MelinoeError: its routers have another fingerprint.
+    """
+    found = fingerprint(model)
+    if found != store.fingerprint:
+        raise MelinoeError(
+            f"the weights in {store.folder} are not those the store was made with",
+            got=found,
+            allowed=store.fingerprint,
+            next_step="convert again",
+        )
+
+
 def strip(model: nn.Module) -> None:
     """Removes the expert parameters, so that nothing loads, allocates or initialises them."""
     for _, module in experts_modules(model):
@@ -68,10 +84,11 @@ def strip(model: nn.Module) -> None:
 
 
 def unmap(model: nn.Module) -> None:
-    """Gives weights on the CPU memory of their own.
+    """Gives weights on the CPU memory of their own, at the start of a cache line.
 
-    from_pretrained maps them from the file. A checkpoint may be overwritten by its owner while it is in use; what is
-    mapped would change with it, or end the process where the file became shorter.
+    from_pretrained maps them from the file. That may be overwritten by its owner while it is in use; what is mapped
+    would change with it, or end the process where the file became shorter. And matrix libraries may round by
+    where weights lie (see `loader.align`).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
@@ -82,7 +99,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
     """Attaches pager and context to a stripped model.
 
     Args:
-        settings: the quantizer's config: slots, memory, policy, predictor, slots_format.
+        settings: the quantizer's config, `MelinoeConfig`.
     """
     packed = slots_packed(store, settings.slots_format)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
@@ -91,6 +108,7 @@ def attach(model: Any, store: Store, settings: Any) -> None:
         slot_records(store, packed),
         settings.memory,
         settings.slots,
+        context=settings.context,
         extra_bytes=extra,
         buffer_bytes=expansion_bytes(store, packed),
         device=model.device,
@@ -112,6 +130,21 @@ def attach(model: Any, store: Store, settings: Any) -> None:
     experts.use(model)
     model.generation_config.disable_compile = True  # the experts function talks to the disk
     model.save_pretrained = MethodType(_refuse_to_save, model)
+    model._apply = MethodType(_refuse_to_move, model)
+
+
+def _refuse_to_move(self: Any, function: Any, *rest: Any) -> Any:
+    """In place of `nn.Module._apply`, which to(), half(), cuda() and others of this model or one around it call."""
+    weight = next(self.parameters())
+    moved = function(weight.new_empty(0))
+    if (moved.dtype, moved.device) != (weight.dtype, weight.device):
+        raise MelinoeError(
+            "an offloaded model stays in its dtype and on its device: its experts' slots do not move along",
+            got=f"{moved.dtype} on {moved.device}",
+            allowed=f"{weight.dtype} on {weight.device}",
+            next_step="load it again with melinoe.load(..., device=...)",
+        )
+    return type(self)._apply(self, function, *rest)
 
 
 def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
@@ -119,10 +152,3 @@ def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
         "an offloaded model has no experts in memory, save_pretrained would lose them",
         next_step="copy the store folder, or save the checkpoint it was made from",
     )
-
-
-def check_fingerprint(model: nn.Module, expected: str, what: str) -> None:
-    """Refuses a file that was made with another model's routing."""
-    found = fingerprint(model)
-    if found != expected:
-        raise MelinoeError(f"{what} belongs to another model", got=expected, allowed=found)

@@ -43,11 +43,15 @@ class Budget:
 
 
 def _cache_bytes_per_token(model: nn.Module) -> int:
+    """At most, of one sequence: as if every layer had full attention (hybrids and sliding windows need less)."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    widths = 2 * max(width, getattr(config, "global_head_dim", None) or 0)  # gemma4: some heads are wider
+    if getattr(config, "kv_lora_rank", None):  # latent attention: cached before it is expanded to heads
+        heads, widths = 1, config.kv_lora_rank + config.qk_rope_head_dim
     element = (config.dtype or torch.float32).itemsize
-    return int(2 * config.num_hidden_layers * heads * width * element)
+    return int(config.num_hidden_layers * heads * widths * element)
 
 
 def _given_bytes(memory: int | str | None, device: torch.device | None) -> int:

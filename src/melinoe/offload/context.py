@@ -6,6 +6,7 @@ attention mask and the cache, and leaves a note here for all layers of the same 
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,25 @@ from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import DECODE, PREFILL, Call
 
 
+class _Note(threading.local):
+    """Of the forward pass that the calling thread is in. See `Call` for ages and valid."""
+
+    phase = PREFILL
+    ages: np.ndarray = np.empty(0, np.int64)
+    valid: np.ndarray = np.empty(0, bool)
+
+
 class PassContext:
     """The note of the current forward pass, and where requests begin."""
 
     def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
         self.pager, self.predictor = pager, predictor
-        self.phase = PREFILL
-        self.ages = self.valid = np.empty(0)
+        self._note = _Note()
 
     def attach(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self._before, with_kwargs=True)
 
+    @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
@@ -47,13 +56,14 @@ class PassContext:
         past = int(cache.get_seq_length()) if cache is not None else 0
         # several tokens behind a cache: the next piece of a prompt, unless decoding has begun (then it
         # is the verification of guessed tokens)
-        self.phase = PREFILL if past == 0 or (length > 1 and self.phase == PREFILL) else DECODE
+        note = self._note
+        note.phase = PREFILL if past == 0 or (length > 1 and note.phase == PREFILL) else DECODE
         after = valid[:, ::-1].cumsum(1)[:, ::-1]
-        self.ages, self.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()
+        note.ages, note.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()
         if past == 0:
             self._begin(ids, valid)
         count = int(valid.sum())
-        if self.phase == DECODE:
+        if note.phase == DECODE:
             self.pager.statistics.decode_tokens += count
         else:
             self.pager.statistics.prefill_tokens += count
@@ -66,29 +76,33 @@ class PassContext:
             length: of the row; what lies behind the last sequence is padding.
         """
         lengths = np.diff(ends)
-        self.phase = DECODE if lengths.max(initial=0) <= 1 else PREFILL
+        note = self._note
+        note.phase = DECODE if lengths.max(initial=0) <= 1 else PREFILL
         positions = np.arange(length)
-        self.valid = positions < ends[-1]
+        note.valid = positions < ends[-1]
         sequence = np.searchsorted(ends[1:], positions, side="right").clip(max=len(lengths) - 1)
-        self.ages = np.where(self.valid, ends[1:][sequence] - 1 - positions, 0)
-        if self.phase == PREFILL:
-            self.pager.policy.begin()  # a prediction belongs to one prompt; here are several, at any time
+        note.ages = np.where(note.valid, ends[1:][sequence] - 1 - positions, 0)
+        if note.phase == PREFILL:
+            self.pager.begin()  # a prediction belongs to one prompt; here are several, at any time
         self.pager.statistics.decode_tokens += int((lengths == 1).sum())
         self.pager.statistics.prefill_tokens += int(lengths[lengths > 1].sum())
 
     def _begin(self, ids: torch.Tensor | None, valid: np.ndarray) -> None:
-        if self.predictor is None or ids is None:
-            self.pager.policy.begin()
+        prompts = []
+        if self.predictor is not None and ids is not None:
+            prompts = [row[keep].tolist() for row, keep in zip(ids.cpu().numpy(), valid, strict=True)]
+            prompts = [prompt for prompt in prompts if prompt]  # a row may be padding alone
+        if self.predictor is None or not prompts:
+            self.pager.begin()
             return
-        prompts = [row[keep].tolist() for row, keep in zip(ids.cpu().numpy(), valid, strict=True)]
-        scores = np.mean([self.predictor.scores(prompt) for prompt in prompts if prompt], axis=0)
-        self.pager.policy.begin(scores, self.predictor.prior_tokens)
+        scores = np.mean([self.predictor.scores(prompt) for prompt in prompts], axis=0)
+        self.pager.begin(scores, self.predictor.prior_tokens)
 
     def call(self, indices: np.ndarray) -> Call:
         """The policy's view of one layer's call. indices: [T, K]."""
-        tokens = len(indices)
-        if tokens == len(self.ages):
-            return Call(indices, self.ages, self.valid, self.phase)
+        tokens, note = len(indices), self._note
+        if tokens == len(note.ages):
+            return Call(indices, note.ages, note.valid, note.phase)
         # the layers were called past the model we know: say only what the shape says
         phase = PREFILL if tokens > 1 else DECODE
         return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), phase)

@@ -1,24 +1,17 @@
 """`melinoe convert`: checkpoint -> store, one expert in memory at a time.
 
-The store is built in TARGET.partial and renamed when it is complete, so that no half store ever loads.
 Record files are finished one by one; an interrupted call keeps them, and the next call with the same
-source goes on behind them.
+source goes on behind them (building.py).
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,24 +19,13 @@ from melinoe.config import format_bytes, resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, fingerprint, moe_layers
 from melinoe.offload import checkpoint
+from melinoe.offload.building import BuildState, copy_small_files, finish, partial_folder
 from melinoe.offload.formats import Packing, check_format, packing_of
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.merging import Tuning, open_tuning
+from melinoe.offload.record_file import StoredLayer, write_layer
 from melinoe.offload.rest import write_rest
-from melinoe.offload.shards import Stamp
-from melinoe.offload.store import (
-    Store,
-    StoredLayer,
-    is_store,
-    layer_from_json,
-    layer_to_json,
-    open_store,
-    write_layer,
-    write_manifest,
-)
-
-STATE = "convert-state.json"
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+from melinoe.offload.store import Store, is_store, open_store
 
 
 def convert(
@@ -87,7 +69,7 @@ def convert(
     expert_plan, rest = checkpoint.plan(model, shards.names(), quantizer)
     tuning = open_tuning(adapter, model, shards, rest) if adapter is not None else None
     with partial_folder(target) as partial:
-        state = _State.open(partial, folder, shards, tuning, format)
+        state = BuildState.open(partial, folder, shards, tuning, format)
         layers = _write_experts(model, shards, expert_plan, partial, state, tuning, format, progress)
         write_rest(
             shards,
@@ -104,18 +86,19 @@ def convert(
     return open_store(target)
 
 
-def local_folder(source: Path | str) -> Path:
-    """The folder of a model: itself, or what huggingface_hub has fetched for an id."""
+def local_folder(source: Path | str, weights: bool = True) -> Path:
+    """The folder of a model: itself, or what huggingface_hub has fetched for an id.
+
+    Args:
+        weights: fetch weights too; if not, they may be there from an earlier call.
+    """
     if isinstance(source, Path):
         return source
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(
-            snapshot_download(
-                source, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
-        )
+        return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as error:
         raise MelinoeError(
             "no such model folder, and the Hub has no such model or cannot be reached",
@@ -124,71 +107,12 @@ def local_folder(source: Path | str) -> Path:
         ) from error
 
 
-@contextmanager
-def partial_folder(target: Path) -> Iterator[Path]:
-    """The folder a store is built in, held by one process at a time."""
-    partial = target.with_name(target.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
-    except BlockingIOError:
-        raise MelinoeError(f"another process is converting into {target}", next_step="wait for it") from None
-    finally:
-        os.close(descriptor)
-
-
-def empty(folder: Path) -> None:
-    """Removes what stands in a folder; of links the links alone."""
-    for leftover in folder.iterdir():
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
-
-
-class _State:
-    """What an interrupted call has finished: {layer index: stored layer}, for one source and format."""
-
-    def __init__(
-        self, path: Path, source: dict[str, Any], store_id: str, layers: dict[int, StoredLayer]
-    ) -> None:
-        self.path, self.source, self.store_id, self.layers = path, source, store_id, layers
-
-    @classmethod
-    def open(
-        cls, partial: Path, folder: Path, shards: checkpoint.Shards, tuning: Tuning | None, format: str
-    ) -> _State:
-        sizes = {stamp.file: [stamp.size, stamp.mtime_ns] for stamp in shards.stamps}
-        source: dict[str, Any] = {"folder": str(folder.resolve()), "files": sizes, "format": format}
-        if tuning is not None:
-            source["adapter"] = tuning.stamp
-        path = partial / STATE
-        try:
-            data = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            data = {}
-        if data.get("source") == source:
-            layers = {int(index): layer_from_json(layer) for index, layer in data["layers"].items()}
-            return cls(path, source, data["store_id"], layers)
-        empty(partial)  # of another source, or from before the first layer was whole
-        return cls(path, source, uuid.uuid4().hex, {})
-
-    def finished(self, index: int, layer: StoredLayer) -> None:
-        self.layers[index] = layer
-        layers = {str(key): layer_to_json(value) for key, value in self.layers.items()}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"source": self.source, "store_id": self.store_id, "layers": layers}))
-        temporary.replace(self.path)
-
-
 def _write_experts(
     model: torch.nn.Module,
     shards: checkpoint.Shards,
     expert_plan: dict[str, checkpoint.Sources],
     partial: Path,
-    state: _State,
+    state: BuildState,
     tuning: Tuning | None,
     format: str,
     progress: bool,
@@ -282,41 +206,3 @@ def _packed(
     for record in records:
         packing.pack(layout.views(torch.frombuffer(record, dtype=torch.uint8)), views)
         yield memoryview(packed.numpy())
-
-
-def copy_small_files(folder: Path, partial: Path) -> None:
-    """Tokenizer, templates and generation config; the config with our mark."""
-    for file in folder.iterdir():
-        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != "config.json":
-            shutil.copyfile(file, partial / file.name)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "melinoe"}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def finish(
-    partial: Path,
-    target: Path,
-    layers: list[StoredLayer],
-    store_id: str,
-    source: str,
-    known: str,
-    shards: tuple[Stamp, ...] = (),
-) -> None:
-    """Writes the manifest and renames.
-
-    Args:
-        known: the fingerprint; "" where the routers are not stored as they are: then it is computed by
-            loading what was written.
-    """
-    from melinoe.offload.loader import store_fingerprint
-
-    if not known:
-        write_manifest(Store(partial, "", store_id, tuple(layers), source, shards), {})
-        known = store_fingerprint(partial)
-    store = Store(partial, known, store_id, tuple(layers), source, shards)
-    write_manifest(store, {"transformers_version": transformers.__version__})
-    (partial / STATE).unlink(missing_ok=True)
-    if target.exists():
-        target.rmdir()  # an empty folder that was there before
-    partial.rename(target)

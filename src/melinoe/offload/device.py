@@ -70,10 +70,14 @@ class DeviceReader:
         if self.pinned:
             self._records = [self._load(layer) for layer in range(len(store.layers))]
         else:
-            self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="melinoe-copy")
+            self._pool = self._new_pool()
             self._buffers: queue.Queue[torch.Tensor] = queue.Queue()
             for _ in range(PINNED_BUFFERS):
                 self._buffers.put(self._host(1, store.max_record_bytes)[0])
+
+    @staticmethod
+    def _new_pool() -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(READER_THREADS, thread_name_prefix="melinoe-copy")
 
     def _host(self, count: int, record_bytes: int) -> torch.Tensor:
         """Host memory that both the disk and the device can reach directly: pinned, and aligned to pages."""
@@ -118,6 +122,13 @@ class DeviceReader:
             return event
         finally:
             self._buffers.put(buffer)
+
+    def drain(self) -> None:
+        """As `Reader.drain`. Copies on the stream may go on: later ones come behind them."""
+        if not self.pinned:
+            self._pool.shutdown(wait=True)
+            self._pool = self._new_pool()
+        self._disk.drain()
 
     def arrived(self, event: Any) -> None:
         """Makes the caller's stream wait for a record; the host goes on."""

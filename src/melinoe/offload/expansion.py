@@ -19,8 +19,9 @@ from melinoe.errors import MelinoeError
 from melinoe.offload.device import DeviceReader
 from melinoe.offload.formats import Tensors
 from melinoe.offload.layout import RecordLayout
+from melinoe.offload.record_file import StoredLayer
 from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
-from melinoe.offload.store import Store, StoredLayer
+from melinoe.offload.store import Store
 
 SLOTS_FORMATS = ("packed", "expanded")
 DEFAULT_SLOTS_FORMAT = "expanded"  # measured faster on a CPU with a disk of 1 GB/s (docs/results.md)
@@ -98,8 +99,11 @@ class ExpandingReader:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(threads):
             self._free.put(index)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="melinoe-expand")
+        self._pool = self._new_pool()
         self._lock = threading.Lock()  # one expansion is launched at a time on a stream
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.buffers.count, thread_name_prefix="melinoe-expand")
 
     @property
     def bytes_read(self) -> int:
@@ -136,6 +140,12 @@ class ExpandingReader:
                     return self._stream.record_event()
         finally:
             self._free.put(index)
+
+    def drain(self) -> None:
+        """As `Reader.drain`."""
+        self._pool.shutdown(wait=True)
+        self._pool = self._new_pool()
+        self.reader.drain()
 
     def arrived(self, event: Any) -> None:
         """Makes the caller's stream wait for an expanded record; the host goes on."""

@@ -30,17 +30,17 @@ NAME = "melinoe"
 
 def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
     """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
-    own_way = getattr(module, "expert_forward", None)
+    # both by dictionary: for what is not there, nn.Module's getattr takes longer than a small matrix
+    own_way, low_rank = module.__dict__.get("expert_forward"), module._modules.get("low_rank")
     if own_way is not None:  # dbrx
         return own_way(hidden, weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    low_rank = getattr(module, "low_rank", None)
 
     def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
         weight = weights[name]
         out = rows @ weight if module.is_transposed else F.linear(rows, weight)
         if low_rank is not None:
-            out = out + low_rank.term(rows, expert, side)
+            out = out + low_rank.term(rows, expert, side)  # type: ignore[operator]
         return out + weights[f"{name}_bias"] if module.has_bias else out
 
     inner = project(hidden, up, "up")
@@ -49,12 +49,16 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
-def _rows_by_expert(indices: np.ndarray, num_experts: int, device: torch.device) -> dict[int, torch.Tensor]:
-    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out."""
-    flat = indices.ravel()
-    order = np.argsort(flat, kind="stable")
-    experts, counts = np.unique(flat, return_counts=True)
-    groups = torch.from_numpy(order).to(device).split(counts.tolist())  # one upload for all
+def _rows_by_expert(
+    top_k_index: torch.Tensor, indices: np.ndarray, num_experts: int
+) -> dict[int, torch.Tensor]:
+    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out.
+
+    indices: top_k_index on the host. Sorted where it is: an upload would be one more synchronisation.
+    """
+    order = top_k_index.reshape(-1).argsort(stable=True)
+    experts, counts = np.unique(indices, return_counts=True)
+    groups = order.split(counts.tolist())
     return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
 
 
@@ -92,27 +96,28 @@ def _one_token(
     asked = indices[0].tolist()
     place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
     served = _served(module, context, indices, place)
-    outputs: torch.Tensor | None = None
+    parts: dict[int, torch.Tensor] = {}
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
             inputs_1H = hidden_1H if scale_TK is None else hidden_1H * scale_TK[0, place[expert]]
-            part_1H = expert_output(module, inputs_1H, weights, expert)
-            if outputs is None:
-                outputs = part_1H.new_zeros(len(asked), part_1H.shape[-1])
-            outputs[place[expert]] = part_1H[0]
-    return outputs
+            parts[place[expert]] = expert_output(module, inputs_1H, weights, expert)
+    if not parts:
+        return None
+    nothing = None if len(parts) == len(asked) else torch.zeros_like(next(iter(parts.values())))  # sentinels
+    return torch.cat([parts.get(position, nothing) for position in range(len(asked))])  # type: ignore[misc]
 
 
 def _many_tokens(
     module: nn.Module,
     context: PassContext | None,
     hidden_TH: torch.Tensor,
+    top_k_index: torch.Tensor,
     indices: np.ndarray,
     scale_TK: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """[T * K, H] outputs, every expert's rows computed at once and put in their own places."""
     tokens, top_k = indices.shape
-    rows = _rows_by_expert(indices, int(module.num_experts), hidden_TH.device)  # type: ignore[arg-type]
+    rows = _rows_by_expert(top_k_index, indices, int(module.num_experts))  # type: ignore[arg-type]
     served = _served(module, context, indices, rows)
     outputs: torch.Tensor | None = None
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -136,6 +141,7 @@ def _many_tokens(
     return outputs
 
 
+@torch.compiler.disable  # which experts are where is no part of a graph
 def melinoe_experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -165,7 +171,7 @@ def melinoe_experts(
     if distinct and not (torch.is_grad_enabled() and hidden_states.requires_grad):
         outputs = _one_token(module, context, hidden_states, indices, scale_TK)
     else:
-        outputs = _many_tokens(module, context, hidden_states, indices, scale_TK)
+        outputs = _many_tokens(module, context, hidden_states, top_k_index, indices, scale_TK)
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
     terms = outputs.view(tokens, top_k, -1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from melinoe.config import RECORD_ALIGNMENT
 from melinoe.errors import MelinoeError
+from melinoe.offload.files import WeightsFile
 from melinoe.offload.store import Store
 
 BUFFER_BYTES = 4 * 2**20  # at most, of each reading thread
@@ -28,30 +29,26 @@ def buffer_bytes(store: Store) -> int:
 
 
 class ShardFiles:
-    """The open shards of an in-place store. What is open stays readable when a file is deleted."""
+    """The open shards of an in-place store.
+
+    Raises:
+        MelinoeError: a shard is not the one that was indexed: exchanged between the check of the store and now.
+    """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.files: list[tuple[int, bool]] = []
+        self.files: list[WeightsFile] = []
         self._buffers, self._buffer_bytes = threading.local(), buffer_bytes(store)
-        for number, shard in enumerate(store.shards):
-            path = store.folder / shard.file
-            try:
-                self.files.append((os.open(path, os.O_RDONLY | os.O_DIRECT), True))
-            except OSError:  # tmpfs and others have no O_DIRECT
-                self.files.append((os.open(path, os.O_RDONLY), False))
-            self._check(number)
-
-    def _check(self, number: int) -> None:
-        """Refuses a shard that was written to, or exchanged between the check of the store and now."""
-        stamp, status = self.store.shards[number], os.fstat(self.files[number][0])
-        if (status.st_size, status.st_mtime_ns) != (stamp.size, stamp.mtime_ns):
-            raise MelinoeError(
-                f"the shard {(self.store.folder / stamp.file).resolve()} has changed while it was in use",
-                got=f"{status.st_size} bytes, written at {status.st_mtime_ns} ns",
-                allowed=f"{stamp.size} bytes, written at {stamp.mtime_ns} ns",
-                next_step="load the checkpoint again",
-            )
+        for stamp in store.shards:
+            file = WeightsFile(store.folder / stamp.file)
+            self.files.append(file)
+            if (file.size, file.mtime_ns) != (stamp.size, stamp.mtime_ns):
+                raise MelinoeError(
+                    f"the shard {file.path.resolve()} has changed since it was indexed",
+                    got=f"{file.size} bytes, written at {file.mtime_ns} ns",
+                    allowed=f"{stamp.size} bytes, written at {stamp.mtime_ns} ns",
+                    next_step="load the checkpoint again",
+                )
 
     def read(self, layer: int, expert: int, record: np.ndarray) -> int:
         """Fills `record` ([record_bytes] uint8) with one expert; its padding is left as it was.
@@ -60,24 +57,24 @@ class ShardFiles:
             The bytes of the expert.
 
         Raises:
-            OSError: it cannot be read.
-            MelinoeError: a shard has changed; what was read is not to be used.
+            OSError: it cannot be read, or a shard has changed; what was read is not to be used.
         """
         stored = self.store.layers[layer]
-        shards = set()
+        used = set()
         for shard, start, pieces in _runs(stored.pieces, stored.sources[expert]):
-            descriptor, direct = self.files[shard]
-            if direct:
-                self._read_aligned(descriptor, start, pieces, record)
+            file = self.files[shard]
+            used.add(file)
+            if file.direct:
+                self._read_aligned(file, start, pieces, record)
             else:
-                _read_plain(descriptor, pieces, record)
-            shards.add(shard)
-        for shard in shards:
-            self._check(shard)
+                for first, place, length in pieces:
+                    file.read(record.data[place : place + length], first)
+        for file in used:
+            file.check()
         return sum(length for _, length in stored.pieces)
 
     def _read_aligned(
-        self, descriptor: int, start: int, pieces: list[tuple[int, int, int]], record: np.ndarray
+        self, file: WeightsFile, start: int, pieces: list[tuple[int, int, int]], record: np.ndarray
     ) -> None:
         buffer = getattr(self._buffers, "buffer", None)
         if buffer is None:
@@ -88,7 +85,7 @@ class ShardFiles:
         position = start - start % RECORD_ALIGNMENT
         while position < end:
             wanted = min(self._buffer_bytes, -(-(end - position) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT)
-            got = os.preadv(descriptor, [view[:wanted]], position)
+            got = os.preadv(file.descriptor, [view[:wanted]], position)
             for first, place, length in pieces:
                 low, high = max(first, position), min(first + length, position + got)
                 if low < high:
@@ -98,11 +95,11 @@ class ShardFiles:
                 return
             position += got - got % RECORD_ALIGNMENT
             if got < RECORD_ALIGNMENT:
-                raise OSError("the file ended early")
+                raise OSError(f"{file.path} ended early")
 
     def close(self) -> None:
-        for descriptor, _ in self.files:
-            os.close(descriptor)
+        for file in self.files:
+            file.close()
         self.files = []
 
 
@@ -122,14 +119,3 @@ def _runs(pieces: tuple[tuple[int, int], ...], sources: tuple[tuple[int, int], .
         run = (shard, first, [(first, place, length)])
     if run is not None:
         yield run
-
-
-def _read_plain(descriptor: int, pieces: list[tuple[int, int, int]], record: np.ndarray) -> None:
-    for first, place, length in pieces:
-        done = 0
-        while done < length:
-            got = os.preadv(descriptor, [record.data[place + done : place + length]], first + done)
-            if got == 0:
-                raise OSError("the file ended early")
-            done += got
-        os.posix_fadvise(descriptor, first, length, os.POSIX_FADV_DONTNEED)

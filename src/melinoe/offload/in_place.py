@@ -28,10 +28,12 @@ from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.moe import experts_modules, fingerprint, moe_layers
 from melinoe.offload import checkpoint
+from melinoe.offload.building import copy_small_files, empty, finish, partial_folder
 from melinoe.offload.checkpoint import Shards, Sources
-from melinoe.offload.convert import copy_small_files, empty, finish, local_folder, partial_folder
+from melinoe.offload.convert import local_folder
 from melinoe.offload.layout import RecordLayout, torch_dtype
-from melinoe.offload.store import MANIFEST, Store, StoredLayer, is_store, layer_to_json, open_store
+from melinoe.offload.record_file import StoredLayer, layer_to_json
+from melinoe.offload.store import MANIFEST, Store, is_store, open_store
 
 
 class NotInPlaceError(MelinoeError):

@@ -25,6 +25,8 @@ from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import is_store, open_store
 from melinoe.prediction.network import Predictor
 
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # as `local_folder` fetches them
+
 
 def load(
     source: str | Path,
@@ -36,6 +38,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     slots_format: str | None = None,
+    context: int | None = None,
 ) -> Any:
     """Opens a model with its experts paged inside a memory budget.
 
@@ -51,6 +54,8 @@ def load(
         dtype: only the store's own.
         slots_format: of a store converted with `format`: packed (slots hold records as they are stored, expanded
             at each use) or expanded (to full size when they arrive); None: expanded.
+        context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text works,
+            and takes more memory than was asked for.
 
     Returns:
         A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
@@ -74,20 +79,11 @@ def load(
         "memory": memory,
         "policy": policy,
         "slots_format": slots_format,
+        "context": context,
         "extra_bytes": _weight_bytes(adapter),
         "predictor": None,  # set below: it may have been fitted to the adapter's routers
     }
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=config.dtype, device_map={"": place}
-    )
-    if fingerprint(model) != store.fingerprint:
-        raise MelinoeError(
-            f"the weights in {folder} are not those the store was made with",
-            got=fingerprint(model),
-            allowed=store.fingerprint,
-            next_step="convert again",
-        )
-    align(model)
+    model = _from_pretrained(folder, config=config, dtype=config.dtype, device_map={"": place})
     if adapter is not None:
         from melinoe.offload.adapter import apply_adapter
 
@@ -109,8 +105,9 @@ def store_folder(source: str | Path) -> Path:
     if isinstance(resolved, Path) and is_store(resolved):
         return resolved
     folder = local_folder(resolved)
-    weights = sorted(folder.glob("*.safetensors"))
-    stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in weights)
+    # config and tokenizer too: the store has copies of them
+    files = sorted(file for file in folder.iterdir() if file.suffix in CHECKPOINT_SUFFIXES)
+    stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in files)
     key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
     target = home() / "stores" / f"{folder.resolve().name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +158,7 @@ def load_resident(
     if isinstance(resolved, Path) and is_store(resolved):
         raise MelinoeError(f"{resolved} is a store", allowed="the checkpoint it was made from")
     folder = local_folder(resolved)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    model = _from_pretrained(folder, dtype=dtype or "auto")
     moe_layers(model)
     align(model)
     if adapter is not None:
@@ -169,6 +166,23 @@ def load_resident(
 
         apply_adapter(model, Path(adapter))
     return model.eval(), load_tokenizer(folder)
+
+
+def _from_pretrained(folder: Path, **settings: Any) -> Any:
+    """The model of a folder, whole: what is missing would be made up at random, and transformers only warns.
+
+    Raises:
+        MelinoeError: the folder lacks weights of the model.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise MelinoeError(
+            f"{folder} lacks weights of the model",
+            got=f"nothing for {missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else ""),
+            next_step="fetch the checkpoint again",
+        )
+    return model
 
 
 def align(model: Any) -> None:

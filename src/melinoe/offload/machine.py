@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,15 +18,41 @@ def free_memory(device: torch.device | None = None) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            available = min(available, int(Path(limit).read_text()) - int(Path(usage).read_text()))
-        except (OSError, ValueError):  # no such controller, or "max"
+    return min([available, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What each memory cgroup above this process leaves; page cache that the kernel can take back counts as free."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):  # version 1
+            base, limit, usage, cache = "memory", "limit_in_bytes", "usage_in_bytes", "total_inactive_file"
+        elif not controllers:  # version 2
+            base, limit, usage, cache = "", "max", "current", "inactive_file"
+        else:
             continue
-    return available
+        root = Path("/sys/fs/cgroup") / base
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            try:
+                most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
+                counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield most - used + int(counts.get(cache, 0))
+            except (OSError, ValueError):  # no such folder or controller here, or "max"
+                pass
+            if folder == root:
+                break
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes.
+
+    Not getrusage: its ru_maxrss begins with what the parent had when it started us.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -7,15 +7,19 @@ expert's record is in memory: first those that are there, while the others are b
 from __future__ import annotations
 
 import contextlib
+import os
+import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import torch
 
+from melinoe.errors import MelinoeError
 from melinoe.offload.device import DeviceReader
 from melinoe.offload.expansion import ExpandingReader, Scratch, slot_layout
 from melinoe.offload.slots import STAGING_RECORDS, Reader, RecordBuffer, SlotBank
@@ -68,6 +72,9 @@ class ExpertPager:
             self.reader = ExpandingReader(self.reader, store)
         self.statistics = Statistics()
         self._lock = threading.RLock()  # decisions follow program order; two threads take turns
+        self._process = os.getpid()
+        self._inside = False  # while a call is served
+        self._unfinished = False  # behind a call that did not come to its end
 
     @property
     def slot_bytes(self) -> int:
@@ -82,33 +89,56 @@ class ExpertPager:
     def reset(self) -> None:
         """Empties the slots and the policy's memory, after all reads have ended: a cold start."""
         with self._lock:
+            self.reader.drain()
             for bank in self.banks:
-                wait(bank.pending.values())
                 bank.clear()
             self.policy.reset()
+            self._unfinished = False
+
+    def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
+        """A new request starts; see `Policy.begin`."""
+        with self._lock:
+            self.policy.begin(scores, prior_tokens)
+
+    def __reduce__(self) -> Any:
+        raise MelinoeError(
+            "an offloaded model cannot be copied or pickled: it has files and reading threads",
+            next_step="load it once more with melinoe.load",
+        )
 
     def serve(self, layer: int, call: Call) -> Iterator[tuple[int, Views]]:
         """Yields (expert, tensors) once for every expert of the call; the tensors hold until the next step.
 
+        A call that does not come to its end (a read error, the caller stops, Ctrl-C) leaves a mark, and the
+        next one begins with empty slots: no half-read record can be taken for an expert.
+
         Raises:
-            MelinoeError: a record could not be read. The slots are emptied then, so that no later call
-                can take a half-read record for an expert.
+            MelinoeError: a record could not be read, or this process is a fork of the one that loaded the model.
         """
+        if os.getpid() != self._process:  # it shares the slots with its parent, and has none of the threads
+            raise MelinoeError(
+                "an offloaded model cannot be used in a fork of the process that loaded it",
+                next_step="load it in every process (multiprocessing: start method spawn, or load after the fork)",
+            )
         with self._lock:
-            bank = self.banks[layer]
-            in_flight: dict[Future[Any], tuple[int, int | None]] = {}
+            assert not self._inside, "a call inside a call would overwrite what the outer one uses"
+            if self._unfinished:
+                self.reset()
+            self._inside = self._unfinished = True
             try:
-                with contextlib.closing(self._serve(layer, bank, call, in_flight)) as served:
+                with contextlib.closing(self._serve(layer, call)) as served:
                     for expert, views in served:
                         yield expert, views if self._scratch is None else self._scratch.expand(layer, views)
-            except BaseException:  # also when the caller stops in the middle, or Ctrl-C
-                wait(in_flight)
-                self.reset()
-                raise
+                self._unfinished = False
+            finally:
+                self._inside = False
 
-    def _serve(
-        self, layer: int, bank: SlotBank, call: Call, in_flight: dict[Future[Any], tuple[int, int | None]]
-    ) -> Generator[tuple[int, Views]]:
+    def _serve(self, layer: int, call: Call) -> Generator[tuple[int, Views]]:
+        bank = self.banks[layer]
+        in_flight: dict[
+            Future[Any], tuple[int, int | None]
+        ] = {}  # (expert, staging record or None: its slot)
+        landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         decision = self.policy.request(layer, call)
         self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)
         hits = set(decision.hits)
@@ -116,28 +146,36 @@ class ExpertPager:
         free_staging = list(range(self.staging.count))
         behind: dict[int, tuple[Load, bool]] = {}  # loads into the slot of an expert that is served first
 
+        def follow(future: Future[Any], expert: int, index: int | None) -> None:
+            in_flight[future] = (expert, index)
+            future.add_done_callback(landed.put)
+
         def start(load: Load, preload: bool) -> None:
             slot = bank.place(load.expert, load.victim)
             future = self.reader.read(layer, load.expert, bank.buffer.record(slot, bank.buffer.record_bytes))
             if preload:
                 bank.pending[load.expert] = future
             else:
-                in_flight[future] = (load.expert, None)
+                follow(future, load.expert, None)
 
         def stream() -> None:
             while streamed and free_staging:
                 expert, index = streamed.popleft(), free_staging.pop()
                 length = self._layouts[layer].record_bytes
-                future = self.reader.read(layer, expert, self.staging.record(index, length))
-                in_flight[future] = (expert, index)
+                follow(self.reader.read(layer, expert, self.staging.record(index, length)), expert, index)
 
-        admitted = [(load, False) for load in decision.loads if load.admit]
-        for load, preload in [*admitted, *((load, True) for load in decision.preloads)]:
+        def start_or_wait(load: Load, preload: bool) -> None:
             if load.victim in hits:
                 behind[load.victim] = (load, preload)
             else:
                 start(load, preload)
+
+        for load in decision.loads:
+            if load.admit:
+                start_or_wait(load, False)
         stream()
+        for load in decision.preloads:  # last: this call does not need them
+            start_or_wait(load, True)
         for expert in sorted(hits, key=lambda expert: (expert in bank.pending, expert)):
             arriving = bank.pending.pop(expert, None)
             if arriving is not None:
@@ -147,17 +185,14 @@ class ExpertPager:
                 start(*behind.pop(expert))
         while in_flight:
             began = time.perf_counter()
-            done, _ = wait(in_flight, return_when=FIRST_COMPLETED)
+            future = landed.get()
             self.statistics.stalled_seconds += time.perf_counter() - began
-            for future in [
-                future for future in in_flight if future in done
-            ]:  # in the order they were asked for
-                self.reader.arrived(future.result())
-                expert, index = in_flight.pop(future)
-                yield expert, bank.views(expert) if index is None else self._staging_views[layer][index]
-                if index is not None:
-                    free_staging.append(index)
-                    stream()
+            self.reader.arrived(future.result())
+            expert, index = in_flight.pop(future)
+            yield expert, bank.views(expert) if index is None else self._staging_views[layer][index]
+            if index is not None:
+                free_staging.append(index)
+                stream()
 
     def _wait(self, future: Future[Any]) -> None:
         began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from melinoe.offload.attach import strip
 from melinoe.offload.convert import local_folder
 from melinoe.offload.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.offload.gather import buffer_bytes
+from melinoe.offload.in_place import NotInPlaceError, index_in_place
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.machine import usable_device
 from melinoe.offload.slots import READER_THREADS, Reader, RecordBuffer
@@ -38,7 +40,8 @@ def plan(
     """Where the bytes of a budget go, and how fast decoding can be at best.
 
     Args:
-        source: a store or a checkpoint; only its config is read, and for a store some records, to measure.
+        source: a store or a checkpoint. Its config is read, and of a store or a checkpoint that can be read in place
+            some experts, to measure. The weights of a Hub id are not fetched.
         memory, slots: as for `melinoe.load`.
         context: tokens of KV cache to set aside.
         slots_format: packed or expanded, as for `melinoe.load`.
@@ -46,18 +49,21 @@ def plan(
 
     Returns:
         {"budget": {...}, "record_bytes", "records_per_token", "bytes_per_token", "bandwidth" (bytes per second, or
-        None for a checkpoint that is not a store yet), "ceiling_tokens_per_second": {hit rate: tok/s}}. The
-        ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
+        None), "not_measured" (why there is no bandwidth, or None), "ceiling_tokens_per_second": {hit rate: tok/s}}.
+        The ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
 
     Raises:
         MelinoeError: no such model, a dense one, or a budget that is too small.
     """
     place = usable_device(device)
-    resolved = resolve_model(source)
-    folder = local_folder(resolved)
+    folder = local_folder(resolve_model(source), weights=False)
     model = checkpoint.skeleton(folder)
     moe_layers(model)
-    store = open_store(folder) if is_store(folder) else None
+    with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
+        store, not_measured = _store_of(folder, Path(scratch) / "index")
+        bandwidth = None
+        if store is not None and measure_seconds > 0:
+            bandwidth = record_bandwidth(store, measure_seconds)
     if store is not None:
         packed = slots_packed(store, slots_format)
         records, beside = slot_records(store, packed), expansion_bytes(store, packed)
@@ -83,9 +89,6 @@ def plan(
     )
     top_k = experts_per_token(model)
     per_token = top_k * sum(read_bytes)
-    bandwidth = (
-        record_bandwidth(store, measure_seconds) if store is not None and measure_seconds > 0 else None
-    )
     ceilings = {rate: bandwidth / (per_token * (1 - rate)) for rate in HIT_RATES} if bandwidth else {}
     return {
         "budget": {**vars(derived), "total_bytes": derived.total_bytes, "text": str(derived)},
@@ -95,8 +98,21 @@ def plan(
         "records_per_token": top_k * len(records),
         "bytes_per_token": per_token,
         "bandwidth": bandwidth,
+        "not_measured": not_measured,
         "ceiling_tokens_per_second": ceilings,
     }
+
+
+def _store_of(folder: Path, scratch: Path) -> tuple[Store | None, str | None]:
+    """The store of a model folder (an index of a checkpoint is made in `scratch`), or None and why there is none."""
+    if is_store(folder):
+        return open_store(folder), None
+    if not any(folder.glob("*.safetensors")):
+        return None, "its weights are not here"
+    try:
+        return index_in_place(folder, scratch), None
+    except NotInPlaceError as reason:
+        return None, str(reason)
 
 
 def record_bandwidth(
@@ -138,5 +154,7 @@ def describe(result: dict[str, Any]) -> str:
             for rate, speed in result["ceiling_tokens_per_second"].items()
         ]
     else:
-        lines.append("not a store yet: convert it, and the plan also measures how fast records can be read")
+        lines.append(
+            f"how fast experts can be read was not measured: {result['not_measured'] or 'not asked for'}"
+        )
     return "\n".join(lines)

@@ -30,6 +30,7 @@ class MelinoeConfig(QuantizationConfigMixin):
         policy: what decides who stays: decay, lru, lfu, static.
         predictor: path of a predictor, or None.
         slots_format: packed or expanded, for a store with packed records; None: the default.
+        context: tokens of KV cache that the budget sets aside; None: the model's, at most budget.DEFAULT_CONTEXT.
         extra_bytes: memory that the budget must leave for something else, such as an adapter.
     """
 
@@ -41,13 +42,14 @@ class MelinoeConfig(QuantizationConfigMixin):
         predictor: str | None = None,
         extra_bytes: int = 0,
         slots_format: str | None = None,
+        context: int | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.slots = slots
         self.memory = memory if memory is not None else os.environ.get("MELINOE_MEMORY")
         self.policy, self.predictor, self.extra_bytes = policy, predictor, extra_bytes
-        self.slots_format = slots_format
+        self.slots_format, self.context = slots_format, context
 
 
 @register_quantizer(METHOD)
@@ -74,10 +76,9 @@ class MelinoeQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from melinoe.offload import attach
 
-        if (
-            self.store.shards
-        ):  # before the reader checks, as it opens them, that the shards are still the same
-            attach.unmap(model)
+        attach.unmap(model)  # before the reader checks, as it opens them, that the shards are still the same
+        if self.store.fingerprint:  # none yet while a store is being written
+            attach.check_weights(model, self.store)
         attach.attach(model, self.store, self.quantization_config)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         for module in model.modules():

@@ -7,7 +7,6 @@ leave there; else the kernel would keep the whole store in memory and the budget
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from melinoe.errors import MelinoeError
+from melinoe.offload.files import WeightsFile
 from melinoe.offload.gather import ShardFiles
 from melinoe.offload.layout import RecordLayout
 from melinoe.offload.store import Store
@@ -30,6 +30,8 @@ class RecordBuffer:
     def __init__(self, count: int, record_bytes: int, device: torch.device | None = None) -> None:
         self.count, self.record_bytes = count, record_bytes
         if device is None or device.type == "cpu":
+            # shared with forked children, who must not use it (ExpertPager refuses): private pages that are copied
+            # on a fork while the disk writes to them can be lost (man 2 open, O_DIRECT)
             memory = mmap.mmap(-1, max(1, count) * record_bytes)
             self.tensor = torch.frombuffer(memory, dtype=torch.uint8).view(-1, record_bytes)
         else:
@@ -88,19 +90,16 @@ class Reader:
 
     def __init__(self, store: Store, threads: int = READER_THREADS) -> None:
         self.store = store
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="melinoe-read")
+        self._threads = threads
         self._shards = ShardFiles(store) if store.shards else None
-        self._files = [] if store.shards else [self._open(layer) for layer in range(len(store.layers))]
+        self._files = [] if store.shards else [WeightsFile(store.path(i)) for i in range(len(store.layers))]
+        self._pool = self._new_pool()
         self._lock = threading.Lock()
         self._outstanding, self._since = 0, 0.0
         self.bytes_read, self.busy_seconds = 0, 0.0
 
-    def _open(self, layer: int) -> tuple[int, bool]:
-        path = self.store.path(layer)
-        try:
-            return os.open(path, os.O_RDONLY | os.O_DIRECT), True
-        except OSError:  # tmpfs and others have no O_DIRECT
-            return os.open(path, os.O_RDONLY), False
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="melinoe-read")
 
     def read(self, layer: int, expert: int, destination: torch.Tensor) -> Future[None]:
         """Starts reading one record into `destination` (page-aligned host memory, a record long, uint8)."""
@@ -116,7 +115,10 @@ class Reader:
             if self._shards is not None:
                 done = self._shards.read(layer, expert, np.asarray(destination))
             else:
-                done = self._read_record(layer, expert, destination)
+                file, stored = self._files[layer], self.store.layers[layer]
+                file.read(destination, stored.offset(expert))
+                file.check()
+                done = len(destination)
         except OSError as error:
             raise MelinoeError(
                 f"cannot read expert {expert} from {self.store.path(layer)}",
@@ -130,18 +132,10 @@ class Reader:
                 if self._outstanding == 0:
                     self.busy_seconds += time.perf_counter() - self._since
 
-    def _read_record(self, layer: int, expert: int, destination: memoryview) -> int:
-        stored = self.store.layers[layer]
-        descriptor, direct = self._files[layer]
-        offset, done, length = stored.offset(expert), 0, stored.layout.record_bytes
-        while done < length:
-            count = os.preadv(descriptor, [destination[done:length]], offset + done)
-            if count == 0:
-                raise OSError("the file ended early")
-            done += count
-        if not direct:
-            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-        return done
+    def drain(self) -> None:
+        """Returns when no read is under way any more, also one whose future was lost to an exception."""
+        self._pool.shutdown(wait=True)
+        self._pool = self._new_pool()
 
     def arrived(self, result: None) -> None:
         """A record whose future is done is in host memory: there is nothing left to wait for."""
@@ -151,8 +145,8 @@ class Reader:
         self.__del__()
 
     def __del__(self) -> None:
-        for descriptor, _ in getattr(self, "_files", []):
-            os.close(descriptor)
+        for file in getattr(self, "_files", []):
+            file.close()
         self._files = []
         shards = getattr(self, "_shards", None)
         if shards is not None:

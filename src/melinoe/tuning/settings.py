@@ -19,6 +19,7 @@ class Objective:
     lambda_cs, lambda_rm: weights where none are given.
     anchor: what keeps the router near the base's: "ranks", the paper's loss, or "divergence", KL(p_b, p_f).
     experts: whether the experts' low-rank factors are trained besides the routers.
+    cooldown: share of the run over which the weights fall to nothing, where none is given.
     """
 
     cache: Cache
@@ -27,17 +28,18 @@ class Objective:
     lambda_rm: float
     anchor: Literal["ranks", "divergence"] = "ranks"
     experts: bool = True
+    cooldown: float = 0.5
 
 
 # docs/results.md has the frontier of each; the weights of the first are the paper's
 OBJECTIVES: dict[str, Objective] = {
-    "paper": Objective("plain", "probabilities", 0.5, 0.1),
+    "paper": Objective("plain", "probabilities", 0.5, 0.1, cooldown=0.0),
     "clipped": Objective("clipped", "probabilities", 1.0, 0.1),
     "boundary": Objective("clipped", "boundary", 0.045, 0.02),
     "lru": Objective("lru", "boundary", 0.045, 0.02),
     "counts": Objective("counts", "boundary", 0.045, 0.006),
     # the rival of arXiv 2605.27081, re-implemented from its description: only the routers move
-    "remoe": Objective("previous", "probabilities", 1.0, 0.1, "divergence", experts=False),
+    "remoe": Objective("previous", "probabilities", 1.0, 0.1, "divergence", experts=False, cooldown=0.0),
 }
 
 
@@ -57,7 +59,7 @@ class TuneSettings:
     distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution instead of
         the data's next token; distill_prompt: on the prompt's tokens as well.
     ramp, cooldown: the weights rise in a straight line over the first share of the run, and fall to nothing over the
-        last: what has become local stays so, and the answers recover.
+        last (None: as the objective has it): what has become local stays so, and the answers recover.
     balance: price on experts that all sequences ask for, in misses per request of one that is asked twice as often as
         the average; it turns concentration on one set for all into one set for each.
     target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity), instead of a
@@ -95,7 +97,7 @@ class TuneSettings:
     distill: float = 0.0
     distill_prompt: bool = True
     ramp: float = 0.0
-    cooldown: float = 0.5
+    cooldown: float = None  # type: ignore[assignment]
     balance: float = 0.0
     target_hit_rate: float | None = None
     max_quality_loss: float | None = None
@@ -129,7 +131,7 @@ class TuneSettings:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise MelinoeError("tune: unknown objective", got=self.objective, allowed=" | ".join(OBJECTIVES))
-        for name in ("lambda_cs", "lambda_rm"):
+        for name in ("lambda_cs", "lambda_rm", "cooldown"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.form, name))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from melinoe.cli_memory import DryRun, Memory, print_needs
 from melinoe.cli_options import Json, Overwrite, Quiet, is_first_process, prepare, print_json
 from melinoe.cli_sweep import (
     AtOnce,
@@ -23,7 +24,9 @@ from melinoe.errors import MelinoeError
 
 
 def tune(
-    output_dir: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Adapter folder to write; not needed with --dry-run.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Model folder, Hub id, or tiny (the embedded model).")
     ] = None,
@@ -110,6 +113,8 @@ def tune(
     limit: Rows = None,
     out_of_domain: OutOfDomain = None,
     at_once: AtOnce = None,
+    memory: Memory = None,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -154,11 +159,15 @@ def tune(
     for name in ("model", "data"):
         if name not in settings:
             raise typer.BadParameter("missing, here and in a recipe", param_hint=f"'--{name}'")
+    if output_dir is None and not dry_run:
+        raise typer.BadParameter("missing, and this is no --dry-run", param_hint="'--output-dir'")
     prepare(settings["model"])
+    if output_dir is None or dry_run:
+        return print_needs(memory, settings, as_json)
     if sweep is not None:
-        if resume or "eval_data" in settings:
+        if resume or memory is not None or "eval_data" in settings:
             raise MelinoeError(
-                "--resume, --eval-data: not with --sweep, which goes on and measures by itself"
+                "--resume, --eval-data, --memory: not with --sweep, which goes on and measures by itself, in memory"
             )
         return run_sweep(
             settings["model"],
@@ -180,7 +189,14 @@ def tune(
     )
     from melinoe.tuning.trainer import tune as run
 
-    result = run(output_dir=output_dir, resume=resume, overwrite=overwrite, progress=not quiet, **settings)
+    result = run(
+        output_dir=output_dir,
+        memory=memory,
+        resume=resume,
+        overwrite=overwrite,
+        progress=not quiet,
+        **settings,
+    )
     if not is_first_process():
         return
     if as_json:

@@ -49,7 +49,7 @@ def parse_share(text: str | float) -> float:
 def format_bytes(count: float) -> str:
     """`1.5 GiB` from 1610612736; three significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
+        if abs(count) < (1024 if unit == "B" else 999.5):
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"

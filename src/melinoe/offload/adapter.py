@@ -100,6 +100,7 @@ def write_adapter(
     *,
     base: str,
     base_fingerprint: str,
+    base_format: str = "auto",
     settings: dict[str, Any] | None = None,
     result: dict[str, Any] | None = None,
     keep: tuple[Path, ...] = (),
@@ -112,6 +113,7 @@ def write_adapter(
     Args:
         base: name or path of the checkpoint that was tuned.
         base_fingerprint: melinoe.moe.fingerprint of that checkpoint.
+        base_format: how the experts were rounded while it was tuned: auto (not), int8 or int4.
         settings, result: put into melinoe.json.
         keep: files to copy into the folder.
 
@@ -134,6 +136,7 @@ def write_adapter(
         "format_version": FORMAT_VERSION,
         "base": base,
         "base_fingerprint": base_fingerprint,
+        "base_format": base_format,
         "fingerprint": fingerprint(model),
         "settings": settings or {},
         "result": result or {},

@@ -25,8 +25,11 @@ from melinoe.prediction.network import Predictor
 from melinoe.routing.policies import make_policy
 
 
-def open_for(model: nn.Module, folder: Path) -> Store:
+def open_for(model: nn.Module, folder: Path, any_dtype: bool = False) -> Store:
     """Opens the store of a model skeleton and checks that its records are this model's.
+
+    Args:
+        any_dtype: the records may have another dtype than the model, whose experts function converts them.
 
     Raises:
         MelinoeError: no store, a damaged one, or one whose records have other shapes or another dtype.
@@ -41,15 +44,16 @@ def open_for(model: nn.Module, folder: Path) -> Store:
             allowed=f"{len(names)} layers, first {names[0] if names else None}",
         )
     for (name, module), layer in zip(modules, store.layers, strict=True):
-        layout = RecordLayout.of(module)
+        own = (layer.packing.expanded if layer.packing else layer.layout).fields
+        dtypes = {field.name: field.dtype for field in own} if any_dtype else None
+        layout = RecordLayout.of(module, dtypes)
         packing = packing_of(store.record_format, layout, bool(module.is_transposed))
         expected_layout = layout if packing is None else packing.record_layout()
         if (expected_layout, packing) != (
             layer.layout,
             layer.packing,
         ) or module.num_experts != layer.num_experts:
-            stored = (layer.packing.expanded if layer.packing else layer.layout).fields[0]
-            expected = layout.fields[0]
+            stored, expected = own[0], layout.fields[0]
             raise MelinoeError(
                 f"the records of {name} in {folder} do not fit the model",
                 got=f"{layer.num_experts} experts, {stored.name} {stored.shape} {stored.dtype}",

@@ -54,7 +54,12 @@ def _cache_bytes_per_token(model: nn.Module) -> int:
     return int(config.num_hidden_layers * heads * widths * element)
 
 
-def _given_bytes(memory: int | str | None, device: torch.device | None) -> int:
+def given_bytes(memory: int | str | None, device: torch.device | None) -> int:
+    """Bytes of a budget: a size, a share of what is free ("80%"), or None for most of what is free.
+
+    Raises:
+        MelinoeError: neither.
+    """
     if memory is None:
         return int(free_memory(device) * FREE_MARGIN)
     share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", memory) if isinstance(memory, str) else None
@@ -104,7 +109,7 @@ def derive(
     most = max(count for count, _ in records)
     fixed = resident + cache + work + staging
     if slots is None:
-        given = _given_bytes(memory, device)
+        given = given_bytes(memory, device)
         slots = (given - fixed) // per_slot
         if slots < 1:
             raise MelinoeError(

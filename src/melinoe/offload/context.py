@@ -32,12 +32,16 @@ class PassContext:
     def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
         self.pager, self.predictor = pager, predictor
         self._note = _Note()
+        self.tuning = False  # the experts function of tuning speaks to the pager for itself,
+        self.converted: dict[tuple[Any, ...], torch.Tensor] = {}  # and computes in another dtype here
 
     def attach(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in
     def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.tuning:
+            return
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:

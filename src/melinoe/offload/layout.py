@@ -60,14 +60,18 @@ class RecordLayout:
     record_bytes: int  # with padding
 
     @classmethod
-    def of(cls, module: nn.Module) -> RecordLayout:
-        """The layout of an experts module whose parameters are still there (meta tensors will do)."""
+    def of(cls, module: nn.Module, dtypes: dict[str, str] | None = None) -> RecordLayout:
+        """The layout of an experts module whose parameters are still there (meta tensors will do).
+
+        dtypes: of some fields, instead of the module's own.
+        """
+        dtypes = dtypes or {}
         return cls.build(
             [
                 (
                     name,
                     tuple(per_expert(parameter, int(module.num_experts)).shape[1:]),  # type: ignore[arg-type]
-                    str(parameter.dtype).removeprefix("torch."),
+                    dtypes.get(name, str(parameter.dtype).removeprefix("torch.")),
                 )
                 for name, parameter in module.named_parameters(recurse=False)
             ]

@@ -93,6 +93,40 @@ def load(
     return model.eval()
 
 
+def load_for_tuning(
+    folder: Path, slots: int, dtype: torch.dtype | None, device: str | torch.device, slots_format: str | None
+) -> Any:
+    """Opens a store for `tune`: every pass over a layer asks the pager, the statistics count it as training.
+
+    Args:
+        folder: a store (`store_folder`).
+        slots: records per layer, 0 or more.
+        dtype: of everything but the records, which keep theirs; None: the store's.
+        slots_format: packed or expanded, as for `load`.
+
+    Returns:
+        The model, frozen, in eval mode. Its policy is least recently used: what a forward pass has asked for is asked
+        again by its backward pass, so there is no better use of a slot in between.
+
+    Raises:
+        MelinoeError: see `open_store`.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {
+        **config.quantization_config,
+        "slots": slots,
+        "policy": "lru",
+        "slots_format": slots_format,
+        "any_dtype": True,
+        "predictor": None,
+    }
+    place = usable_device(device)
+    model = _from_pretrained(folder, config=config, dtype=dtype or config.dtype, device_map={"": place})
+    model.melinoe_context.tuning = True
+    model.is_quantized = False  # nor is it; Trainer would refuse
+    return model.eval()
+
+
 def _weight_bytes(adapter: str | Path | None) -> int:
     return (
         sum(file.stat().st_size for file in Path(adapter).glob("*.safetensors")) if adapter is not None else 0

@@ -2,8 +2,9 @@
 
 PEFT's target_parameters gives the same numbers, but forms W + dW of every expert in every forward
 pass, which is what a model that does not fit its memory cannot afford. Here the factors live in a small
-submodule `low_rank` of the experts module, and two functions read them: the paged experts function, which
-goes expert by expert (`term`), and `tuning_experts`, the resident function used in training.
+submodule `low_rank` of the experts module, and two functions read them: `melinoe_experts`, which
+goes expert by expert (`term`), and `tuning_experts`, used in training, for experts that are resident and, by way
+of paged_gradients.py, for experts that are paged.
 
 Shape suffixes: T tokens, K experts per token, N = T * K routed rows (sorted by expert), H hidden,
 I inner, E experts, R rank. Factors are A [E, R, in] and B [E, out, R], also for transposed experts.
@@ -17,6 +18,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from melinoe.offload.paged_gradients import field_shapes, paged_rows
+from melinoe.offload.row_order import Combine, SortRows
 
 Projection = Literal["up", "down"]
 EXPERTS_FUNCTION = "melinoe_tuning"
@@ -72,19 +76,39 @@ class LowRankExperts(nn.Module):
         return F.linear(inner_NR, b_EOR[expert].to(x_NI.dtype)) * self.scale
 
 
+def _is_paged(module: nn.Module) -> bool:
+    return getattr(module, "melinoe_context", None) is not None
+
+
+def projection_size(module: nn.Module, projection: Projection) -> tuple[int, int]:
+    """(in, out) of a projection, of resident or paged experts."""
+    name = projection_parameter(module, projection)
+    shape = field_shapes(module)[name] if _is_paged(module) else getattr(module, name).shape[1:]
+    return (shape[0], shape[1]) if module.is_transposed else (shape[1], shape[0])
+
+
 def attach_low_rank(
-    module: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
 ) -> LowRankExperts:
-    """Puts fresh factors on an experts module whose weights are resident."""
-    sizes = {}
-    for projection in ("up", "down"):
-        shape = getattr(module, projection_parameter(module, projection)).shape
-        sizes[projection] = (shape[1], shape[2]) if module.is_transposed else (shape[2], shape[1])
-    device = module.down_proj.device
-    module.low_rank = LowRankExperts(
-        module.num_experts, sizes["up"], sizes["down"], rank, alpha, generator, device
-    )
+    """Puts fresh factors on an experts module, resident or paged. device: None: that of its weights."""
+    if device is None and not _is_paged(module):
+        device = module.down_proj.device
+    up, down = projection_size(module, "up"), projection_size(module, "down")
+    module.low_rank = LowRankExperts(module.num_experts, up, down, rank, alpha, generator, device)
     return module.low_rank
+
+
+def _factors(module: nn.Module, projection: Projection, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(A, B) of an experts module; of rank 0 where it has none."""
+    low_rank = getattr(module, "low_rank", None)
+    if low_rank is not None:
+        return low_rank.factors(projection)
+    size_in, size_out = projection_size(module, projection)
+    return like.new_zeros(module.num_experts, 0, size_in), like.new_zeros(module.num_experts, size_out, 0)
 
 
 FOLD_ELEMENTS = 2**18  # of a weight that are summed at once
@@ -175,43 +199,29 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, None, None
 
 
-class _SortRows(torch.autograd.Function):
-    """x [T, H] -> [N, H]: the row of every (token, choice), sorted by expert.
-
-    The backward pass is one gathering sum over K, several times faster on a CPU than the scatter that
-    autograd would use, and in a fixed order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, token_N: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(place_TK)
-        return x_TH.index_select(0, token_N)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (place_TK,) = ctx.saved_tensors
-        return F.embedding_bag(place_TK, grads[0].contiguous(), mode="sum"), None, None
+def _scale(module: nn.Module) -> float:
+    low_rank = getattr(module, "low_rank", None)
+    return 1.0 if low_rank is None else low_rank.scale
 
 
-class _Combine(torch.autograd.Function):
-    """y [N, H] sorted by expert, weights [T, K] -> sum_k w y [T, H], in top-k order."""
+def _resident_rows(
+    module: nn.Module, x_NH: torch.Tensor, expert_N: torch.Tensor, ends: list[int]
+) -> torch.Tensor:
+    """Both projections and the gate, [N, H] -> [N, H]; the weights are the module's parameters."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, y_NH: torch.Tensor, weights_TK: torch.Tensor, token_N: torch.Tensor, place_TK: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(y_NH, weights_TK, token_N, place_TK)
-        weights = weights_TK.to(y_NH.dtype)
-        return F.embedding_bag(place_TK, y_NH.contiguous(), mode="sum", per_sample_weights=weights)
+    def project(x_NI: torch.Tensor, projection: Projection) -> torch.Tensor:
+        name = projection_parameter(module, projection)
+        weight = getattr(module, name).detach()
+        weight_EOI = weight.transpose(1, 2) if module.is_transposed else weight
+        a_ERI, b_EOR = _factors(module, projection, weight)
+        y = _GroupedLinear.apply(x_NI, weight_EOI, a_ERI, b_EOR, _scale(module), ends)
+        if module.has_bias:
+            y = y + getattr(module, f"{name}_bias").detach()[expert_N]
+        return y
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        y_NH, weights_TK, token_N, place_TK = ctx.saved_tensors
-        grad_NH = grads[0].index_select(0, token_N)
-        grad_weights_TK = (y_NH * grad_NH).sum(-1)[place_TK].to(weights_TK.dtype)
-        weight_N = torch.empty_like(grad_NH[:, 0])
-        weight_N[place_TK.reshape(-1)] = weights_TK.reshape(-1).to(grad_NH.dtype)
-        return grad_NH.mul_(weight_N[:, None]), grad_weights_TK, None, None
+    y = project(x_NH, "up")
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return project(y, "down")
 
 
 def tuning_experts(
@@ -234,34 +244,22 @@ def tuning_experts(
         absent_N1 = (expert_N >= module.num_experts)[:, None]
         expert_N = expert_N.clamp(max=module.num_experts - 1)
 
-    def project(x_NI: torch.Tensor, projection: Projection) -> torch.Tensor:
-        name = projection_parameter(module, projection)
-        weight = getattr(module, name).detach()
-        weight_EOI = weight.transpose(1, 2) if module.is_transposed else weight
-        if getattr(module, "low_rank", None) is not None:
-            a_ERI, b_EOR = module.low_rank.factors(projection)
-            scale = module.low_rank.scale
-        else:
-            a_ERI = weight.new_zeros(module.num_experts, 0, weight_EOI.shape[2])
-            b_EOR, scale = weight.new_zeros(module.num_experts, weight_EOI.shape[1], 0), 1.0
-        y = _GroupedLinear.apply(x_NI, weight_EOI, a_ERI, b_EOR, scale, ends)
-        if module.has_bias:
-            y = y + getattr(module, f"{name}_bias").detach()[expert_N]
-        return y
-
     token_N = order_N.div(num_choices, rounding_mode="floor")
-    x_NH = _SortRows.apply(hidden_states, token_N, place_TK)
+    x_NH = SortRows.apply(hidden_states, token_N, place_TK)
     if getattr(module, "weights_scale_input", False):  # llama4
         x_NH = x_NH * top_k_weights.reshape(-1)[order_N, None].to(x_NH.dtype)
         top_k_weights = torch.ones_like(top_k_weights)
-    y = project(x_NH, "up")
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    y = project(y, "down")
+    if _is_paged(module):
+        names = projection_parameter(module, "up"), projection_parameter(module, "down")
+        factors = (*_factors(module, "up", x_NH), *_factors(module, "down", x_NH))
+        y = paged_rows(module, x_NH, names, factors, _scale(module), ends)
+    else:
+        y = _resident_rows(module, x_NH, expert_N, ends)
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     if absent_N1 is not None:
         y = y.masked_fill(absent_N1, 0.0)
-    return _Combine.apply(y, top_k_weights, token_N, place_TK).to(hidden_states.dtype)
+    return Combine.apply(y, top_k_weights, token_N, place_TK).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, tuning_experts)

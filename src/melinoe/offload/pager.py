@@ -106,11 +106,18 @@ class ExpertPager:
             next_step="load it once more with melinoe.load",
         )
 
-    def serve(self, layer: int, call: Call) -> Iterator[tuple[int, Views]]:
+    def weight_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that `serve` yields for an expert of this layer, by name."""
+        return {field.name: field.shape for field in slot_layout(self.store.layers[layer], False).fields}
+
+    def serve(self, layer: int, call: Call, training: bool = False) -> Iterator[tuple[int, Views]]:
         """Yields (expert, tensors) once for every expert of the call; the tensors hold until the next step.
 
         A call that does not come to its end (a read error, the caller stops, Ctrl-C) leaves a mark, and the
         next one begins with empty slots: no half-read record can be taken for an expert.
+
+        Args:
+            training: count the call as one of tuning, not as prefill or decoding.
 
         Raises:
             MelinoeError: a record could not be read, or this process is a fork of the one that loaded the model.
@@ -126,21 +133,21 @@ class ExpertPager:
                 self.reset()
             self._inside = self._unfinished = True
             try:
-                with contextlib.closing(self._serve(layer, call)) as served:
+                with contextlib.closing(self._serve(layer, call, training)) as served:
                     for expert, views in served:
                         yield expert, views if self._scratch is None else self._scratch.expand(layer, views)
                 self._unfinished = False
             finally:
                 self._inside = False
 
-    def _serve(self, layer: int, call: Call) -> Generator[tuple[int, Views]]:
+    def _serve(self, layer: int, call: Call, training: bool) -> Generator[tuple[int, Views]]:
         bank = self.banks[layer]
         in_flight: dict[
             Future[Any], tuple[int, int | None]
         ] = {}  # (expert, staging record or None: its slot)
         landed: queue.SimpleQueue[Future[Any]] = queue.SimpleQueue()
         decision = self.policy.request(layer, call)
-        self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes)
+        self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes, training)
         hits = set(decision.hits)
         streamed = deque(load.expert for load in decision.loads if not load.admit)
         free_staging = list(range(self.staging.count))

@@ -32,6 +32,7 @@ class MelinoeConfig(QuantizationConfigMixin):
         slots_format: packed or expanded, for a store with packed records; None: the default.
         context: tokens of KV cache that the budget sets aside; None: the model's, at most budget.DEFAULT_CONTEXT.
         extra_bytes: memory that the budget must leave for something else, such as an adapter.
+        any_dtype: the model may be opened in another dtype than the records have (tuning converts them at each use).
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class MelinoeConfig(QuantizationConfigMixin):
         extra_bytes: int = 0,
         slots_format: str | None = None,
         context: int | None = None,
+        any_dtype: bool = False,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.slots = slots
         self.memory = memory if memory is not None else os.environ.get("MELINOE_MEMORY")
         self.policy, self.predictor, self.extra_bytes = policy, predictor, extra_bytes
-        self.slots_format, self.context = slots_format, context
+        self.slots_format, self.context, self.any_dtype = slots_format, context, any_dtype
 
 
 @register_quantizer(METHOD)
@@ -64,7 +66,9 @@ class MelinoeQuantizer(HfQuantizer):
         from melinoe.offload import attach
 
         assert checkpoint_files, "a store has a model.safetensors"
-        self.store = attach.open_for(model, Path(checkpoint_files[0]).parent)
+        self.store = attach.open_for(
+            model, Path(checkpoint_files[0]).parent, self.quantization_config.any_dtype
+        )
         attach.strip(model)
         if self.store.shards:  # the checkpoint's own files hold the experts too: they are not to be read
             names = {re.escape(layer.experts_name) + r"\." for layer in self.store.layers}

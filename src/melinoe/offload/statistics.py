@@ -1,7 +1,8 @@
 """What the pager counts. A request is one expert asked for by one layer in one call.
 
 Hit rate = hits / requests while decoding, cumulative, cold misses included. Loads are records read,
-apart for prefill (misses of the prompt), preload (predicted, not asked for by the prompt) and decode.
+apart for prefill (misses of the prompt), preload (predicted, not asked for by the prompt) and decode. Passes of
+tuning, forward and backward, are counted by themselves.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ class Statistics:
     prefill_bytes: int = 0
     preload_bytes: int = 0
     decode_bytes: int = 0
+    training_requests: int = 0
+    training_hits: int = 0
+    training_loads: int = 0
+    training_bytes: int = 0
     stalled_seconds: float = 0.0  # time the computation waited for a read
 
-    def count(self, call: Call, decision: Decision, record_bytes: int) -> None:
+    def count(self, call: Call, decision: Decision, record_bytes: int, training: bool = False) -> None:
         """Adds one decision."""
-        phase = "decode" if call.phase == DECODE else "prefill"
+        phase = "training" if training else "decode" if call.phase == DECODE else "prefill"
         hits, loads, preloads = len(decision.hits), len(decision.loads), len(decision.preloads)
         for name, value in (
             ("requests", hits + loads),

@@ -28,15 +28,26 @@ class Restart:
 
 
 def run_identity(
-    settings: TuneSettings, parts: int, base_fingerprint: str, encoded: list[Encoded]
+    settings: TuneSettings,
+    parts: int,
+    base_fingerprint: str,
+    encoded: list[Encoded],
+    base_format: str = "auto",
 ) -> dict[str, Any]:
     """What a run must share with an interrupted one to go on with it.
 
-    Two processes may go on with what one accumulated in two parts: only the number of parts counts.
+    Two processes may go on with what one accumulated in two parts: only the number of parts counts. Experts may have been
+    paged before and resident now; base_format says how they are rounded, which the fingerprint does not.
     """
     digest = hashlib.sha256(json.dumps([row.ids for row in encoded]).encode()).hexdigest()[:16]
     named = {name: value for name, value in settings.as_dict().items() if name not in FREE}
-    return {"settings": named, "parts": parts, "base_fingerprint": base_fingerprint, "data": digest}
+    return {
+        "settings": named,
+        "parts": parts,
+        "base_fingerprint": base_fingerprint,
+        "data": digest,
+        "base_format": base_format,
+    }
 
 
 def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> Restart:

@@ -11,25 +11,25 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from melinoe.config import resolve_model
 from melinoe.data import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
-from melinoe.moe import MoeLayer, experts_per_token, fingerprint, moe_layers
+from melinoe.moe import experts_per_token, fingerprint
 from melinoe.offload.adapter import write_adapter
-from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
+from melinoe.offload.convert import local_folder
 from melinoe.tuning.batches import Batches, padding_share, plan_batches
 from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.loop import EVALUATIONS, LOG, LocalityTrainer
+from melinoe.tuning.memory import TuningMemory, batch_shape, device_of, memory_needed
+from melinoe.tuning.network import prepare_model
+from melinoe.tuning.paging import paging
 from melinoe.tuning.processes import Processes
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.restart import open_run, run_identity
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.sharding import average_trained_alone, shard_frozen, weight_bytes
-from melinoe.undecorated import has_flat_experts, take_over
 
 
 def tune(
@@ -37,6 +37,7 @@ def tune(
     data: str | Path,
     output_dir: str | Path,
     *,
+    memory: int | str | None = None,
     eval_data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -48,9 +49,12 @@ def tune(
     Run by `torchrun` or `accelerate launch`, the processes share each step's rows; the first one writes.
 
     Args:
-        model: checkpoint folder, Hub id or `tiny`; opened, never written.
+        model: checkpoint folder, store, Hub id or `tiny`; opened, never written.
         data: a .jsonl file, a folder with train.jsonl, the Hub id of a data set, or `tiny` (melinoe.data).
         output_dir: the adapter folder to write; apply it with `--adapter` or fold it in with `merge`.
+        memory: bytes, "4GiB" or "80%" that one process must fit in (the interpreter not counted): the experts stay on disk
+            and are read for every pass, forward and backward. The losses are those of the resident run, and a run that
+            was interrupted may go on with another budget. None: everything in memory.
         eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
         resume: there must be an interrupted run to go on with. Without it, one with the same settings and data is gone
             on with as well, and any other starts anew.
@@ -61,11 +65,12 @@ def tune(
     Returns:
         {"output_dir", "steps", "seconds", "tokens", "nll", "misses", "rank", "total", "skipped_steps",
         "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)}; losses are
-        means over the last tenth of the run. With `eval_steps` also "held_out", the last record of evaluations.jsonl.
+        means over the last tenth of the run. With `eval_steps` also "held_out", the last record of evaluations.jsonl;
+        with paged experts "paged": {"slots" per layer, "slots_format", "loads", "hits", "bytes_read"}.
 
     Raises:
-        MelinoeError: settings out of range, a dense or offloaded model, no usable rows, nothing to resume where that was
-            asked, or an output folder that holds something else.
+        MelinoeError: settings out of range, a dense model, no usable rows, nothing to resume where that was asked, a
+            budget that is too small, or an output folder that holds something else.
         KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
     """
     chosen = _settings(settings)
@@ -77,20 +82,22 @@ def tune(
             f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
         )
     started = time.monotonic()
-    device = chosen.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(chosen)
     processes = Processes.join(device)
     progress = progress and processes.is_first
     parts = chosen.accumulate * processes.count
     tokenizer, encoded, plan = _read(model, data, chosen, parts, progress)
     held_out = _held_out(tokenizer, data, eval_data, chosen)
-    network, layers = prepare_model(model, chosen, device)
+    pages = paging(model, memory, chosen, batch_shape(encoded, plan, chosen, parts), device)
+    network, layers = prepare_model(model, chosen, device, pages)
     base_fingerprint = fingerprint(network)
     if chosen.shard:
         shard_frozen(network, processes)
     if processes.count > 1:
         average_trained_alone(network)
     work = output.with_name(output.name + ".partial")
-    identity = run_identity(chosen, parts, base_fingerprint, encoded)
+    base_format = "auto" if pages is None else pages.record_format
+    identity = run_identity(chosen, parts, base_fingerprint, encoded, base_format)
     restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
     if restart.note and progress:
         print(f"melinoe: {restart.note}", file=sys.stderr)
@@ -126,7 +133,7 @@ def tune(
     steps = trainer.state.global_step
 
     def finish() -> dict[str, Any]:
-        result = {
+        result: dict[str, Any] = {
             "steps": steps,
             "seconds": round(time.monotonic() - started, 2),
             "tokens": sum(len(encoded[row].ids) for rows in plan[:steps] for row in rows),
@@ -138,6 +145,8 @@ def tune(
             "processes": processes.count,
             "weight_bytes": weight_bytes(network),
         }
+        if pages is not None:
+            result["paged"] = pages.to_json(network)
         logs = [work / LOG]
         if evaluation is not None:
             logs.append(work / EVALUATIONS)
@@ -145,8 +154,9 @@ def tune(
         card = write_adapter(
             network,
             output,
-            base=str(model),
+            base=str(model) if pages is None else pages.source,
             base_fingerprint=base_fingerprint,
+            base_format=base_format,
             settings=chosen.as_dict(),
             result=result,
             keep=tuple(logs),
@@ -156,6 +166,18 @@ def tune(
         return {"output_dir": str(output), **prints, **result}
 
     return processes.ask_first(finish)
+
+
+def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningMemory:
+    """What one process of `tune` with the same arguments needs, without reading a weight.
+
+    Raises:
+        MelinoeError: as for `tune`, the output folder apart.
+    """
+    chosen = _settings(settings)
+    _, encoded, plan = _read(model, data, chosen, chosen.accumulate)
+    batch = batch_shape(encoded, plan, chosen, chosen.accumulate)
+    return memory_needed(model, chosen, batch, device_of(chosen))
 
 
 def _settings(given: dict[str, Any]) -> TuneSettings:
@@ -170,7 +192,7 @@ def _read(
     model: str | Path, data: str | Path, settings: TuneSettings, parts: int = 1, show: bool = False
 ) -> tuple[Any, list[Encoded], list[list[int]]]:
     """(tokenizer, rows as tokens, the plan of steps); with `show`, what was found goes to stderr."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(resolve_model(model)))
     rows = read_rows(data)
     encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
     lengths = [len(row.ids) for row in encoded]
@@ -200,59 +222,6 @@ def _held_out(
         )
     rows = read_rows(eval_data or data, "valid")
     return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]
-
-
-def prepare_model(model: str | Path, settings: TuneSettings, device: str) -> tuple[nn.Module, list[MoeLayer]]:
-    """Loads a checkpoint for tuning: everything frozen but float32 routers and fresh low-rank factors.
-
-    Raises:
-        MelinoeError: not a mixture-of-experts model, or its experts are offloaded.
-    """
-    dtype = settings.dtype or ("float32" if device == "cpu" else "auto")
-    network = AutoModelForCausalLM.from_pretrained(
-        resolve_model(model), dtype=torch.float32 if dtype == "float32" else "auto"
-    )
-    if settings.gradient_checkpointing:
-        _checkpoint_activations(network)
-    network.config.output_router_logits = False  # its load-balancing loss fights locality
-    layers = moe_layers(network)
-    network.requires_grad_(False)
-    if has_flat_experts(network):
-        raise MelinoeError(
-            "this family can be paged and traced, but not tuned: an adapter cannot name one of its experts",
-            got=type(network).__name__,
-            allowed="a model whose experts weights are [experts, in, out]",
-        )
-    generator = torch.Generator().manual_seed(settings.seed)
-    for layer in layers:
-        if next(layer.experts.parameters(recurse=False), None) is None:
-            raise MelinoeError(
-                "an offloaded model cannot be tuned",
-                got=model,
-                next_step="tune the checkpoint it was converted from",
-            )
-        settings.capacity(layer.num_experts, experts_per_token(network))  # refuses before any work
-        attach_low_rank(layer.experts, settings.rank, settings.alpha, generator)
-        layer.experts.low_rank.requires_grad_(settings.form.experts)
-        layer.router.float().requires_grad_(True)
-        if network.dtype != torch.float32:
-            layer.router.register_forward_pre_hook(_float32_inputs)
-    if not take_over(network, tuning_experts):
-        network.set_experts_implementation(EXPERTS_FUNCTION)
-    return network, layers
-
-
-def _checkpoint_activations(network: Any) -> None:
-    """Every decoder layer keeps its input alone and computes the rest again in the backward pass."""
-    if not network.supports_gradient_checkpointing:
-        raise MelinoeError("this model knows no gradient checkpointing", got=type(network).__name__)
-    # the reentrant kind gives router logits without a gradient, silently
-    network.activation_checkpointing_enable({"use_reentrant": False})
-    network.disable_input_require_grads()  # only the reentrant kind needs them
-
-
-def _float32_inputs(_router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _tokens_per_step(encoded: list[Encoded], plan: list[list[int]]) -> tuple[float, float]:

@@ -45,6 +45,12 @@ def test_every_family_is_counted(tmp_path, family):
     assert needed.num_experts == 8
 
 
+def test_what_cannot_be_tuned_is_not_counted(tmp_path):
+    config("dbrx").save_pretrained(tmp_path)
+    with pytest.raises(MelinoeError, match="not tuned"):
+        memory_needed(tmp_path, SETTINGS, BATCH, "cpu")
+
+
 def kept_by_autograd(model):
     """Bytes of all that one forward pass saves, weights apart."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

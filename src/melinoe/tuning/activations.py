@@ -90,6 +90,10 @@ def _experts_bytes(module: Any, rank: int, paged: bool, dtype: torch.dtype) -> t
     """(saved, besides while running backward) bytes per routed row."""
     (size_in, up), (inner, size_out) = projection_size(module, "up"), projection_size(module, "down")
     saved = (size_in + size_out + 2 * rank) * dtype.itemsize + 3 * 8  # and the order of the rows
+    if getattr(
+        module, "weights_scale_input", False
+    ):  # llama4 keeps the rows before they are multiplied as well
+        saved += size_in * dtype.itemsize
     while_backward = (size_in + size_out) * dtype.itemsize
     if paged:
         return saved + up * dtype.itemsize, while_backward

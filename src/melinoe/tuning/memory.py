@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from melinoe.config import RECORD_ALIGNMENT, format_bytes, resolve_model
 from melinoe.data import Encoded
@@ -29,6 +30,7 @@ from melinoe.offload.store import Store, is_store, open_store
 from melinoe.tuning.activations import BatchShape, count
 from melinoe.tuning.batches import part_of
 from melinoe.tuning.settings import TuneSettings
+from melinoe.undecorated import has_flat_experts
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,16 @@ class TuningMemory:
         return "\n".join(lines)
 
 
+def check_family(network: nn.Module) -> None:
+    """Raises MelinoeError for a family whose experts no adapter can name."""
+    if has_flat_experts(network):
+        raise MelinoeError(
+            "this family can be paged and traced, but not tuned: an adapter cannot name one of its experts",
+            got=type(network).__name__,
+            allowed="a model whose experts weights are [experts, in, out]",
+        )
+
+
 def device_of(settings: TuneSettings) -> str:
     return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -176,6 +188,7 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     store = open_store(folder) if is_store(folder) else None
     model = checkpoint.skeleton(folder)
     layers = moe_layers(model)
+    check_family(model)
     slots, packed, streaming = _slot_bytes(store, layers)
     own = model.dtype  # of the records, which are read and kept as they are
     dtype = compute_dtype(settings, device) or own

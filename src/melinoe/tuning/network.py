@@ -15,10 +15,10 @@ from melinoe.moe import MoeLayer, experts_per_token, moe_layers
 from melinoe.offload.convert import local_folder
 from melinoe.offload.loader import load_for_tuning
 from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
-from melinoe.tuning.memory import compute_dtype
+from melinoe.tuning.memory import check_family, compute_dtype
 from melinoe.tuning.paging import Pages
 from melinoe.tuning.settings import TuneSettings
-from melinoe.undecorated import has_flat_experts, take_over
+from melinoe.undecorated import take_over
 
 
 def prepare_model(
@@ -43,12 +43,7 @@ def prepare_model(
     network.config.output_router_logits = False  # its load-balancing loss fights locality
     layers = moe_layers(network)
     network.requires_grad_(False)
-    if has_flat_experts(network):
-        raise MelinoeError(
-            "this family can be paged and traced, but not tuned: an adapter cannot name one of its experts",
-            got=type(network).__name__,
-            allowed="a model whose experts weights are [experts, in, out]",
-        )
+    check_family(network)
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in layers:
         settings.capacity(layer.num_experts, experts_per_token(network))  # refuses before any work

@@ -15,7 +15,7 @@ from families import FAMILIES, config, save_checkpoint
 from melinoe.bench.measure import MemoryLimit
 from melinoe.offload import budget
 from melinoe.offload.machine import free_memory
-from melinoe.offload.planning import describe
+from melinoe.offload.planning import deployed_slots, describe
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,3 +114,13 @@ def test_plan_of_what_cannot_be_measured(olmoe, tmp_path):
     planned = melinoe.plan(bfloat16, memory="1MiB")
     assert planned["budget"]["slots"] > 0
     assert "its weights are not here" in describe(planned)
+
+
+def test_slots_to_tune_for_are_those_that_generating_gets(olmoe, olmoe_store):
+    for source in (olmoe, olmoe_store):
+        found = deployed_slots(source, "1MiB")
+        assert found == max(2, melinoe.load(source, memory="1MiB").melinoe_budget.slots)
+    least = melinoe.plan(olmoe_store, slots=1, measure_seconds=0)["budget"]["total_bytes"]
+    assert deployed_slots(olmoe_store, least) == 2  # K: one token's experts at least
+    with pytest.raises(melinoe.MelinoeError, match="too small"):
+        deployed_slots(olmoe_store, 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,6 +55,12 @@ def tune(
     ] = None,
     slots: Annotated[
         int | None, typer.Option(help="Records per layer to tune for; a quarter of the experts if not given.")
+    ] = None,
+    deploy_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --slots: the --memory that the result will be generated in, such as 8GiB."
+        ),
     ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; 150 if not given.", min=1)] = None,
     time_limit: Annotated[float | None, typer.Option(help="Stop after this many seconds.", min=1)] = None,
@@ -162,6 +169,18 @@ def tune(
     if output_dir is None and not dry_run:
         raise typer.BadParameter("missing, and this is no --dry-run", param_hint="'--output-dir'")
     prepare(settings["model"])
+    if deploy_memory is not None:
+        if slots is not None:
+            raise MelinoeError(
+                "give --slots or --deploy-memory, not both", got=f"{slots} and {deploy_memory}"
+            )
+        from melinoe.offload.planning import deployed_slots
+
+        settings["slots"] = deployed_slots(settings["model"], deploy_memory)
+        print(
+            f"melinoe: {deploy_memory} hold {settings['slots']} experts per layer: tuning for these",
+            file=sys.stderr,
+        )
     if output_dir is None or dry_run:
         return print_needs(memory, settings, as_json)
     if sweep is not None:

@@ -48,7 +48,7 @@ def plan(
         measure_seconds: how long to read records for the bandwidth; 0: not at all.
 
     Returns:
-        {"budget": {...}, "record_bytes", "records_per_token", "bytes_per_token", "bandwidth" (bytes per second, or
+        {"budget": {...}, "num_experts", "experts_per_token", "record_bytes", "records_per_token", "bytes_per_token", "bandwidth" (bytes per second, or
         None), "not_measured" (why there is no bandwidth, or None), "ceiling_tokens_per_second": {hit rate: tok/s}}.
         The ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
 
@@ -93,6 +93,7 @@ def plan(
     return {
         "budget": {**vars(derived), "total_bytes": derived.total_bytes, "text": str(derived)},
         "num_experts": max(count for count, _ in records),
+        "experts_per_token": top_k,
         "record_bytes": max(read_bytes),
         "slot_bytes": max(size for _, size in records),
         "records_per_token": top_k * len(records),
@@ -101,6 +102,16 @@ def plan(
         "not_measured": not_measured,
         "ceiling_tokens_per_second": ceilings,
     }
+
+
+def deployed_slots(source: str | Path, memory: int | str, device: str = "cpu") -> int:
+    """C for tuning: the records per layer that `generate --memory` will have, and at least the K of one token.
+
+    Raises:
+        MelinoeError: as for `plan`.
+    """
+    found = plan(source, memory, device=device, measure_seconds=0)
+    return max(int(found["budget"]["slots"]), int(found["experts_per_token"]))
 
 
 def _store_of(folder: Path, scratch: Path) -> tuple[Store | None, str | None]:

@@ -130,9 +130,9 @@ class TuningMemory:
             "total": "in all",
         }
         runs = self._runs()
-        lines = [" " * 30 + "".join(f"{name.replace('_', ', '):>21}" for name in runs)]
+        lines = [" " * 30 + "".join(f"{name.replace('_', ', '):>24}" for name in runs)]
         lines += [
-            f"{title:<30}" + "".join(f"{format_bytes(getattr(run, field)):>21}" for run in runs.values())
+            f"{title:<30}" + "".join(f"{format_bytes(getattr(run, field)):>24}" for run in runs.values())
             for field, title in titles.items()
         ]
         packed = f", packed {format_bytes(self.packed_slot)}" if self.packed_slot is not None else ""

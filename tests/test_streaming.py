@@ -295,5 +295,6 @@ def test_converting_holds_fewer_than_three_records(kind, tmp_path):
     print(
         kind, above / 1e6, "MB above,", resident / 1e6, "resident,", store.max_record_bytes / 1e6, "a record"
     )
+    # the bound is three records above the resident weights; only fp8 needs that the latter are never held:
     # transformers dequantises in float32, twice the size of a record's part
-    assert above < 2 * held + (4 if kind == "fp8" else 3) * store.max_record_bytes
+    assert above < 2 * held + 3 * store.max_record_bytes + (resident if kind == "fp8" else 0)

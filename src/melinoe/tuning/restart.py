@@ -16,7 +16,15 @@ from melinoe.tuning.settings import TuneSettings
 
 RUN = "run.json"
 # settings that may change without changing the losses (of accumulate: what counts is the number of parts)
-FREE = ("accumulate", "device", "shard", "gradient_checkpointing", "checkpoint_steps", "eval_steps", "eval_rows")
+FREE = (
+    "accumulate",
+    "device",
+    "shard",
+    "gradient_checkpointing",
+    "checkpoint_steps",
+    "eval_steps",
+    "eval_rows",
+)
 
 
 @dataclass(frozen=True)

@@ -222,5 +222,6 @@ def tune(
         return print_json(result)
     print(f"{output_dir}: " + ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float)))
     if "held_out" in result:
-        held_out = {k: v for k, v in result["held_out"].items() if isinstance(v, float)}
-        print("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in held_out.items()))
+        names = ("nll", "perplexity", "hit_rate", "loads_per_token")
+        found = {name: result["held_out"][name] for name in names if result["held_out"][name] is not None}
+        print("held out: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))

@@ -19,7 +19,7 @@ class TuningProgress:
         self.held_out = ""
         self.bar = Progress(
             TextColumn("tune"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
@@ -42,20 +42,20 @@ class TuningProgress:
             if value is not None:
                 self.smooth[name] = SMOOTHING * self.smooth.get(name, value) + (1 - SMOOTHING) * value
         text = (
-            f"step {record['step']}/{self.max_steps}  loss {self.smooth.get('total', float('nan')):.3f}"
-            f"  nll {self.smooth.get('nll', float('nan')):.3f}"
-            f"  expected misses {self.smooth.get('misses', float('nan')):.2f}"
+            f"step {record['step']}/{self.max_steps} loss {self.smooth.get('total', float('nan')):.3f}"
+            f" nll {self.smooth.get('nll', float('nan')):.3f}"
+            f" misses {self.smooth.get('misses', float('nan')):.2f}"
         )
         if record["skipped"]:
-            text += "  (not finite: skipped)"
+            text += " (not finite: skipped)"
         text += self.held_out
         self.bar.update(self.task, completed=share, text=text)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Keeps the numbers of one evaluations.jsonl record in the line."""
         parts = [
-            f"{label} {record[name]:.3f}"
-            for name, label in (("nll", "nll"), ("hit_rate", "hits"), ("loads_per_token", "loads/token"))
+            f"{label} {record[name]:.3g}"
+            for name, label in (("nll", "nll"), ("hit_rate", "hits"), ("loads_per_token", "loads"))
             if record[name] is not None
         ]
-        self.held_out = f"  held out at {record['step']}: " + ", ".join(parts)
+        self.held_out = " | held out " + " ".join(parts)

@@ -15,7 +15,16 @@ from melinoe.tuning.checkpoint import CHECKPOINT, STATE, steps_done
 from melinoe.tuning.settings import TuneSettings
 
 RUN = "run.json"
-FREE = ("accumulate", "device", "shard")  # settings that may change without changing the losses
+# settings that may change without changing the losses (of accumulate: what counts is the number of parts)
+FREE = (
+    "accumulate",
+    "device",
+    "shard",
+    "gradient_checkpointing",
+    "checkpoint_steps",
+    "eval_steps",
+    "eval_rows",
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from interrupting import interrupted_at
 from melinoe.moe import moe_layers
 from melinoe.offload.adapter import apply_adapter
 from melinoe.routing.policies import DECODE
@@ -183,23 +184,11 @@ def test_an_aim_is_steered_to(base, data, tmp_path):
     assert factors[1] > factors[0]
 
 
-def test_an_interrupted_aim_resumes_where_it_was(base, data, tmp_path, monkeypatch):
-    from melinoe.tuning.loop import LocalityTrainer
-
+def test_an_interrupted_aim_resumes_where_it_was(base, data, tmp_path):
     settings = SHORT | {"checkpoint_steps": 2, "max_quality_loss": 0.01, "distill": 0.5}
     tune(base, data, tmp_path / "whole", **settings)
-    original, calls = LocalityTrainer.compute_loss, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(LocalityTrainer, "compute_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(6):
         tune(base, data, tmp_path / "cut", **settings)
-    monkeypatch.setattr(LocalityTrainer, "compute_loss", original)
     tune(base, data, tmp_path / "cut", **settings)
     strip = [
         [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / name)]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
+from interrupting import interrupted_at
 from melinoe.errors import MelinoeError
 from melinoe.moe import fingerprint, moe_layers
 from melinoe.offload.adapter import apply_adapter
@@ -273,19 +274,10 @@ def test_base_router_stays_frozen(base, data, tmp_path, monkeypatch):
         assert torch.equal(router.weight, layer.router.weight)
 
 
-def test_interrupted_run_resumes_to_the_same_adapter(tmp_path, base, data, monkeypatch):
+def test_interrupted_run_resumes_to_the_same_adapter(tmp_path, base, data):
     settings = SHORT | {"checkpoint_steps": 2}
     tune(base, data, tmp_path / "whole", **settings)
-    original, calls = LocalityTrainer.compute_loss, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(LocalityTrainer, "compute_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at(6):
         tune(base, data, tmp_path / "cut", **settings)
     assert not (tmp_path / "cut").exists()
     assert (tmp_path / "cut.partial" / "checkpoint").is_dir()

@@ -37,6 +37,7 @@ from melinoe.undecorated import has_flat_experts
 class RunMemory:
     """Bytes of one run by purpose; the paged one without slots.
 
+    A resident run may take more for a while: transformers maps the file of weights while it converts them.
     resident: weights that are not experts'. experts: their weights, in the dtype of the computation; paged: what streams
     them. trained: routers in float32 and their frozen copies, low-rank factors. gradients, optimizer: of what is trained.
     activations: what is kept for the backward pass of the largest batch, and what computing it takes besides.

@@ -254,3 +254,14 @@ def test_mistakes_of_a_sweep_are_one_line(olmoe, data, tmp_path):
     assert "no such data" in refused("--sweep", "default", "--out-of-domain", str(tmp_path / "no"), *out)
     assert "slots does not suit this model" in refused("--sweep", "default", "--slots", "99", *out)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_workload_can_be_swept_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # a folder of that name in the way changes nothing
+    train, test = hold_out(["tiny"], 10, 20)
+    assert len(train) > 1000 and len(test) == 20
+    assert len(held_out_only("tiny", 5)) == 5
+    with pytest.raises(MelinoeError, match="no such data"):
+        hold_out(["nobody/nothing"], 0, None)

@@ -81,6 +81,15 @@ def _parse_row(record: Any, where: str) -> Row:
     )
 
 
+def resolve_data(source: str | Path) -> str | Path:
+    """The folder of the embedded workload for `tiny`, which is made on first use; anything else as it is."""
+    if str(source) != "tiny":
+        return source
+    from melinoe.tiny import data_path
+
+    return data_path()
+
+
 def read_rows(path: str | Path, split: str = "train", limit: int | None = None) -> list[Row]:
     """Rows of a file, or of one split of a folder or of a data set on the Hub.
 
@@ -92,10 +101,7 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
     Raises:
         MelinoeError: no such file, a malformed line (named with file and line), or no rows.
     """
-    if str(path) == "tiny":
-        from melinoe.tiny import data_path
-
-        path = data_path()
+    path = resolve_data(path)
     if not Path(path).exists() and hub_data.is_id(str(path)):
         records = hub_data.read(str(path), split, limit)
         rows = [_parse_row(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]

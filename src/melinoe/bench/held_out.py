@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from melinoe.data import read_rows
+from melinoe.data import read_rows, resolve_data
 from melinoe.errors import MelinoeError
 
 
@@ -16,7 +16,7 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple
     """(train, test): lines of JSON as they stand in the files.
 
     Args:
-        sources: data folders, or .jsonl files (all of whose rows are then train rows).
+        sources: data folders, .jsonl files (all of whose rows are then train rows), or `tiny`.
         number: rows at the end of each train split that are measured on instead of trained on.
         limit: at most this many held-out rows, evenly spaced, so that every source keeps its share.
 
@@ -25,7 +25,7 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple
     """
     train: list[str] = []
     test: list[str] = []
-    for source in map(Path, sources):
+    for source in map(_local, sources):
         rows = _lines(source, "train")
         if number >= len(rows):
             raise MelinoeError(
@@ -47,7 +47,7 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple
 
 def held_out_only(source: str | Path, limit: int | None) -> list[str]:
     """Lines of a folder's test split or of a .jsonl file."""
-    return evenly(_lines(Path(source), "test"), limit)
+    return evenly(_lines(_local(source), "test"), limit)
 
 
 def evenly(rows: list[str], limit: int | None) -> list[str]:
@@ -55,6 +55,15 @@ def evenly(rows: list[str], limit: int | None) -> list[str]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[position * len(rows) // limit] for position in range(limit)]
+
+
+def _local(source: str | Path) -> Path:
+    path = Path(resolve_data(source))
+    if not path.exists():
+        raise MelinoeError(
+            "no such data", got=source, allowed="a .jsonl file, a folder of train and test.jsonl, or tiny"
+        )
+    return path
 
 
 def _lines(source: Path, split: str) -> list[str]:

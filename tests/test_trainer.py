@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import save_checkpoint
+from interrupting import interrupted_at
 from melinoe.bench.quality import evaluate
 from melinoe.errors import MelinoeError
 from melinoe.moe import moe_layers
@@ -248,28 +249,14 @@ def test_evaluation_changes_nothing_and_needs_held_out_rows(tmp_path, base, data
 # ------------------------------------------------------------------ going on
 
 
-def interrupt(monkeypatch, at):
-    original, calls = LocalityTrainer.compute_loss, []
-
-    def compute_loss(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(LocalityTrainer, "compute_loss", compute_loss)
-
-
-def test_resume_demands_what_it_goes_on_with(tmp_path, base, data, monkeypatch):
+def test_resume_demands_what_it_goes_on_with(tmp_path, base, data):
     settings = SHORT | {"checkpoint_steps": 2, "eval_steps": 2, "accumulate": 2}
     with pytest.raises(MelinoeError, match="nothing to resume"):
         tune(base, data, tmp_path / "cut", resume=True, **settings)
     assert not (tmp_path / "cut.partial").exists()
     tune(base, data, tmp_path / "whole", **settings)
-    with monkeypatch.context() as patch:
-        interrupt(patch, 2 * 5 + 1)  # in the sixth step
-        with pytest.raises(KeyboardInterrupt):
-            tune(base, data, tmp_path / "cut", **settings)
+    with interrupted_at(2 * 5 + 1):  # in the sixth step
+        tune(base, data, tmp_path / "cut", **settings)
     with pytest.raises(MelinoeError, match="another one; got other learning_rate"):
         tune(base, data, tmp_path / "cut", resume=True, **settings | {"learning_rate": 1e-4})
     with pytest.raises(MelinoeError, match="contradict"):
@@ -283,12 +270,10 @@ def test_resume_demands_what_it_goes_on_with(tmp_path, base, data, monkeypatch):
         assert steps == [record["step"] for record in lines(tmp_path / "whole", name)]
 
 
-def test_overwrite_starts_anew(tmp_path, base, data, monkeypatch):
+def test_overwrite_starts_anew(tmp_path, base, data):
     settings = SHORT | {"checkpoint_steps": 2}
-    with monkeypatch.context() as patch:
-        interrupt(patch, 4)
-        with pytest.raises(KeyboardInterrupt):
-            tune(base, data, tmp_path / "cut", **settings)
+    with interrupted_at(4):
+        tune(base, data, tmp_path / "cut", **settings)
     result = tune(base, data, tmp_path / "cut", overwrite=True, **settings)
     assert result["resumed_from"] is None
     assert [record["step"] for record in lines(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]

@@ -210,7 +210,7 @@ def test_each_pass_reads_an_expert_once_and_starts_with_what_is_there(checkpoint
 
 def test_a_call_inside_a_call_is_refused(checkpoints):
     pager = prepared(checkpoints("olmoe"), 3).melinoe_context.pager
-    from melinoe.offload.paged_gradients import training_call
+    from melinoe.offload.expert_gradients import training_call
 
     outer = pager.serve(0, training_call([0, 1]))
     next(outer)
@@ -366,7 +366,7 @@ def rounded_checkpoint(base, store_path, target):
     """A plain checkpoint whose experts are what the store's records stand for."""
     model, store = AutoModelForCausalLM.from_pretrained(base), open_store(store_path)
     pager = load_for_tuning(store_path, 0, None, "cpu", None).melinoe_context.pager
-    from melinoe.offload.paged_gradients import training_call
+    from melinoe.offload.expert_gradients import training_call
 
     with torch.no_grad():
         for index, (_, module) in enumerate(experts_modules(model)):

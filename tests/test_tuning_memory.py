@@ -40,8 +40,7 @@ def data(tmp_path_factory):
 def test_every_family_is_counted(tmp_path, family):
     config(family).save_pretrained(tmp_path)
     needed = memory_needed(tmp_path, SETTINGS, BatchShape(3, 40, 60), "cpu")
-    assert 0 < needed.paged.activations < needed.resident.activations
-    assert needed.paged_checkpointed.total <= needed.resident_checkpointed.total
+    assert 0 < needed.resident.activations <= needed.paged.activations
     assert needed.num_experts == 8
 
 
@@ -77,7 +76,7 @@ def test_the_count_is_what_autograd_keeps(tmp_path, family, paged):
     model, layers = prepare_model(base, SETTINGS, "cpu", pages)
     real = kept_by_autograd(model)
     skeleton = checkpoint.skeleton(base)
-    counted = count(skeleton, moe_layers(skeleton), BATCH, SETTINGS, paged=paged)
+    counted = count(skeleton, moe_layers(skeleton), BATCH, SETTINGS)
     routing = 10 * BATCH.rows * BATCH.length * sum(layer.num_experts for layer in layers) * 4
     assert real * 0.98 <= counted.kept - routing <= real * 1.1
 

@@ -3,8 +3,8 @@
 PEFT's target_parameters gives the same numbers, but forms W + dW of every expert in every forward
 pass, which is what a model that does not fit its memory cannot afford. Here the factors live in a small
 submodule `low_rank` of the experts module, and two functions read them: `melinoe_experts`, which
-goes expert by expert (`term`), and `tuning_experts`, used in training, for experts that are resident and, by way
-of paged_gradients.py, for experts that are paged.
+goes expert by expert (`term`), and `tuning_experts`, used in training, for experts that are resident or paged
+(expert_gradients.py).
 
 Shape suffixes: T tokens, K experts per token, N = T * K routed rows (sorted by expert), H hidden,
 I inner, E experts, R rank. Factors are A [E, R, in] and B [E, out, R], also for transposed experts.
@@ -12,14 +12,14 @@ I inner, E experts, R rank. Factors are A [E, R, in] and B [E, out, R], also for
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from melinoe.offload.paged_gradients import field_shapes, paged_rows
+from melinoe.offload.expert_gradients import Order, field_shapes, is_paged, routed_experts
 from melinoe.offload.row_order import Combine, SortRows
 
 Projection = Literal["up", "down"]
@@ -76,14 +76,10 @@ class LowRankExperts(nn.Module):
         return F.linear(inner_NR, b_EOR[expert].to(x_NI.dtype)) * self.scale
 
 
-def _is_paged(module: nn.Module) -> bool:
-    return getattr(module, "melinoe_context", None) is not None
-
-
 def projection_size(module: nn.Module, projection: Projection) -> tuple[int, int]:
     """(in, out) of a projection, of resident or paged experts."""
     name = projection_parameter(module, projection)
-    shape = field_shapes(module)[name] if _is_paged(module) else getattr(module, name).shape[1:]
+    shape = field_shapes(module)[name] if is_paged(module) else getattr(module, name).shape[1:]
     return (shape[0], shape[1]) if module.is_transposed else (shape[1], shape[0])
 
 
@@ -95,7 +91,7 @@ def attach_low_rank(
     device: torch.device | str | None = None,
 ) -> LowRankExperts:
     """Puts fresh factors on an experts module, resident or paged. device: None: that of its weights."""
-    if device is None and not _is_paged(module):
+    if device is None and not is_paged(module):
         device = module.down_proj.device
     up, down = projection_size(module, "up"), projection_size(module, "down")
     module.low_rank = LowRankExperts(module.num_experts, up, down, rank, alpha, generator, device)
@@ -142,86 +138,9 @@ def fold_low_rank(module: nn.Module) -> None:
     del module.low_rank
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """x [N, in] sorted by expert -> [N, out], with the low-rank addition; W and its bias are frozen.
-
-    One loop over experts with products that add in place: on a CPU this was the fastest of the forms
-    tried (docs/log.md), and it keeps x and x A^T for the backward pass, nothing of the size of W.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_NI: torch.Tensor,
-        weight_EOI: torch.Tensor,
-        a_ERI: torch.Tensor,
-        b_EOR: torch.Tensor,
-        scale: float,
-        ends: list[int],
-    ) -> torch.Tensor:
-        out = x_NI.new_empty(len(x_NI), weight_EOI.shape[1])
-        inner_NR = x_NI.new_empty(len(x_NI), a_ERI.shape[1])
-        start = 0
-        for expert, end in enumerate(ends):
-            if end > start:
-                x, y, inner = x_NI[start:end], out[start:end], inner_NR[start:end]
-                torch.mm(x, weight_EOI[expert].T, out=y)
-                torch.mm(x, a_ERI[expert].T.to(x.dtype), out=inner)
-                y.addmm_(inner, b_EOR[expert].T.to(x.dtype), alpha=scale)
-            start = end
-        out[start:].zero_()  # expert-parallel sentinels stand behind the last expert
-        ctx.save_for_backward(x_NI, weight_EOI, a_ERI, b_EOR, inner_NR)
-        ctx.scale, ctx.ends = scale, ends
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_out = grads[0].contiguous()
-        x_NI, weight_EOI, a_ERI, b_EOR, inner_NR = ctx.saved_tensors
-        grad_x = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        grad_a, grad_b = torch.empty_like(a_ERI), torch.empty_like(b_EOR)
-        start = 0
-        for expert, end in enumerate(ctx.ends):
-            if end == start:
-                grad_a[expert].zero_()
-                grad_b[expert].zero_()
-            else:
-                x, g = x_NI[start:end], grad_out[start:end]
-                g_inner = torch.mm(g, b_EOR[expert].to(g.dtype)).mul_(ctx.scale)
-                grad_b[expert] = torch.mm(g.T, inner_NR[start:end]).mul_(ctx.scale)
-                grad_a[expert] = torch.mm(g_inner.T, x)
-                if grad_x is not None:
-                    torch.mm(g, weight_EOI[expert], out=grad_x[start:end])
-                    grad_x[start:end].addmm_(g_inner, a_ERI[expert].to(g.dtype))
-            start = end
-        if grad_x is not None:
-            grad_x[start:].zero_()
-        return grad_x, None, grad_a, grad_b, None, None
-
-
 def _scale(module: nn.Module) -> float:
     low_rank = getattr(module, "low_rank", None)
     return 1.0 if low_rank is None else low_rank.scale
-
-
-def _resident_rows(
-    module: nn.Module, x_NH: torch.Tensor, expert_N: torch.Tensor, ends: list[int]
-) -> torch.Tensor:
-    """Both projections and the gate, [N, H] -> [N, H]; the weights are the module's parameters."""
-
-    def project(x_NI: torch.Tensor, projection: Projection) -> torch.Tensor:
-        name = projection_parameter(module, projection)
-        weight = getattr(module, name).detach()
-        weight_EOI = weight.transpose(1, 2) if module.is_transposed else weight
-        a_ERI, b_EOR = _factors(module, projection, weight)
-        y = _GroupedLinear.apply(x_NI, weight_EOI, a_ERI, b_EOR, _scale(module), ends)
-        if module.has_bias:
-            y = y + getattr(module, f"{name}_bias").detach()[expert_N]
-        return y
-
-    y = project(x_NH, "up")
-    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    return project(y, "down")
 
 
 def tuning_experts(
@@ -232,34 +151,29 @@ def tuning_experts(
     Gradient flows to the hidden states, the factors and the weights; the experts' own weights stay
     frozen. Expert-parallel sentinels (index >= E) contribute nothing.
     """
-    num_choices = top_k_index.shape[1]
-    expert_N, order_N = torch.sort(top_k_index.reshape(-1), stable=True)
-    place_TK = torch.empty_like(order_N)
-    place_TK[order_N] = torch.arange(len(order_N), device=order_N.device)
-    place_TK = place_TK.view_as(top_k_index)
-    counts = torch.bincount(expert_N, minlength=module.num_experts)[: module.num_experts]
-    ends = counts.cumsum(0).tolist()  # the one synchronisation of a layer
-    absent_N1 = None
-    if ends[-1] < len(expert_N):
-        absent_N1 = (expert_N >= module.num_experts)[:, None]
-        expert_N = expert_N.clamp(max=module.num_experts - 1)
+    order = Order.of(top_k_index, module.num_experts)
+    names = projection_parameter(module, "up"), projection_parameter(module, "down")
+    factors = (*_factors(module, "up", hidden_states), *_factors(module, "down", hidden_states))
 
-    token_N = order_N.div(num_choices, rounding_mode="floor")
-    x_NH = SortRows.apply(hidden_states, token_N, place_TK)
+    def routed(x: torch.Tensor, weights: torch.Tensor, rows: Order) -> torch.Tensor:
+        return routed_experts(module, x, weights, rows, names, factors, _scale(module))
+
+    if not getattr(module, "weights_scale_input", False) and not module.has_post_expert_norm:
+        return routed(hidden_states, top_k_weights, order).to(hidden_states.dtype)
+    # what stands between a token and its expert, or an expert and the sum, needs a row for every choice
+    x_NH = SortRows.apply(hidden_states, order.token_N, order.place_TK)
     if getattr(module, "weights_scale_input", False):  # llama4
-        x_NH = x_NH * top_k_weights.reshape(-1)[order_N, None].to(x_NH.dtype)
+        weight_N = torch.empty_like(top_k_weights.reshape(-1)).scatter(
+            0, order.place_TK.reshape(-1), top_k_weights.reshape(-1)
+        )
+        x_NH = x_NH * weight_N[:, None].to(x_NH.dtype)
         top_k_weights = torch.ones_like(top_k_weights)
-    if _is_paged(module):
-        names = projection_parameter(module, "up"), projection_parameter(module, "down")
-        factors = (*_factors(module, "up", x_NH), *_factors(module, "down", x_NH))
-        y = paged_rows(module, x_NH, names, factors, _scale(module), ends)
-    else:
-        y = _resident_rows(module, x_NH, expert_N, ends)
+    y_NH = routed(x_NH, x_NH.new_ones(len(x_NH), 1), order.of_rows())
     if module.has_post_expert_norm:
-        y = module.post_expert_norm(y)
-    if absent_N1 is not None:
-        y = y.masked_fill(absent_N1, 0.0)
-    return Combine.apply(y, top_k_weights, token_N, place_TK).to(hidden_states.dtype)
+        y_NH = module.post_expert_norm(y_NH)
+        absent_N = torch.arange(len(y_NH), device=y_NH.device) >= order.ends[-1]
+        y_NH = y_NH.masked_fill(absent_N[:, None], 0.0)
+    return Combine.apply(y_NH, top_k_weights, order.token_N, order.place_TK).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, tuning_experts)

@@ -46,13 +46,8 @@ class Activations:
     transient: int
 
 
-def count(
-    model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings: TuneSettings, *, paged: bool
-) -> Activations:
-    """Args:
-    model: on the meta device, in the dtype of the computation.
-    paged: whether the experts' part is that of paged_gradients.py or of the resident function.
-    """
+def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings: TuneSettings) -> Activations:
+    """Of experts that are resident or paged. model: on the meta device, in the dtype of the computation."""
     dtype = next(model.parameters()).dtype
     num_rows = batch.rows * batch.length * experts_per_token(model)
     own: dict[str | None, int] = {}  # bytes by decoder layer; None: outside of all
@@ -69,7 +64,7 @@ def count(
     transient = 0
     for layer in layers:
         name = max((one for one in inputs if layer.experts_name.startswith(f"{one}.")), key=len, default=None)
-        saved, while_backward = _experts_bytes(layer.experts, settings.rank, paged, dtype)
+        saved, while_backward = _experts_bytes(layer.experts, settings.rank, dtype)
         own[name] = own.get(name, 0) + num_rows * saved
         transient = max(transient, num_rows * while_backward)
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
@@ -86,23 +81,14 @@ def count(
     )
 
 
-def _experts_bytes(module: Any, rank: int, paged: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """(saved, besides while running backward) bytes per routed row."""
-    (size_in, up), (inner, size_out) = projection_size(module, "up"), projection_size(module, "down")
-    saved = (size_in + size_out + 2 * rank) * dtype.itemsize + 3 * 8  # and the order of the rows
-    if getattr(
-        module, "weights_scale_input", False
-    ):  # llama4 keeps the rows before they are multiplied as well
-        saved += size_in * dtype.itemsize
-    while_backward = (size_in + size_out) * dtype.itemsize
-    if paged:
-        return saved + up * dtype.itemsize, while_backward
-    up_1I = torch.empty(1, up, dtype=dtype, device="meta", requires_grad=True)
-    kept = _Kept([])
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-        act_1I = module._apply_gate(up_1I) if module.has_gate else module.act_fn(up_1I)
-    kept.add(act_1I)  # for the down projection
-    return saved + kept.nbytes, while_backward + (inner + up) * dtype.itemsize
+def _experts_bytes(module: Any, rank: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(saved, besides while running backward) bytes per routed row; the hidden states are counted with the rest."""
+    (size_in, up), (_, size_out) = projection_size(module, "up"), projection_size(module, "down")
+    saved = (up + 2 * rank) * dtype.itemsize + 2 * 8  # and the order of the rows
+    scaled = getattr(module, "weights_scale_input", False)  # llama4 keeps rows, multiplied and not
+    if scaled or module.has_post_expert_norm:
+        saved += ((2 if scaled else 1) * size_in + size_out) * dtype.itemsize + 2 * 8
+    return saved, (size_in + size_out) * dtype.itemsize
 
 
 class _Kept:
@@ -164,8 +150,8 @@ def _counting(
 def _shapes_only(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """An experts function that passes gradient on and saves nothing: the experts are counted apart."""
-    return hidden_states + 0 * top_k_weights[:, :1].to(hidden_states.dtype)
+    """An experts function that saves what it is given: what is kept per row is counted apart."""
+    return hidden_states * top_k_weights[:, :1].to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register(_STAND_IN, _shapes_only)

@@ -202,8 +202,8 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     converted = {projection_size(layer.experts, side) for layer in layers for side in ("up", "down")}
     record = sum(size_in * size_out * dtype.itemsize for size_in, size_out in converted)
     kinds = {}
+    found = count(model, layers, batch, settings)
     for paged in (False, True):
-        found = count(model, layers, batch, settings, paged=paged)
         besides = found.transient + (record if paged and own != dtype else 0)
         # AdamW's own temporaries: of one tensor on a CPU, of all on an accelerator; by then the activations are gone
         step = moving if device != "cpu" else 2 * factors // max(1, 4 * len(layers))

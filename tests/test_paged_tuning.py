@@ -410,3 +410,17 @@ def test_a_rounded_base(tmp_path, checkpoints, data, family, name):
     apply_adapter(applied, tmp_path / "paged")
     with torch.no_grad():
         torch.testing.assert_close(merged(**batch()).logits, applied(**batch()).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["auto", "int8", "int4"])
+def test_on_a_gpu(tmp_path, checkpoints, data, name):
+    """What `tune` does on one consumer card: a frozen base in memory or paged from the host, rounded or not."""
+    base, store = checkpoints("olmoe"), tmp_path / "store"
+    melinoe.convert(base, store, format=name, progress=False)
+    settings = SHORT | {"device": "cuda", "dtype": "float32"}
+    tune(store, data, tmp_path / "resident", **settings)
+    limit = budget(store, data, 3, device="cuda", dtype="float32")
+    found = tune(store, data, tmp_path / "paged", memory=limit, **settings)
+    assert found["paged"]["loads"] > 0
+    assert_same_run(tmp_path / "paged", tmp_path / "resident", weights=2e-4)

@@ -75,7 +75,7 @@ class TuningLosses:
         with_base = settings.distill > 0 or settings.max_quality_loss is not None
         with RouterTap(self.layers) as tap:
             found = likelihood(
-                model, batch, self.layers, self.base_routers, with_base, settings.distill_prompt
+                model, batch, self.layers, self.base_routers, with_base, settings.distills_prompt
             )
         # the reentrant kind of gradient checkpointing would cut them off, silently
         assert all(record.logits.requires_grad for record in tap.records) or not torch.is_grad_enabled()
@@ -94,7 +94,7 @@ class TuningLosses:
         nll = found.nll / max(found.tokens, 1)
         total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
         if found.divergence is not None and settings.distill > 0:
-            compared = counts.tokens - counts.rows if settings.distill_prompt else counts.completion
+            compared = counts.tokens - counts.rows if settings.distills_prompt else counts.completion
             total = total + settings.distill * found.divergence / max(compared, 1)
         strength = self._strength(tokens_per_step[1]) * self.schedule
         if settings.lambda_cs > 0:

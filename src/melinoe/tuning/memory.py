@@ -171,9 +171,11 @@ def batch_shape(
     batches = [part_of(rows, part, parts) for rows in plan for part in range(parts)]
     sizes = [(len(rows), max(len(encoded[row].ids) for row in rows)) for rows in batches]
     rows, length = max(sizes, key=lambda size: size[0] * size[1])
-    whole = settings.distill_prompt and (settings.distill > 0 or settings.max_quality_loss is not None)
     predicted = max(
-        sum(len(encoded[row].ids) - (1 if whole else encoded[row].prompt_length) for row in rows)
+        sum(
+            len(encoded[row].ids) - (1 if settings.distills_prompt else encoded[row].prompt_length)
+            for row in rows
+        )
         for rows in batches
     )
     return BatchShape(rows, length, predicted)

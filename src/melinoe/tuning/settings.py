@@ -190,6 +190,11 @@ class TuneSettings:
     def form(self) -> Objective:
         return OBJECTIVES[self.objective]
 
+    @property
+    def distills_prompt(self) -> bool:
+        """Whether the logits of the prompt's tokens are needed; an aim for quality alone compares completions."""
+        return self.distill > 0 and self.distill_prompt
+
     def schedule(self, done: float) -> float:
         """What both weights are multiplied by when the share `done` of the run is over, 0 .. 1."""
         rise = min(1.0, done / self.ramp) if self.ramp else 1.0

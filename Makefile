@@ -31,10 +31,12 @@ bench: $(VENV)/.installed
 bench-trainer: $(VENV)/.installed
 	$(BIN)/python benchmarks/trainer.py $(BENCH_ARGS)
 
-# a machine with a CUDA GPU and 30 GB free in TMPDIR: parity, bus bandwidth, decode speed against the peers
+# a machine with a CUDA GPU and 40 GB free in TMPDIR: parity, bus bandwidth, decode speed against the peers, tuning while paged
 gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu
 	$(BIN)/python benchmarks/gpu.py --folder $${TMPDIR:-/tmp}/melinoe-gpu $(BENCH_ARGS)
+	for format in auto int4; do $(BIN)/python benchmarks/paged_tuning.py --device cuda --format $$format \
+		--shape 2048,1024,64,4 --work $${TMPDIR:-/tmp}/melinoe-gpu-tuning || exit 1; done
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -6,7 +6,8 @@ Writes an OLMoE of random weights with records of a real size (speed and memory 
 is the model's) and runs `tune` in a process of its own for every row: resident, and paged with every expert,
 half, a quarter and none in slots, the rows taken in turns. The peak is that of a memory cgroup, page cache included;
 at the end the quarter runs under a hard limit that the resident run is killed in. All rows have the same data, seed and
-steps, and the losses of every row are compared with those of the resident one.
+steps, and the losses of every row are compared with those of the resident one. `--device cuda` (part of `make gpu`) counts the
+card's memory instead, and `--format int4` tunes over a rounded base, resident or paged.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def child(task: dict[str, Any]) -> None:
                 "losses": [line["total"] for line in log],
                 "paged": found.get("paged"),
                 "imported_bytes": before,
+                "peak_device_bytes": torch.cuda.max_memory_allocated()
+                if settings["device"] == "cuda"
+                else None,
                 "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             }
         )
@@ -124,7 +128,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny", help="whose tokenizer is used")
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--data", default="tiny")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shape", default="1024,1024,32,4", help="hidden, inner, experts per layer, layers")
     parser.add_argument("--format", default="auto", help="of the store: auto, int8 or int4")
     parser.add_argument("--steps", type=int, default=3)
@@ -144,7 +149,7 @@ def main() -> None:
         convert(checkpoint, store, format=options.format, progress=False)
     settings = {
         "max_steps": options.steps, "batch_tokens": options.batch_tokens, "rank": options.rank, "checkpoint_steps": 0,
-        "device": "cpu",
+        "device": options.device,
     }  # fmt: skip
     common = {"data": options.data, "settings": settings, "output": str(work / "adapter"), "dry": False}
     planned = run(
@@ -160,7 +165,8 @@ def main() -> None:
     )
     assert planned is not None
     least = sum(planned["paged"].values())
-    rows: list[dict[str, Any]] = [{"name": "resident", "model": str(checkpoint), "memory": None}]
+    whole = checkpoint if options.format == "auto" else store
+    rows: list[dict[str, Any]] = [{"name": "resident", "model": str(whole), "memory": None}]
     for share, name in ((1.0, "all"), (0.5, "half"), (0.25, "a quarter"), (0.0, "none")):
         slots = int(planned["num_experts"] * share)
         per_slot = planned["packed_slot"] if planned["packed_slot"] and share < 1 else planned["slot"]
@@ -187,7 +193,7 @@ def main() -> None:
         results["rows"][name] = {"runs": runs, "largest_relative_loss_difference": differ}
     quarter = rows[3]
     tight = MemoryLimit(quarter["memory"] + PROCESS_BYTES)
-    if tight.available:
+    if tight.available and options.device == "cpu":
         try:
             results["limited"] = {
                 "limit_bytes": tight.limit_bytes,
@@ -203,7 +209,7 @@ def main() -> None:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| row | planned | peak, cgroup | peak, process over its imports | CPU s/step | of resident | wall s/step | read per step | loss differs by |",
+        "| row | planned | peak, cgroup | peak, process over its imports (or the card) | CPU s/step | of resident | wall s/step | read per step | loss differs by |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     base = None
@@ -215,7 +221,9 @@ def table(results: dict[str, Any]) -> str:
         base = base or middle
         read = runs[0]["paged"]["bytes_read"] / results["settings"]["steps"] if runs[0]["paged"] else 0
         planned = runs[0]["budget"] or sum(results["planned"]["resident"].values())
-        own = max(one["peak_resident_bytes"] - one["imported_bytes"] for one in runs)
+        own = max(
+            one["peak_device_bytes"] or one["peak_resident_bytes"] - one["imported_bytes"] for one in runs
+        )
         cgroup = max(one["peak_cgroup_bytes"] or 0 for one in runs)
         lines.append(
             f"| {name} | {format_bytes(planned)} | {format_bytes(cgroup) if cgroup else '-'} | {format_bytes(own)} |"

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from melinoe.bench.frontier_table import best_within, markdown, sentences
+from melinoe.bench.frontier import _pool
+from melinoe.bench.frontier_table import best_within, markdown, origins_table, sentences
 from melinoe.bench.held_out import evenly, held_out_only, hold_out
 from melinoe.bench.point import tuning_code
 from melinoe.bench.points import read_sweep
@@ -43,11 +44,12 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     for name, start in (("a", 0), ("b", 20)):
         write_rows(tmp_path / name, "train", range(start, start + 10))
         write_rows(tmp_path / name, "test", range(start + 10, start + 14))
-    train, test = hold_out([tmp_path / "a", tmp_path / "b"], 3, None)
+    train, test, origin = hold_out([tmp_path / "a", tmp_path / "b"], 3, None)
     first = [[int(json.loads(line)["prompt"].split()[0][1:]) for line in lines] for lines in (train, test)]
     assert first[0] == [*range(7), *range(20, 27)]
     assert first[1] == [*range(10, 14), *range(7, 10), *range(30, 34), *range(27, 30)]
-    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, 7)[1] == test[::2]
+    assert hold_out([tmp_path / "a", tmp_path / "b"], 3, 7).test == test[::2]
+    assert origin == [str(tmp_path / name) for name in "ab" for _ in range(7)]
     assert evenly(["a", "b", "c"], 2) == ["a", "b"]
     assert held_out_only(tmp_path / "a", None) == test[:4]
     with pytest.raises(MelinoeError, match=r"left to train on; got --hold-out 10 of 10 rows"):
@@ -166,6 +168,24 @@ def test_what_a_loss_buys():
     assert markdown((["a", "b"], [["x|y", "1"]])) == "| a | b |\n|---|---:|\n| x\\|y | 1 |"
 
 
+def test_every_data_folder_by_itself():
+    """The parts add up to the whole, and nothing is said where it is not known whose a row is."""
+    own = {"sums": sums([4.0, 2.0], [2.0, 1.0]), "load_entropy": [0.9]}
+    control = {"sums": sums([3.0, 1.0], [4.0, 1.0]), "load_entropy": [1.0]}
+    found = _pool([own], [control], ["a", "b"])
+    assert found["origins"]["a"]["nll"] == 1.0
+    assert found["origins"]["a"]["to_control"]["loads"][0]["ratio"] == 0.5
+    assert found["origins"]["b"]["to_control"]["loads"][0]["ratio"] == 1.0
+    assert found["origins"]["b"]["to_control"]["nll"]["ratio"] == 2.0
+    assert sum(part["num_sequences"] for part in found["origins"].values()) == found["num_sequences"]
+    assert "origins" not in _pool([own], [control], ["a", "a"])
+    assert "origins" not in _pool([own], [control], ["a", "b", "b"])
+    result = {"settings": {"policies": ["decay"], "budgets": [4], "slots": 4}}
+    headings, rows = origins_table(result | {"points": [{"name": "p", "held_out": found}]}, "held_out")
+    assert [row[:3] for row in rows] == [["p", "a", "1"], ["p", "b", "1"]]
+    assert len(headings) == len(rows[0])
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -260,7 +280,7 @@ def test_the_embedded_workload_can_be_swept_over(tmp_path, monkeypatch):
     monkeypatch.setenv("MELINOE_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()  # a folder of that name in the way changes nothing
-    train, test = hold_out(["tiny"], 10, 20)
+    train, test, _ = hold_out(["tiny"], 10, 20)
     assert len(train) > 1000 and len(test) == 20
     assert len(held_out_only("tiny", 5)) == 5
     with pytest.raises(MelinoeError, match="no such data"):

@@ -23,7 +23,7 @@ from melinoe.bench.points import Point, read_sweep
 from melinoe.bench.setting import machine, mixture_shape
 from melinoe.bench.stages import Stages
 from melinoe.bench.sweep_runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, plan_runs, run_all
-from melinoe.bench.teacher_forced import Measuring, compare, pooled, summary
+from melinoe.bench.teacher_forced import Measuring, compare, only, pooled, summary
 from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.offload.convert import local_folder
@@ -90,13 +90,13 @@ def sweep(
     for point in chosen:
         point.tune_settings(0).capacity(shape["num_experts"], shape["experts_per_token"])
     measuring = Measuring(_budgets(measure.pop("slots", None), shape), **measure)
-    train, test = hold_out(_list(data), hold_out_rows, limit)
-    tests = {IN_DOMAIN: test}
+    split = hold_out(_list(data), hold_out_rows, limit)
+    tests, origins = {IN_DOMAIN: split.test}, {IN_DOMAIN: split.origin}
     if out_of_domain is not None:
         tests[OUT_OF_DOMAIN] = held_out_only(out_of_domain, limit)
     output = _output_folder(Path(output_dir))
     held_out = {name: output / "data" / name for name in tests}
-    write_split(held_out[IN_DOMAIN], "train", train)
+    write_split(held_out[IN_DOMAIN], "train", split.train)
     for name, rows in tests.items():
         write_split(held_out[name], "test", rows)
     runs = plan_runs(str(source), chosen, seeds, held_out, measuring, output / "points", keep_merged)
@@ -111,14 +111,14 @@ def sweep(
             "out_of_domain": None if out_of_domain is None else str(out_of_domain),
             "seeds": list(seeds),
             "hold_out_rows": hold_out_rows,
-            "train_rows": len(train),
+            "train_rows": len(split.train),
             "rows": {name: len(lines) for name, lines in tests.items()},
             "slots": chosen[0].tune_settings(0).capacity(shape["num_experts"], shape["experts_per_token"]),
             **shape,
             **measuring.as_dict(),
         },
         "machine": machine() | {"melinoe": melinoe.__version__},
-        **_tables(runs, chosen, list(held_out)),
+        **_tables(runs, chosen, {name: origins.get(name, []) for name in held_out}),
         "seconds": stages.seconds,
     }
     partial = output / "result.json.partial"
@@ -153,8 +153,8 @@ def _budgets(slots: Any, shape: dict[str, int]) -> tuple[int, ...]:
     return tuple(sorted(set(slots)))
 
 
-def _tables(runs: list[Run], points: list[Point], data: list[str]) -> dict[str, Any]:
-    """Base and points, on each of the data, per seed and pooled."""
+def _tables(runs: list[Run], points: list[Point], data: dict[str, list[str]]) -> dict[str, Any]:
+    """Base and points, on each of the data, per seed and pooled. data: by name, the origin of every row."""
     measured = {run.folder: run.measured for run in runs}
     base, *tuned = runs
     rows = []
@@ -170,7 +170,7 @@ def _tables(runs: list[Run], points: list[Point], data: list[str]) -> dict[str, 
             seeds = [
                 {"seed": run.seed, **_pool([a], [b])} for run, a, b in zip(mine, own, other, strict=True)
             ]
-            row[name] = _pool(own, other) | {"seeds": seeds}
+            row[name] = _pool(own, other, data[name]) | {"seeds": seeds}
         rows.append(row)
     first = [measured[run.folder]["data"] for run in tuned if run.point == points[0]]
     untouched = measured[base.folder]["data"]
@@ -178,13 +178,25 @@ def _tables(runs: list[Run], points: list[Point], data: list[str]) -> dict[str, 
     return {"base": pairs, "points": rows}
 
 
-def _pool(own: list[dict[str, Any]], control: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several seeds as one: sums of sums over the same sequences; entropies are means over seeds."""
-    mine = pooled([one["sums"] for one in own])
+def _pool(
+    own: list[dict[str, Any]], control: list[dict[str, Any]], origin: list[str] | None = None
+) -> dict[str, Any]:
+    """Several seeds as one: sums of sums over the same sequences; entropies are means over seeds.
+
+    Of several origins also each by itself, unless rows were left out as too long: then nobody says which are whose.
+    """
+    mine, others = pooled([one["sums"] for one in own]), pooled([one["sums"] for one in control])
     layers = [sum(values) / len(own) for values in zip(*(one["load_entropy"] for one in own), strict=True)]
     found = summary(mine) | {"load_entropy": sum(layers) / len(layers), "load_entropy_layers": layers}
     if all("judged" in one for one in own):
         found["judged"] = {
             name: sum(one["judged"][name] for one in own) / len(own) for name in own[0]["judged"]
         }
-    return found | {"to_control": compare(mine, pooled([one["sums"] for one in control]))}
+    sources = list(dict.fromkeys(origin or []))
+    if len(sources) > 1 and len(origin or []) == found["num_sequences"]:
+        found["origins"] = {}
+        for source in sources:
+            chosen = [name == source for name in origin or []]
+            part, other = only(mine, chosen), only(others, chosen)
+            found["origins"][source] = summary(part) | {"to_control": compare(part, other)}
+    return found | {"to_control": compare(mine, others)}

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.bench import frontier_figures as figures
-from melinoe.bench.frontier_table import document, pooled_table, reference, seeds_table, sentences
+from melinoe.bench.frontier_table import (
+    document,
+    origins_table,
+    pooled_table,
+    reference,
+    seeds_table,
+    sentences,
+)
 from melinoe.bench.svg import use_matplotlib, write_page
 
 TITLES = {"held_out": "Held-out rows", "out_of_domain": "Out of domain"}
@@ -24,6 +31,7 @@ def write_frontier(result: dict[str, Any], output: Path) -> None:
             "sentences": sentences(result, data),
             "pooled": pooled_table(result, data),
             "seeds": seeds_table(result, data),
+            "origins": origins_table(result, data),
             "frontier": figures.frontier(result, data),
             "budgets": figures.budgets(result, data),
             "sources": figures.sources(result, data),

@@ -78,6 +78,23 @@ def seeds_table(result: dict[str, Any], data: str) -> Table:
     return headings, rows
 
 
+def origins_table(result: dict[str, Any], data: str) -> Table | None:
+    """Where several folders were one: the ratios on each of them. None: one folder, or rows were left out."""
+    policy, slots = reference(result)
+    headings = ["point", "rows of", "sequences", "NLL", "perplexity / control"]
+    headings += [f"{policy} {slots}: loads/token", "/ control", f"own {slots}", f"shared {slots}"]
+    rows = []
+    for point in result["points"]:
+        for source, found in point[data].get("origins", {}).items():
+            loads, ratio = of(found["loads"], policy, slots), of(found["to_control"]["loads"], policy, slots)
+            assert loads is not None and ratio is not None
+            static = next(entry for entry in found["static"] if entry["slots"] == slots)
+            cells = [point["name"], source, str(found["num_sequences"]), f"{found['nll']:.5f}"]
+            cells += [interval(found["to_control"]["perplexity"]), f"{loads['loads_per_token']:.3f}"]
+            rows.append([*cells, interval(ratio, 3), f"{static['own']:.3f}", f"{static['shared']:.3f}"])
+    return (headings, rows) if rows else None
+
+
 def best_within(result: dict[str, Any], data: str, loss: float) -> dict[str, Any] | None:
     """The point with the fewest loads whose perplexity is at most 1 + loss times the control's.
 
@@ -143,6 +160,8 @@ def document(result: dict[str, Any]) -> str:
         source = settings["out_of_domain"] if data == "out_of_domain" else ", ".join(settings["data"])
         parts.append(f"### {title}: {count} sequences of {source}")
         parts += [*sentences(result, data), markdown(pooled_table(result, data))]
+        by_origin = origins_table(result, data)
+        parts += [markdown(by_origin)] if by_origin else []
         parts.append(markdown(seeds_table(result, data)))
     parts.append(
         "Ratios below 1 are better. Intervals: 95 percent, paired bootstrap over sequences, seeds pooled. own, shared: "

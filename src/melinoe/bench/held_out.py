@@ -7,13 +7,24 @@ several folders become one: train without its held-out end, and test with it.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from melinoe.data import read_rows, resolve_data
 from melinoe.errors import MelinoeError
 
+Item = TypeVar("Item")
 
-def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple[list[str], list[str]]:
-    """(train, test): lines of JSON as they stand in the files.
+
+class Split(NamedTuple):
+    """train, test: lines of JSON as they stand in the files. origin: the source of every test line."""
+
+    train: list[str]
+    test: list[str]
+    origin: list[str]
+
+
+def hold_out(sources: list[str | Path], number: int, limit: int | None) -> Split:
+    """Train and held-out rows of several sources.
 
     Args:
         sources: data folders, .jsonl files (all of whose rows are then train rows), or `tiny`.
@@ -24,8 +35,9 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple
         MelinoeError: a source without rows, or nothing left to train or to measure on.
     """
     train: list[str] = []
-    test: list[str] = []
-    for source in map(_local, sources):
+    test: list[tuple[str, str]] = []
+    for name in sources:
+        source = _local(name)
         rows = _lines(source, "train")
         if number >= len(rows):
             raise MelinoeError(
@@ -34,15 +46,16 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> tuple
         end = len(rows) - number
         train += rows[:end]
         if (source / "test.jsonl").is_file():
-            test += _lines(source, "test")
-        test += rows[end:]
+            test += [(line, str(name)) for line in _lines(source, "test")]
+        test += [(line, str(name)) for line in rows[end:]]
     if not test:
         raise MelinoeError(
             "no held-out rows",
             allowed="a folder with test.jsonl",
             next_step="or set rows aside: --hold-out N",
         )
-    return train, evenly(test, limit)
+    kept = evenly(test, limit)
+    return Split(train, [line for line, _ in kept], [name for _, name in kept])
 
 
 def held_out_only(source: str | Path, limit: int | None) -> list[str]:
@@ -50,7 +63,7 @@ def held_out_only(source: str | Path, limit: int | None) -> list[str]:
     return evenly(_lines(_local(source), "test"), limit)
 
 
-def evenly(rows: list[str], limit: int | None) -> list[str]:
+def evenly(rows: list[Item], limit: int | None) -> list[Item]:
     """At most `limit` of the rows, evenly spaced, in their order."""
     if limit is None or limit >= len(rows):
         return rows

@@ -126,6 +126,11 @@ def pooled(sums: list[dict[str, list[float]]]) -> Sums:
     return {name: np.sum([one[name] for one in sums], axis=0) for name in sums[0]}
 
 
+def only(sums: Sums, chosen: list[bool]) -> Sums:
+    """Some of the sequences."""
+    return {name: values[np.asarray(chosen)] for name, values in sums.items()}
+
+
 def summary(sums: Sums) -> dict[str, Any]:
     """Means of one set of weights (or of several seeds pooled).
 

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from melinoe.errors import MelinoeError
 from melinoe.routing.policies import (
     DECODE,
+    FADE,
     POLICIES,
     PREFILL,
     Call,
     DecayedCounts,
     Decision,
     Policy,
+    Strength,
     decode_call,
     make_policy,
     prefill_call,
@@ -142,7 +144,7 @@ def test_lru_equals_an_independent_implementation(workload):
 
 def test_decayed_counts_by_hand():
     policy = DecayedCounts(1, 4, 2, decay=0.5, recency_decay=0.25, recency_weight=2.0)
-    policy.begin(np.array([[0.0, 0.0, 0.0, 3.0]]), prior_tokens=2)
+    policy.begin(np.array([[0.0, 0.0, 0.0, 3.0]]), strength=Strength(2))
     policy.request(0, prefill_call(np.array([[0], [1]])))
     # expert 0 was asked one token ago, expert 1 just now; the prediction counts as two tokens, if trusted
     assert policy.trust == pytest.approx(1 / (1 + np.exp(-2)))
@@ -175,6 +177,30 @@ def test_a_failing_prediction_loses_its_say_and_the_next_request_trusts_again():
             assert policy.trust == pytest.approx(0.88, abs=0.01)
     assert hits["right"] > hits["none"]
     assert hits["wrong"] > 0.85 * hits["none"]
+
+
+def test_a_prediction_fades_behind_its_horizon():
+    """Answers go on for longer than those that the predictor was fitted to, and elsewhere."""
+    scores = np.array([[2.0, 1.0, 1.0, 0.0]])
+
+    def prior(tokens, horizon):
+        policy = DecayedCounts(1, 4, 2)
+        policy.begin(scores, Strength(10.0, horizon))
+        policy.request(0, prefill_call(np.array([[1]])))
+        for _ in range(tokens):
+            policy.request(0, decode_call([1]))  # an even guess: trust moves by forgetting alone
+        return policy.worth(0)[0] / (10.0 * 2.0 * policy.trust)
+
+    assert prior(3, 3.0) == pytest.approx(1.0)
+    assert prior(5, 3.0) == pytest.approx(FADE**2)
+    assert prior(5, 2.5) == pytest.approx(FADE**2.5)
+    assert prior(100, float("inf")) == pytest.approx(1.0)
+    policy = DecayedCounts(1, 4, 2)
+    policy.begin(scores, Strength(10.0, 0.0))
+    policy.request(0, decode_call([1]))
+    policy.begin(scores, Strength(10.0, 1.0))  # the next request counts its own tokens
+    policy.request(0, decode_call([1]))
+    assert policy.worth(0)[0] == pytest.approx(10.0 * 2.0 * policy.trust)
 
 
 def test_declines_what_is_worth_less_than_every_resident():

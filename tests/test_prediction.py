@@ -53,7 +53,9 @@ def test_learns_what_the_prompt_says(tmp_path):
     assert report["recall_predictor"] > 0.85 > 0.7 > max(report["recall_global"], report["recall_prefill"])
     assert report["recall_oracle"] >= report["recall_predictor"]
     assert report["num_held_out"] == 30
-    assert report["prior_tokens"] == Predictor.load(tmp_path / "p").prior_tokens >= 40
+    strength = Predictor.load(tmp_path / "p").strength
+    assert report["prior_tokens"] == strength.tokens >= 40
+    assert report["horizon"] == strength.horizon
 
     test = topics(40, seed=1)
     predictor = Predictor.load(tmp_path / "p", model_and_tokenizer()[0])

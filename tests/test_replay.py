@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import melinoe
 from melinoe.moe import RouterTap, fingerprint, moe_layers
 from melinoe.offload.loader import reset_slots
+from melinoe.routing.policies import Strength
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
 
@@ -52,7 +53,7 @@ def test_prediction_is_read_once_and_counted(olmoe_store):
     context = model.melinoe_context
     scores = np.zeros((2, 8))
     scores[:, [2, 6]] = 1.0
-    context.predictor = SimpleNamespace(scores=lambda prompt: scores, prior_tokens=200.0)
+    context.predictor = SimpleNamespace(scores=lambda prompt: scores, strength=Strength(200.0))
     reads = []
     original = context.pager.reader.read
     context.pager.reader.read = lambda layer, expert, memory: (

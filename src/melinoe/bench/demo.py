@@ -33,6 +33,7 @@ from melinoe.errors import MelinoeError, missing_extra
 from melinoe.offload.convert import local_folder
 from melinoe.offload.loader import load_resident
 from melinoe.prediction.predictor import Predictor
+from melinoe.routing.policies import Strength
 from melinoe.routing.simulate import paired_difference, simulate
 from melinoe.routing.trace import Trace
 
@@ -242,9 +243,9 @@ class _Demo:
         results: dict[str, Any] = {}
         for name, trace in traces.items():
             if name == "tuned":
-                scores, worth = self._predicted(trace)
+                scores, strength = self._predicted(trace)
                 predicted = simulate(
-                    trace, "decay", self.slots, predictor_scores=scores, prior_tokens=worth, per_sequence=True
+                    trace, "decay", self.slots, predictor_scores=scores, strength=strength, per_sequence=True
                 )
                 results["tuned + predictor"] = predicted["results"]
             results[name] = simulate(trace, "decay,lru,belady", self.slots, per_sequence=True)["results"]
@@ -268,10 +269,10 @@ class _Demo:
         )
         return {"results": results, "pairs": pairs}
 
-    def _predicted(self, trace: Trace) -> tuple[np.ndarray, float]:
+    def _predicted(self, trace: Trace) -> tuple[np.ndarray, Strength]:
         model, _ = load_resident(self.models["tuned"])
         predictor = Predictor.load(self.predictor_path, model)
-        return np.stack([predictor.scores(prompt) for prompt in trace.prompts()]), predictor.prior_tokens
+        return np.stack([predictor.scores(prompt) for prompt in trace.prompts()]), predictor.strength
 
     def measure_speed(self) -> dict[str, Any]:
         self.stages.start(f"widening the experts to records of {format_bytes(RECORD_BYTES)} and converting")

@@ -113,7 +113,7 @@ def _predicted(model: Any, recorded: Trace, budgets: tuple[int, ...], path: Path
         "decay",
         budgets,
         predictor_scores=scores,
-        prior_tokens=predictor.prior_tokens,
+        strength=predictor.strength,
         per_sequence=True,
     )["results"]
 

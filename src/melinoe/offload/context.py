@@ -100,7 +100,7 @@ class PassContext:
             self.pager.begin()
             return
         scores = np.mean([self.predictor.scores(prompt) for prompt in prompts], axis=0)
-        self.pager.begin(scores, self.predictor.prior_tokens)
+        self.pager.begin(scores, self.predictor.strength)
 
     def call(self, indices: np.ndarray) -> Call:
         """The policy's view of one layer's call. indices: [T, K]."""

@@ -25,7 +25,7 @@ from melinoe.offload.expansion import ExpandingReader, Scratch, slot_layout
 from melinoe.offload.slots import STAGING_RECORDS, Reader, RecordBuffer, SlotBank
 from melinoe.offload.statistics import Statistics
 from melinoe.offload.store import Store
-from melinoe.routing.policies import Call, Load, Policy
+from melinoe.routing.policies import Call, Load, Policy, Strength
 
 Views = dict[str, torch.Tensor]
 
@@ -95,10 +95,10 @@ class ExpertPager:
             self.policy.reset()
             self._unfinished = False
 
-    def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
+    def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
         """A new request starts; see `Policy.begin`."""
         with self._lock:
-            self.policy.begin(scores, prior_tokens)
+            self.policy.begin(scores, strength)
 
     def __reduce__(self) -> Any:
         raise MelinoeError(

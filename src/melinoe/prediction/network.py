@@ -17,6 +17,7 @@ from torch import nn
 from melinoe.errors import MelinoeError
 from melinoe.moe import fingerprint as model_fingerprint
 from melinoe.prediction.features import num_features, prompt_features
+from melinoe.routing.policies import Strength
 
 FORMAT, VERSION = "melinoe-predictor", "1"
 
@@ -30,8 +31,7 @@ class Predictor(nn.Module):
         hidden: width of the one hidden layer.
         fingerprint: of the model whose trace it was fitted to.
 
-    `prior_tokens` says how many tokens of evidence a prediction is worth: it goes to `Policy.begin` with
-    the scores.
+    `strength` says what a prediction is worth: it goes to `Policy.begin` with the scores.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Predictor(nn.Module):
         width = num_features(table.shape[1])
         self.num_layers, self.num_experts, self.experts_per_token = num_layers, num_experts, experts_per_token
         self.fingerprint = fingerprint
-        self.prior_tokens = 50.0
+        self.strength = Strength()
         self.table: torch.Tensor
         self.mean: torch.Tensor
         self.deviation: torch.Tensor
@@ -87,7 +87,8 @@ class Predictor(nn.Module):
             "fingerprint": self.fingerprint,
             "experts_per_token": str(self.experts_per_token),
             "num_layers": str(self.num_layers),
-            "prior_tokens": repr(self.prior_tokens),
+            "prior_tokens": repr(self.strength.tokens),
+            "horizon": repr(self.strength.horizon),
             "report": json.dumps(report or {}, sort_keys=True),
         }
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
@@ -140,7 +141,8 @@ class Predictor(nn.Module):
             hidden,
             metadata["fingerprint"],
         )
-        predictor.prior_tokens = float(metadata["prior_tokens"])
+        horizon = float(metadata.get("horizon", "inf"))  # older files know none
+        predictor.strength = Strength(float(metadata["prior_tokens"]), horizon)
         predictor.load_state_dict(tensors)
         return predictor.eval()
 

@@ -21,7 +21,7 @@ from melinoe.errors import MelinoeError
 from melinoe.moe import fingerprint as model_fingerprint
 from melinoe.prediction.features import prompt_features, token_table
 from melinoe.prediction.network import Predictor, check_same_model
-from melinoe.routing.policies import DECODE, PREFILL
+from melinoe.routing.policies import DECODE, PREFILL, Strength
 from melinoe.routing.trace import Trace, as_trace
 
 __all__ = ["Predictor", "fit_predictor", "recall"]
@@ -137,7 +137,8 @@ def fit_predictor(
         loss (nats per request, held out) and loss_global (that of the global frequencies); recall_predictor
         beside recall_global (one fixed ranking), recall_prefill (ranked by the prompt's own routing: the free
         rival) and recall_oracle (the best fixed set of each sequence: the bound); slots, num_sequences,
-        num_held_out, seconds; prior_tokens: how much the policy should trust the scores.
+        num_held_out, seconds; prior_tokens, horizon: what the scores are worth to the policy, and for how many
+        decoded tokens (`routing.policies.Strength`): as many as the sequences had on average.
 
     Raises:
         MelinoeError: a trace of another model, or fewer than 10 sequences with decoded tokens.
@@ -184,7 +185,8 @@ def fit_predictor(
     with torch.no_grad():
         logs = predictor(features[test])
     counts = (frequencies[test] * weights[test, None, None]).round()
-    predictor.prior_tokens = worth_in_tokens(logs, counts, top_k)
+    horizon = float(weights.mean())
+    predictor.strength = Strength(worth_in_tokens(logs, counts, top_k), horizon)
     measured = {
         "predictor": logs,
         "global": overall,
@@ -199,7 +201,8 @@ def fit_predictor(
             f"recall_{name}": recall(scores, frequencies[test], weights[test], slots)
             for name, scores in measured.items()
         },
-        "prior_tokens": predictor.prior_tokens,
+        "prior_tokens": predictor.strength.tokens,
+        "horizon": horizon,
         "slots": slots,
         "num_sequences": len(used),
         "num_held_out": number,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from melinoe.errors import MelinoeError
 from melinoe.routing.calls import DECODE, PREFILL, Call, Decision, Load, decode_call, prefill_call
 
 # the calls are part of the policies' interface
-__all__ = ["DECODE", "POLICIES", "PREFILL", "Call", "DecayedCounts", "Decision", "Load", "Policy"]
+__all__ = ["DECODE", "POLICIES", "PREFILL", "Call", "DecayedCounts", "Decision", "Load", "Policy", "Strength"]
 __all__ += ["decode_call", "make_policy", "prefill_call"]
 
 DECAY, RECENCY_DECAY, RECENCY_WEIGHT = (
@@ -34,6 +35,18 @@ DECAY, RECENCY_DECAY, RECENCY_WEIGHT = (
     2.5,
 )  # of the default policy; docs/log.md has how they were chosen
 INITIAL_TRUST, TRUST_RATE = 2.0, 2.0  # log-odds at the start of a request; log-odds per nat
+FADE = 0.95  # per token behind the horizon of a prediction
+
+
+@dataclass(frozen=True)
+class Strength:
+    """What a prediction is worth.
+
+    tokens: how many tokens of evidence it counts as. horizon: for how many decoded tokens; behind that it fades.
+    """
+
+    tokens: float = 50.0
+    horizon: float = math.inf
 
 
 class Policy:
@@ -57,13 +70,13 @@ class Policy:
         self.resident: list[set[int]] = [set() for _ in range(self.num_layers)]
         self.prior: np.ndarray | None = None
 
-    def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
+    def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
         """A new request starts. Slots carry over.
 
         Args:
             scores: [L, E] how often decoding will ask for each expert, per token; None: no prediction.
-            prior_tokens: how many tokens of evidence the prediction is worth (`Predictor.prior_tokens`);
-                None: the policy's own guess. Only decayed counts look at it.
+            strength: what the prediction is worth (`Predictor.strength`); None: the usual guess. Only decayed counts
+                look at it.
         """
         shape = (self.num_layers, self.num_experts)
         if scores is not None and scores.shape != shape:
@@ -179,11 +192,12 @@ class DecayedCounts(Policy):
     """Requests counted on two time scales, on top of what was predicted (default).
 
     worth(e) = sum over tokens of (decay^age + recency_weight * recency_decay^age) [e asked]
-               + trust * prior_tokens * predicted requests per token of e
+               + trust * tokens * fade^(decoded tokens behind the horizon) * predicted requests per token of e
 
     The slow counts know the sequence, the fast ones the phrase; the prediction counts like that many
     tokens seen before. A prompt is evidence like any other tokens, so prediction, prefill and decoding
-    are one state and one rule.
+    are one state and one rule. A prediction is of answers as long as those that the predictor was fitted to; what
+    comes behind them it does not know, and there it fades.
 
     Trust keeps a prediction that fails (a prompt of another kind than the predictor was fitted to) from
     doing harm. It is the probability that the prediction beats an even guess: it starts at 0.88, and its
@@ -193,7 +207,6 @@ class DecayedCounts(Policy):
     Args:
         decay: forgetting per token of the slow counts, 0 < decay <= 1 (1: none, as LFU).
         recency_decay, recency_weight: forgetting of the fast counts, and how much they count.
-        prior_tokens: what a prediction is worth, where `begin` does not say.
     """
 
     name = "decay"
@@ -208,11 +221,9 @@ class DecayedCounts(Policy):
         decay: float = DECAY,
         recency_decay: float = RECENCY_DECAY,
         recency_weight: float = RECENCY_WEIGHT,
-        prior_tokens: float = 50.0,
     ) -> None:
         self.decays = np.array([[decay], [recency_decay]])  # [2, 1]
         self.weights = np.array([1.0, recency_weight])
-        self.prior_tokens = prior_tokens
         self.trust_forgetting = decay ** (1 / max(1, num_layers))  # one decode call of one layer
         super().__init__(num_layers, num_experts, slots)
 
@@ -220,18 +231,23 @@ class DecayedCounts(Policy):
         super().reset()
         self.trust_log_odds = INITIAL_TRUST
         self.counts = np.zeros((self.num_layers, len(self.decays), self.num_experts))
+        self.horizon, self.decoded = math.inf, [0] * self.num_layers
 
-    def begin(self, scores: np.ndarray | None = None, prior_tokens: float | None = None) -> None:
+    def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
         super().begin(scores)
+        strength = strength or Strength()
         self.trust_log_odds = INITIAL_TRUST
+        self.horizon, self.decoded = strength.horizon, [0] * self.num_layers
         if self.prior is not None:
             even = np.maximum(self.prior.mean(1, keepdims=True), 1e-12)
             gains = np.log(np.maximum(self.prior / even, 1e-3))  # [L, E] nats over an even guess
             self.gains = (TRUST_RATE / self.num_layers * gains).tolist()
-            self.prior = self.prior * (self.prior_tokens if prior_tokens is None else prior_tokens)
+            self.prior = self.prior * strength.tokens
 
     def observe(self, layer: int, call: Call, asked: list[int]) -> None:
         counts = self.counts[layer]
+        if call.phase == DECODE:
+            self.decoded[layer] += call.steps
         if self.prior is not None and call.phase == DECODE and asked:
             gains = self.gains[layer]
             gain = sum([gains[expert] for expert in asked]) * call.indices.shape[1] / len(asked)
@@ -257,7 +273,8 @@ class DecayedCounts(Policy):
     def worth(self, layer: int) -> list[float]:
         worth = self.weights @ self.counts[layer]
         if self.prior is not None:
-            worth += self.prior[layer] * self.trust
+            behind = self.decoded[layer] - self.horizon
+            worth += self.prior[layer] * (self.trust if behind <= 0 else self.trust * FADE**behind)
         return worth.tolist()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from melinoe.errors import MelinoeError
 from melinoe.routing.paired import ratio_of_sums
-from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, make_policy
+from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, Strength, make_policy
 from melinoe.routing.trace import Trace, as_trace
 
 BOUNDS = ("belady", "static-oracle", "static-global")
@@ -80,18 +80,18 @@ class _Contestant:
         slots: int,
         policy: Policy,
         scores: np.ndarray | None,
-        prior_tokens: float | None,
+        strength: Strength | None,
         carry_over: bool,
     ) -> None:
         self.name, self.slots, self.policy = name, slots, policy
-        self.scores, self.prior_tokens, self.carry_over = scores, prior_tokens, carry_over
+        self.scores, self.strength, self.carry_over = scores, strength, carry_over
         self.rows: list[list[int]] = []
 
     def begin(self, sequences: np.ndarray) -> None:
         if not self.carry_over:
             self.policy.reset()
         scores = None if self.scores is None else self.scores[sequences].mean(0)
-        self.policy.begin(scores, self.prior_tokens)
+        self.policy.begin(scores, self.strength)
         self.rows.append([0] * len(self.columns))
 
     def request(self, layer: int, call: Call) -> None:
@@ -141,7 +141,7 @@ def _contestant(
     name: str,
     slots: int,
     scores: np.ndarray | None,
-    prior_tokens: float | None,
+    strength: Strength | None,
     carry_over: bool,
 ) -> _Contestant:
     policy: Policy
@@ -154,7 +154,7 @@ def _contestant(
             scores = np.broadcast_to(counts / max(1, trace.decoded.sum()), scores.shape)
     else:
         policy = make_policy(name, trace.num_layers, trace.num_experts, slots)
-    return _Contestant(name, slots, policy, scores, prior_tokens, carry_over)
+    return _Contestant(name, slots, policy, scores, strength, carry_over)
 
 
 def _names(policy: str | Iterable[str]) -> list[str]:
@@ -180,7 +180,7 @@ def simulate(
     slots: int | Iterable[int] = 8,
     carry_over: bool = False,
     predictor_scores: np.ndarray | None = None,
-    prior_tokens: float | None = None,
+    strength: Strength | None = None,
     per_sequence: bool = False,
 ) -> dict[str, Any]:
     """Replays a trace through policies at one or more sizes.
@@ -194,7 +194,7 @@ def simulate(
         slots: per layer; one number or several.
         carry_over: requests follow each other in a warm cache.
         predictor_scores: [S, L, E] predicted requests per decoded token, for policies that use prediction.
-        prior_tokens: what the prediction is worth (`Predictor.prior_tokens`); None: the policy's default.
+        strength: what the prediction is worth (`Predictor.strength`); None: the policy's default.
         per_sequence: adds the counts of every request as arrays (what `paired_difference` needs).
 
     Returns:
@@ -216,7 +216,7 @@ def simulate(
             "predicted scores do not fit the trace", got=predictor_scores.shape, allowed=expected
         )
     contestants = [
-        _contestant(trace, name, size, predictor_scores, prior_tokens, carry_over)
+        _contestant(trace, name, size, predictor_scores, strength, carry_over)
         for name in names
         for size in sizes
     ]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from melinoe.routing.simulate import simulate
 from melinoe.tracing import trace
 from melinoe.tuning.merge import merge
 from melinoe.tuning.settings import OBJECTIVES, TuneSettings
+
+SWEEPS = sorted((Path(__file__).parents[1] / "benchmarks" / "sweeps").glob("*.yaml"))
 
 
 def write_rows(folder, split, numbers, words="w"):
@@ -79,6 +82,13 @@ def test_points_of_a_file(tmp_path):
     assert [p.settings["max_steps"] for p in read_sweep(file, {"max_steps": 11})[0]] == [11, 9, 11]
     own = [{"name": "b"}, {"name": "control", "rank": 2}]
     assert [point.name for point in read_sweep(own)[0]] == ["control", "b"]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_the_sweeps_of_the_results_are_readable(file):
+    points, _ = read_sweep(file)
+    assert points[0].name == "control" and len(points) > 1
+    assert file.read_text().startswith("# ") and f"--sweep benchmarks/sweeps/{file.name}" in file.read_text()
 
 
 def test_default_points_know_every_objective():

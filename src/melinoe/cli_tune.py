@@ -47,6 +47,23 @@ def tune(
         float | None, typer.Option(help="Weight of the cache simulation loss; 0 and 0 is the control.", min=0)
     ] = None,
     lambda_rm: Annotated[float | None, typer.Option(help="Weight of the rank matching loss.", min=0)] = None,
+    distill: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the quality term that asks for the base model's own predictions, of prompts too: 0.8 halves "
+            "the price of locality on real text, for half as much time again per step; 0 if not given.",
+            min=0,
+            max=1,
+        ),
+    ] = None,
+    cooldown: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the run over which both weights fall to 0; as the objective has it if not given.",
+            min=0,
+            max=1,
+        ),
+    ] = None,
     target_hit_rate: Annotated[
         str | None, typer.Option(help="Instead of a weight: the hit rate to reach, 0.85 or 85%.")
     ] = None,
@@ -138,6 +155,8 @@ def tune(
         "objective": objective,
         "lambda_cs": lambda_cs,
         "lambda_rm": lambda_rm,
+        "distill": distill,
+        "cooldown": cooldown,
         "target_hit_rate": None if target_hit_rate is None else parse_share(target_hit_rate),
         "max_quality_loss": None if max_quality_loss is None else parse_share(max_quality_loss),
         "slots": slots,

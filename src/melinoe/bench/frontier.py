@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def sweep(
         point.tune_settings(0).capacity(shape["num_experts"], shape["experts_per_token"])
     measuring = Measuring(_budgets(measure.pop("slots", None), shape), **measure)
     split = hold_out(_list(data), hold_out_rows, limit)
-    tests, origins = {IN_DOMAIN: split.test}, {IN_DOMAIN: split.origin}
+    tests, origins = {IN_DOMAIN: split.test}, {IN_DOMAIN: split.origin, OUT_OF_DOMAIN: []}
     if out_of_domain is not None:
         tests[OUT_OF_DOMAIN] = held_out_only(out_of_domain, limit)
     output = _output_folder(Path(output_dir))
@@ -118,7 +119,7 @@ def sweep(
             **measuring.as_dict(),
         },
         "machine": machine() | {"melinoe": melinoe.__version__},
-        **_tables(runs, chosen, {name: origins.get(name, []) for name in held_out}),
+        **_tables(runs, chosen, {name: origins[name] for name in held_out}),
         "seconds": stages.seconds,
     }
     partial = output / "result.json.partial"
@@ -179,7 +180,7 @@ def _tables(runs: list[Run], points: list[Point], data: dict[str, list[str]]) ->
 
 
 def _pool(
-    own: list[dict[str, Any]], control: list[dict[str, Any]], origin: list[str] | None = None
+    own: list[dict[str, Any]], control: list[dict[str, Any]], origin: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Several seeds as one: sums of sums over the same sequences; entropies are means over seeds.
 
@@ -192,11 +193,11 @@ def _pool(
         found["judged"] = {
             name: sum(one["judged"][name] for one in own) / len(own) for name in own[0]["judged"]
         }
-    sources = list(dict.fromkeys(origin or []))
-    if len(sources) > 1 and len(origin or []) == found["num_sequences"]:
+    sources = list(dict.fromkeys(origin))
+    if len(sources) > 1 and len(origin) == found["num_sequences"]:
         found["origins"] = {}
         for source in sources:
-            chosen = [name == source for name in origin or []]
+            chosen = [name == source for name in origin]
             part, other = only(mine, chosen), only(others, chosen)
             found["origins"][source] = summary(part) | {"to_control": compare(part, other)}
     return found | {"to_control": compare(mine, others)}

@@ -30,6 +30,15 @@ def rows_of(result: dict[str, Any], data: str) -> list[tuple[str, dict[str, Any]
     return [("base", result["base"][data]), *((row["name"], row[data]) for row in result["points"])]
 
 
+def _looked_at(
+    row: dict[str, Any], policy: str, slots: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(loads, their ratio to the control's, static sets) of what was measured, at the reference."""
+    loads, ratio = of(row["loads"], policy, slots), of(row["to_control"]["loads"], policy, slots)
+    assert loads is not None and ratio is not None
+    return loads, ratio, next(entry for entry in row["static"] if entry["slots"] == slots)
+
+
 def pooled_table(result: dict[str, Any], data: str) -> Table:
     """One row for each set of weights; seeds pooled. Ratios are to the control of the same seeds."""
     policy, slots = reference(result)
@@ -45,9 +54,7 @@ def pooled_table(result: dict[str, Any], data: str) -> Table:
     headings += ["exact match", "Rouge-L"] if judged else []
     rows = []
     for name, row in rows_of(result, data):
-        loads, ratio = of(row["loads"], policy, slots), of(row["to_control"]["loads"], policy, slots)
-        assert loads is not None and ratio is not None
-        static = next(entry for entry in row["static"] if entry["slots"] == slots)
+        loads, ratio, static = _looked_at(row, policy, slots)
         cells = [name, f"{row['perplexity']:.4f}", interval(row["to_control"]["perplexity"])]
         cells += [f"{loads['loads_per_token']:.3f}", f"{loads['hit_rate']:.3f}", interval(ratio, 3)]
         for other in others:
@@ -86,9 +93,7 @@ def origins_table(result: dict[str, Any], data: str) -> Table | None:
     rows = []
     for point in result["points"]:
         for source, found in point[data].get("origins", {}).items():
-            loads, ratio = of(found["loads"], policy, slots), of(found["to_control"]["loads"], policy, slots)
-            assert loads is not None and ratio is not None
-            static = next(entry for entry in found["static"] if entry["slots"] == slots)
+            loads, ratio, static = _looked_at(found, policy, slots)
             cells = [point["name"], source, str(found["num_sequences"]), f"{found['nll']:.5f}"]
             cells += [interval(found["to_control"]["perplexity"]), f"{loads['loads_per_token']:.3f}"]
             rows.append([*cells, interval(ratio, 3), f"{static['own']:.3f}", f"{static['shared']:.3f}"])

@@ -45,9 +45,8 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> Split
             )
         end = len(rows) - number
         train += rows[:end]
-        if (source / "test.jsonl").is_file():
-            test += [(line, str(name)) for line in _lines(source, "test")]
-        test += [(line, str(name)) for line in rows[end:]]
+        own = _lines(source, "test") if (source / "test.jsonl").is_file() else []
+        test += [(line, str(name)) for line in own + rows[end:]]
     if not test:
         raise MelinoeError(
             "no held-out rows",

@@ -5,7 +5,7 @@ pager's slots. A slot is overwritten as soon as its expert has been served, so n
 pass: that asks the pager again, and every expert is read at most once per pass.
 
 What is kept per routed row are the up projection's output and x A^T of both projections. The rows that went in are
-gathered again from the hidden states, which the router keeps anyway, and the gate is computed again. The experts' outputs are
+gathered again from the hidden states, which most routers keep anyway, and the gate is computed again. The experts' outputs are
 not kept either: the gradient of a routing weight, <g, y>, is <g W + scale (g B) A, act> + <g, bias>, and its first
 factor is what the backward pass needs for the gate in any case.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from melinoe.offload.pager import Views
+from melinoe.offload.row_order import Order, weights_by_row
 from melinoe.routing.policies import PREFILL, Call
 
 
@@ -50,45 +50,18 @@ def field_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return pager.weight_shapes(int(module.melinoe_layer))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Order:
-    """Which row of N stands for which choice of a token.
+class _Experts:
+    """One layer's experts as a pass needs them: rows and weights of one after the other.
 
-    token_N: the token of each row. place_TK: the row of each choice. ends: for every expert the row behind its last;
-    rows behind the last expert's belong to none (expert-parallel sentinels) and give nothing.
+    Holds no tensor of the batch: this waits for the backward pass beside what autograd keeps or, with gradient
+    checkpointing, drops.
     """
 
-    token_N: torch.Tensor
-    place_TK: torch.Tensor
-    ends: list[int]
-
-    @classmethod
-    def of(cls, top_k_index: torch.Tensor, num_experts: int) -> Order:
-        """Of the router's choice [T, K]."""
-        num_choices = top_k_index.shape[1]
-        expert_N, order_N = torch.sort(top_k_index.reshape(-1), stable=True)
-        place_TK = torch.empty_like(order_N)
-        place_TK[order_N] = torch.arange(len(order_N), device=order_N.device)
-        counts = torch.bincount(expert_N, minlength=num_experts)[:num_experts]
-        ends = counts.cumsum(0).tolist()  # the one synchronisation of a layer
-        token_N = order_N.div(num_choices, rounding_mode="floor")
-        return cls(token_N, place_TK.view_as(top_k_index), ends)
-
-    def of_rows(self) -> Order:
-        """For rows that are in this order already, each its own token: [N, H] -> [N, H]."""
-        token_N = torch.arange(len(self.token_N), device=self.token_N.device)
-        return Order(token_N, token_N[:, None], self.ends)
-
-
-class _Experts:
-    """One layer's experts as a pass needs them: rows and weights of one after the other."""
-
-    def __init__(self, module: Any, names: tuple[str, str], order: Order, scale: float) -> None:
-        self.module, self.names, self.order, self.scale = module, names, order, scale
-        starts = [0, *order.ends[:-1]]
-        pairs = enumerate(zip(starts, order.ends, strict=True))
+    def __init__(self, module: Any, names: tuple[str, str], ends: list[int], scale: float) -> None:
+        self.module, self.names, self.scale = module, names, scale
+        pairs = enumerate(zip([0, *ends[:-1]], ends, strict=True))
         self.rows = {expert: slice(start, end) for expert, (start, end) in pairs if end > start}
-        self.end = order.ends[-1]
+        self.end = ends[-1]
 
     def weights(self) -> contextlib.closing[Generator[tuple[int, Views]]]:
         """Yields (expert, its tensors); to be closed by the caller, who must not keep a tensor."""
@@ -153,28 +126,29 @@ class _RoutedExperts(torch.autograd.Function):
         up_b_EOR: torch.Tensor,
         down_a_ERI: torch.Tensor,
         down_b_EOR: torch.Tensor,
+        token_N: torch.Tensor,
+        place_TK: torch.Tensor,
         experts: _Experts,
     ) -> torch.Tensor:
-        order = experts.order
-        count, rank = len(order.token_N), up_a_ERI.shape[1]
+        count, rank = len(token_N), up_a_ERI.shape[1]
         up_NI = x_TH.new_empty(count, up_b_EOR.shape[1])
         inner_up_NR, inner_down_NR = x_TH.new_empty(count, rank), x_TH.new_empty(count, rank)
         y_NH = x_TH.new_empty(count, down_b_EOR.shape[1])
         with experts.weights() as weights:
             for expert, views in weights:
                 rows = experts.rows[expert]
-                x, up = x_TH.index_select(0, order.token_N[rows]), up_NI[rows]
+                x, up = x_TH.index_select(0, token_N[rows]), up_NI[rows]
                 experts.project(x, views, 0, up_a_ERI[expert], up_b_EOR[expert], up, inner_up_NR[rows])
                 act, y, inner = experts.gate(up), y_NH[rows], inner_down_NR[rows]
                 experts.project(act, views, 1, down_a_ERI[expert], down_b_EOR[expert], y, inner)
         y_NH[experts.end :].zero_()
         ctx.save_for_backward(
-            x_TH, weights_TK, up_NI, inner_up_NR, inner_down_NR, order.token_N, order.place_TK,
+            x_TH, weights_TK, up_NI, inner_up_NR, inner_down_NR, token_N, place_TK,
             up_a_ERI, up_b_EOR, down_a_ERI, down_b_EOR,
         )  # fmt: skip
         ctx.experts = experts
         weights_TK = weights_TK.to(y_NH.dtype)
-        return F.embedding_bag(order.place_TK, y_NH, mode="sum", per_sample_weights=weights_TK)
+        return F.embedding_bag(place_TK, y_NH, mode="sum", per_sample_weights=weights_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -184,8 +158,7 @@ class _RoutedExperts(torch.autograd.Function):
         x_TH, weights_TK, up_NI, inner_up_NR, inner_down_NR, token_N, place_TK, *factors = ctx.saved_tensors
         up_a_ERI, up_b_EOR, down_a_ERI, down_b_EOR = factors
         grad_TH = grad_out.contiguous()
-        weight_N = weights_TK.new_empty(len(token_N), dtype=grad_TH.dtype)
-        weight_N[place_TK.reshape(-1)] = weights_TK.reshape(-1).to(grad_TH.dtype)
+        weight_N = weights_by_row(weights_TK, place_TK).to(grad_TH.dtype)
         grad_weight_N = torch.zeros(len(token_N), dtype=torch.float32, device=grad_TH.device)
         grad_x_NH = grad_TH.new_zeros(len(token_N), x_TH.shape[1]) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(factor) for factor in factors] if any(ctx.needs_input_grad[2:6]) else None
@@ -219,7 +192,7 @@ class _RoutedExperts(torch.autograd.Function):
         # one gathering sum over K: on a CPU several times faster than a scatter, and in a fixed order
         grad_x_TH = None if grad_x_NH is None else F.embedding_bag(place_TK, grad_x_NH, mode="sum")
         grad_weights_TK = grad_weight_N[place_TK].to(weights_TK.dtype)
-        return (grad_x_TH, grad_weights_TK, *(grads or [None] * 4), None)
+        return (grad_x_TH, grad_weights_TK, *(grads or [None] * 4), None, None, None)
 
 
 def routed_experts(
@@ -242,4 +215,5 @@ def routed_experts(
     Raises:
         MelinoeError: a record of a paged expert could not be read, in either pass.
     """
-    return _RoutedExperts.apply(x_TH, weights_TK, *factors, _Experts(module, names, order, scale))
+    experts = _Experts(module, names, order.ends, scale)
+    return _RoutedExperts.apply(x_TH, weights_TK, *factors, order.token_N, order.place_TK, experts)

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from melinoe.offload.expert_gradients import Order, field_shapes, is_paged, routed_experts
-from melinoe.offload.row_order import Combine, SortRows
+from melinoe.offload.expert_gradients import field_shapes, is_paged, routed_experts
+from melinoe.offload.row_order import Combine, Order, SortRows, weights_by_row
 
 Projection = Literal["up", "down"]
 EXPERTS_FUNCTION = "melinoe_tuning"
@@ -158,15 +158,13 @@ def tuning_experts(
     def routed(x: torch.Tensor, weights: torch.Tensor, rows: Order) -> torch.Tensor:
         return routed_experts(module, x, weights, rows, names, factors, _scale(module))
 
-    if not getattr(module, "weights_scale_input", False) and not module.has_post_expert_norm:
+    scales_input = getattr(module, "weights_scale_input", False)  # llama4
+    if not scales_input and not module.has_post_expert_norm:
         return routed(hidden_states, top_k_weights, order).to(hidden_states.dtype)
     # what stands between a token and its expert, or an expert and the sum, needs a row for every choice
     x_NH = SortRows.apply(hidden_states, order.token_N, order.place_TK)
-    if getattr(module, "weights_scale_input", False):  # llama4
-        weight_N = torch.empty_like(top_k_weights.reshape(-1)).scatter(
-            0, order.place_TK.reshape(-1), top_k_weights.reshape(-1)
-        )
-        x_NH = x_NH * weight_N[:, None].to(x_NH.dtype)
+    if scales_input:
+        x_NH = x_NH * weights_by_row(top_k_weights, order.place_TK)[:, None].to(x_NH.dtype)
         top_k_weights = torch.ones_like(top_k_weights)
     y_NH = routed(x_NH, x_NH.new_ones(len(x_NH), 1), order.of_rows())
     if module.has_post_expert_norm:

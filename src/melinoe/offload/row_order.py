@@ -5,10 +5,47 @@ Shape suffixes: T tokens, K experts per token, N = T * K rows sorted by expert, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which row of N stands for which choice of a token.
+
+    token_N: the token of each row. place_TK: the row of each choice. ends: for every expert the row behind its last;
+    rows behind the last expert's belong to none (expert-parallel sentinels) and give nothing.
+    """
+
+    token_N: torch.Tensor
+    place_TK: torch.Tensor
+    ends: list[int]
+
+    @classmethod
+    def of(cls, top_k_index: torch.Tensor, num_experts: int) -> Order:
+        """Of the router's choice [T, K]."""
+        num_choices = top_k_index.shape[1]
+        expert_N, order_N = torch.sort(top_k_index.reshape(-1), stable=True)
+        place_TK = torch.empty_like(order_N)
+        place_TK[order_N] = torch.arange(len(order_N), device=order_N.device)
+        counts = torch.bincount(expert_N, minlength=num_experts)[:num_experts]
+        ends = counts.cumsum(0).tolist()  # the one synchronisation of a layer
+        token_N = order_N.div(num_choices, rounding_mode="floor")
+        return cls(token_N, place_TK.view_as(top_k_index), ends)
+
+    def of_rows(self) -> Order:
+        """For rows that are in this order already, each its own token: [N, H] -> [N, H]."""
+        token_N = torch.arange(len(self.token_N), device=self.token_N.device)
+        return Order(token_N, token_N[:, None], self.ends)
+
+
+def weights_by_row(weights_TK: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:
+    """[N] the routing weight of every row, differentiable."""
+    flat_N = weights_TK.reshape(-1)
+    return torch.empty_like(flat_N).scatter(0, place_TK.reshape(-1), flat_N)
 
 
 class SortRows(torch.autograd.Function):
@@ -45,6 +82,5 @@ class Combine(torch.autograd.Function):
         y_NH, weights_TK, token_N, place_TK = ctx.saved_tensors
         grad_NH = grads[0].index_select(0, token_N)
         grad_weights_TK = (y_NH * grad_NH).sum(-1)[place_TK].to(weights_TK.dtype)
-        weight_N = torch.empty_like(grad_NH[:, 0])
-        weight_N[place_TK.reshape(-1)] = weights_TK.reshape(-1).to(grad_NH.dtype)
+        weight_N = weights_by_row(weights_TK, place_TK).to(grad_NH.dtype)
         return grad_NH.mul_(weight_N[:, None]), grad_weights_TK, None, None

@@ -231,7 +231,6 @@ class DecayedCounts(Policy):
         super().reset()
         self.trust_log_odds = INITIAL_TRUST
         self.counts = np.zeros((self.num_layers, len(self.decays), self.num_experts))
-        self.horizon, self.decoded = math.inf, [0] * self.num_layers
 
     def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
         super().begin(scores)
@@ -246,12 +245,12 @@ class DecayedCounts(Policy):
 
     def observe(self, layer: int, call: Call, asked: list[int]) -> None:
         counts = self.counts[layer]
-        if call.phase == DECODE:
+        if self.prior is not None and call.phase == DECODE:
             self.decoded[layer] += call.steps
-        if self.prior is not None and call.phase == DECODE and asked:
-            gains = self.gains[layer]
-            gain = sum([gains[expert] for expert in asked]) * call.indices.shape[1] / len(asked)
-            self.trust_log_odds = self.trust_forgetting * self.trust_log_odds + gain
+            if asked:
+                gains = self.gains[layer]
+                gain = sum([gains[expert] for expert in asked]) * call.indices.shape[1] / len(asked)
+                self.trust_log_odds = self.trust_forgetting * self.trust_log_odds + gain
         if len(call.indices) == 1:
             if call.valid[0]:
                 counts *= self.decays

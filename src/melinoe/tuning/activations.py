@@ -99,12 +99,11 @@ class _Kept:
         self._alive: dict[int, torch.Tensor] = {}  # so that no address comes twice
         self.nbytes = 0
 
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+    def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._without and storage._cdata not in self._alive:
             self._alive[storage._cdata] = tensor
             self.nbytes += storage.nbytes()
-        return tensor
 
 
 @contextmanager

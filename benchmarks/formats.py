@@ -25,15 +25,15 @@ from typing import Any
 import numpy as np
 
 import melinoe
-from melinoe.bench.quality import evaluate
-from melinoe.bench.widen import widen
 from melinoe.config import format_bytes, resolve_model
-from melinoe.generation import generate
-from melinoe.offload.formats import FORMATS
-from melinoe.offload.loader import load_tokenizer, reset_slots
-from melinoe.offload.store import Store, is_store, open_store
+from melinoe.demonstration.widen import widen
+from melinoe.measure.quality import evaluate
+from melinoe.measure.trace import data_rows
 from melinoe.routing.simulate import paired_difference
-from melinoe.tracing import data_rows
+from melinoe.runtime.generation import generate
+from melinoe.runtime.load import load_tokenizer, reset_slots
+from melinoe.store.manifest import Store, is_store, open_store
+from melinoe.store.packing import FORMATS
 
 
 def stores(source: str | Path, work: Path) -> dict[str, Store]:
@@ -124,7 +124,7 @@ def speed(opened: dict[str, Store], data: str, options: argparse.Namespace) -> l
             counted = melinoe.stats(model).to_json()
             measured[name, way].append(
                 {
-                    "slots": melinoe.offload.loader.plan(model).slots,
+                    "slots": melinoe.runtime.load.plan(model).slots,
                     "tokens_per_second": tokens / seconds,
                     "hit_rate": counted["hit_rate"],
                     "bytes_per_token": counted["bytes_per_token"],

@@ -27,8 +27,8 @@ from larger_than_memory import EXPERTS, VOCABULARY, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from melinoe.moe import experts_modules
-from melinoe.offload.loader import reset_slots
+from melinoe.models.layers import experts_modules
+from melinoe.runtime.load import reset_slots
 
 
 def synchronize(device: str) -> None:

@@ -29,9 +29,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from melinoe.bench.measure import MemoryLimit
-from melinoe.bench.speed import drop_page_cache
 from melinoe.config import parse_bytes
+from melinoe.demonstration.contestants import drop_page_cache
+from melinoe.demonstration.limited_process import MemoryLimit
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, HEADS, VOCABULARY = 2048, 1024, 64, 8, 16, 50304
 

@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from melinoe.bench.measure import MemoryLimit
 from melinoe.config import format_bytes, resolve_model
-from melinoe.offload.convert import convert
+from melinoe.conversion.convert import convert
+from melinoe.demonstration.limited_process import MemoryLimit
 
 PROCESS_BYTES = 2**29  # python, torch and transformers, which a budget does not count
 
@@ -37,8 +37,8 @@ def child(task: dict[str, Any]) -> None:
     """One run of `tune`; the last line of stdout is what was measured."""
     import torch
 
-    from melinoe.tuning.loop import LocalityTrainer
-    from melinoe.tuning.trainer import plan_memory, tune
+    from melinoe.tuning.trainer import LocalityTrainer
+    from melinoe.tuning.tune import plan_memory, tune
 
     torch.set_num_threads(1)
     starts: list[

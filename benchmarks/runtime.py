@@ -36,15 +36,15 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from melinoe.bench import speed
-from melinoe.bench.measure import Contestant
 from melinoe.config import resolve_model
-from melinoe.data import read_rows
-from melinoe.generation import stream_generate
-from melinoe.offload.in_place import index_in_place
-from melinoe.offload.loader import load, load_tokenizer, reset_slots
-from melinoe.offload.planning import record_bandwidth
-from melinoe.offload.store import open_store
+from melinoe.conversion.in_place import index_in_place
+from melinoe.data.rows import read_rows
+from melinoe.demonstration import contestants as speed
+from melinoe.demonstration.limited_process import Contestant
+from melinoe.runtime.generation import stream_generate
+from melinoe.runtime.load import load, load_tokenizer, reset_slots
+from melinoe.runtime.plan import record_bandwidth
+from melinoe.store.manifest import open_store
 
 RECORD_BYTES = 3 * 2**20
 READ_SECONDS = 0.7  # of each bare reader

@@ -28,8 +28,8 @@ import transformers
 from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from melinoe.config import format_bytes
-from melinoe.moe import moe_layers
-from melinoe.offload.low_rank import EXPERTS_FUNCTION, attach_low_rank
+from melinoe.experts.low_rank import EXPERTS_FUNCTION, attach_low_rank
+from melinoe.models.layers import moe_layers
 
 ALPHA = 16.0
 GROUPED, EAGER = "PEFT, grouped_mm", "PEFT, eager"

@@ -17,9 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from melinoe.offload.experts import use
-from melinoe.offload.loader import align
+from melinoe.experts.forward import use
 from melinoe.routing.policies import DecayedCounts
+from melinoe.runtime.load import align
 
 COMMON: dict[str, Any] = {
     "vocab_size": 64,
@@ -117,7 +117,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
          "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
          "global_head_dim": 16, **_INNER, **_HEADS},
     ),
-    # not decorated: melinoe.undecorated; the first layer is dense, the weights of two experts scale the inputs
+    # not decorated: melinoe.models.undecorated; the first layer is dense, the weights of two experts scale the inputs
     "llama4": (
         "Llama4TextConfig",
         {"num_local_experts": 8, "intermediate_size_mlp": 24, "moe_layers": [1, 2], "num_hidden_layers": 3,

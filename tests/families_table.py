@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import FAMILIES, UNDECORATED, WAYS, batch, generate, resident, save_checkpoint
-from melinoe.moe import RouterTap, moe_layers, score_kind
+from melinoe.models.layers import RouterTap, moe_layers, score_kind
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SLOTS = 3  # of 8 experts, 2 per token: every prompt asks for more than there are
@@ -30,7 +30,7 @@ Written by `python tests/families_table.py` with transformers {version}; `tests/
 every row again and fails when this page says something else. All models are tiny and random: two MoE layers
 (one where the first is dense), 8 experts, 2 per token.
 
-- **router score**: how logits become scores, as `melinoe.moe.score_kind` finds it from one recorded call.
+- **router score**: how logits become scores, as `melinoe.models.layers.score_kind` finds it from one recorded call.
 - **float32, bfloat16**: the largest difference between our logits with every expert resident and those of transformers'
   `grouped_mm`, over the largest logit. For {undecorated} transformers knows only one way, and this is the difference
   to that. Digits depend on the machine; allowed are {float32:.0e} and {bfloat16:.3f}.

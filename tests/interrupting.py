@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from melinoe.tuning.loop import LocalityTrainer
+from melinoe.tuning.trainer import LocalityTrainer
 
 
 @contextlib.contextmanager

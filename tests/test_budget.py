@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import FAMILIES, config, save_checkpoint
-from melinoe.bench.measure import MemoryLimit
-from melinoe.offload import budget
-from melinoe.offload.machine import free_memory
-from melinoe.offload.planning import deployed_slots, describe
+from melinoe.demonstration.limited_process import MemoryLimit
+from melinoe.machine import free_memory
+from melinoe.runtime import budget
+from melinoe.runtime.plan import deployed_slots, describe
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,7 +81,7 @@ def test_memory_is_that_of_this_process_and_its_cgroup():
     ours = bytearray(800 * 2**20)
     ours[::4096] = b"x" * len(ours[::4096])  # resident
     try:
-        code = "from melinoe.offload.machine import free_memory, peak_memory; print(free_memory(), peak_memory())"
+        code = "from melinoe.machine import free_memory, peak_memory; print(free_memory(), peak_memory())"
         inside = subprocess.run(
             [sys.executable, "-c", code], preexec_fn=limit.join, capture_output=True, text=True, check=True
         )

@@ -8,8 +8,8 @@ import pytest
 
 from melinoe.config import parse_share
 from melinoe.errors import MelinoeError
-from melinoe.tuning.control import REACH, Weight
 from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.weight_control import REACH, Weight
 
 
 def world(factor: float) -> tuple[float, float]:

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from melinoe import hub_data
-from melinoe.data import describe_rows, read_rows
+from melinoe.data import hub as hub_data
+from melinoe.data.rows import describe_rows, read_rows
 from melinoe.errors import MelinoeError
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import batch
-from melinoe.offload.device import DeviceReader
-from melinoe.offload.pager import ExpertPager
+from melinoe.paging.device_reader import DeviceReader
+from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
 
 CPU = torch.device("cpu")

@@ -16,14 +16,14 @@ import transformers
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from families import RandomPolicy
-from melinoe.moe import is_experts
-from melinoe.offload.context import PassContext
-from melinoe.offload.experts import melinoe_experts
-from melinoe.offload.layout import RecordLayout
-from melinoe.offload.pager import ExpertPager
-from melinoe.offload.record_file import write_layer
-from melinoe.offload.store import Store
+from melinoe.experts.forward import melinoe_experts
+from melinoe.models.layers import is_experts
+from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import POLICIES, make_policy
+from melinoe.store.layout import RecordLayout
+from melinoe.store.manifest import Store
+from melinoe.store.record_file import write_layer
 
 EXPERTS, HIDDEN, TOKENS, TOP_K = 8, 32, 11, 3
 # of the largest value of grouped_mm; bfloat16: both round to 8 bits at the same places, sums may run otherwise

@@ -17,7 +17,7 @@ from families import (
     resident,
     save_checkpoint,
 )
-from melinoe.moe import experts_modules
+from melinoe.models.layers import experts_modules
 from melinoe.routing.policies import POLICIES
 
 ROOMS = [(8, "decay"), (4, "lru"), (3, "decay"), (1, "lfu"), (0, "static")]
@@ -108,7 +108,7 @@ def test_sequences_do_not_leak_into_each_other(olmoe_store):
 
 def test_embedded_model_is_exact(tiny_store):
     stock = AutoModelForCausalLM.from_pretrained(melinoe.config.resolve_model("tiny")).eval()
-    tokenizer = melinoe.offload.loader.load_tokenizer("tiny")
+    tokenizer = melinoe.runtime.load.load_tokenizer("tiny")
     inputs = tokenizer(["What is 12 plus 30?<sep>", "sort 3 1 2<sep>"], return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     expected = greedy(stock, inputs)

@@ -10,8 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, SCORE_KINDS, UNDECORATED, batch, save_checkpoint
-from melinoe.data import Encoded
-from melinoe.moe import (
+from melinoe.data.rows import Encoded
+from melinoe.experts.forward import use
+from melinoe.measure.trace import read_routing
+from melinoe.models.layers import (
     RouterTap,
     experts_per_token,
     moe_layers,
@@ -19,9 +21,7 @@ from melinoe.moe import (
     router_probabilities,
     score_kind,
 )
-from melinoe.offload.experts import use
-from melinoe.offload.planning import plan
-from melinoe.tracing import read_routing
+from melinoe.runtime.plan import plan
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, save_checkpoint
+from melinoe.adapters.merge import merge
+from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
-from melinoe.moe import moe_layers
-from melinoe.offload.adapter import apply_adapter
-from melinoe.offload.low_rank import projection_parameter
-from melinoe.tuning.loop import LocalityTrainer
-from melinoe.tuning.merge import merge
-from melinoe.tuning.trainer import tune
+from melinoe.experts.low_rank import projection_parameter
+from melinoe.models.layers import moe_layers
+from melinoe.tuning.trainer import LocalityTrainer
+from melinoe.tuning.tune import tune
 
 NOT_TUNABLE = ("dbrx",)  # all experts of a layer in one flat matrix: PEFT cannot name one expert's factors
 IDS = torch.arange(3, 35).reshape(2, 16)

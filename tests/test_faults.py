@@ -13,10 +13,10 @@ import time
 import pytest
 
 import melinoe
-from melinoe.bench.widen import widen
 from melinoe.config import resolve_model
-from melinoe.offload.loader import load_tokenizer
-from melinoe.offload.store import damaged_records, open_store
+from melinoe.demonstration.widen import widen
+from melinoe.runtime.load import load_tokenizer
+from melinoe.store.manifest import damaged_records, open_store
 
 PROMPT = "sort 31,58,18,28"
 

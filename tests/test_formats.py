@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import batch, save_checkpoint
-from melinoe.moe import experts_modules
-from melinoe.offload.device import DeviceReader
-from melinoe.offload.experts import use
-from melinoe.offload.formats import GROUP, SCALE, Packing
-from melinoe.offload.layout import RecordLayout, per_expert
-from melinoe.offload.loader import align
-from melinoe.offload.pager import ExpertPager
-from melinoe.offload.store import MANIFEST, damaged_records, open_store
+from melinoe.experts.forward import use
+from melinoe.models.layers import experts_modules
+from melinoe.paging.device_reader import DeviceReader
+from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
+from melinoe.runtime.load import align
+from melinoe.store.layout import RecordLayout, per_expert
+from melinoe.store.manifest import MANIFEST, damaged_records, open_store
+from melinoe.store.packing import GROUP, SCALE, Packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # gates, no gates, transposed with biases and interleaved halves, shared experts, dense layers, groups
@@ -309,7 +309,7 @@ class Stop(KeyboardInterrupt):
 
 
 def test_an_interrupted_convert_goes_on_in_its_own_format_only(olmoe, int8, tmp_path, monkeypatch):
-    from melinoe.offload import convert as module
+    from melinoe.conversion import convert as module
 
     written, original = [], module.write_layer
 
@@ -357,11 +357,11 @@ def test_plain_from_pretrained_opens_it(int8):
 
 def test_adapter_and_predictor_on_a_packed_store(tmp_path):
     """The whole method over int8 records: low-rank additions at use, predicted experts preloaded."""
-    from melinoe.generation import generate
-    from melinoe.offload.adapter import apply_adapter
-    from melinoe.offload.loader import load_resident, load_tokenizer, reset_slots
-    from melinoe.prediction.predictor import fit_predictor
-    from melinoe.tracing import trace
+    from melinoe.adapters.peft_folder import apply_adapter
+    from melinoe.measure.trace import trace
+    from melinoe.prediction.fit import fit_predictor
+    from melinoe.runtime.generation import generate
+    from melinoe.runtime.load import load_resident, load_tokenizer, reset_slots
     from text_model import rows, save
 
     source, text = save(tmp_path / "model"), rows(40)
@@ -405,7 +405,7 @@ def test_adapter_and_predictor_on_a_packed_store(tmp_path):
 def test_the_command_line(olmoe, tmp_path):
     from typer.testing import CliRunner
 
-    from melinoe.cli import app
+    from melinoe.cli.main import app
 
     def run(*arguments):
         return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -16,20 +16,20 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from melinoe.bench.frontier import _pool
-from melinoe.bench.frontier_table import best_within, markdown, origins_table, sentences
-from melinoe.bench.held_out import evenly, held_out_only, hold_out
-from melinoe.bench.point import tuning_code
-from melinoe.bench.points import read_sweep
-from melinoe.bench.quality import evaluate
-from melinoe.bench.teacher_forced import compare, pooled, summary
-from melinoe.cli import app
+from melinoe.adapters.merge import merge
+from melinoe.cli.main import app
 from melinoe.errors import MelinoeError
+from melinoe.frontier.held_out import evenly, held_out_only, hold_out
+from melinoe.frontier.measuring import compare, pooled, summary
+from melinoe.frontier.points import read_sweep
+from melinoe.frontier.run_point import tuning_code
+from melinoe.frontier.sweep import _pool
+from melinoe.frontier.table import best_within, markdown, origins_table, sentences
+from melinoe.measure.quality import evaluate
+from melinoe.measure.trace import trace
 from melinoe.routing.concentration import load_entropy
 from melinoe.routing.policies import DECODE
 from melinoe.routing.simulate import simulate
-from melinoe.tracing import trace
-from melinoe.tuning.merge import merge
 from melinoe.tuning.settings import OBJECTIVES, TuneSettings
 
 SWEEPS = sorted((Path(__file__).parents[1] / "benchmarks" / "sweeps").glob("*.yaml"))

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 import melinoe
 from families import FAMILIES, batch, save_checkpoint
-from melinoe.cli import app
-from melinoe.offload import checkpoint
-from melinoe.offload.in_place import NotInPlaceError, _order, index_in_place, is_in_place
-from melinoe.offload.layout import per_expert
-from melinoe.offload.loader import store_folder
-from melinoe.offload.store import MANIFEST, open_store
+from melinoe.cli.main import app
+from melinoe.conversion import checkpoint
+from melinoe.conversion.in_place import NotInPlaceError, _order, index_in_place, is_in_place
+from melinoe.runtime.load import store_folder
+from melinoe.store.layout import per_expert
+from melinoe.store.manifest import MANIFEST, open_store
 
 
 def save_sharded(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -63,7 +63,7 @@ def test_in_place_equals_converted_equals_resident(family, dtype, tmp_path):
     store = index_in_place(folder, tmp_path / "store")
     assert store.fingerprint == converted.fingerprint
     assert not list((tmp_path / "store").glob("experts-*"))
-    from melinoe.offload.slots import Reader, RecordBuffer
+    from melinoe.paging.slots import Reader, RecordBuffer
 
     reader = Reader(store)
     for index, layer in enumerate(store.layers):
@@ -211,7 +211,7 @@ def test_resident_weights_do_not_change_with_their_file(shards, length):
             handle.write(b"\0" * file.stat().st_size)
             handle.truncate(length if length is not None else file.stat().st_size)
     assert torch.equal(greedy(model), expected)
-    melinoe.offload.loader.reset_slots(model)
+    melinoe.runtime.load.reset_slots(model)
     with pytest.raises(melinoe.MelinoeError, match=r"changed while it was in use|ended early"):
         greedy(model)
 
@@ -233,7 +233,7 @@ def test_deleted_shards_stay_readable_while_open(shards):
     expected = greedy(model)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    melinoe.offload.loader.reset_slots(model)
+    melinoe.runtime.load.reset_slots(model)
     assert torch.equal(greedy(model), expected)
 
 
@@ -278,7 +278,7 @@ def test_a_file_system_without_direct_reads(sharded, tmp_path, monkeypatch):
 
 def test_short_reads_and_small_buffers(sharded, tmp_path, monkeypatch):
     """The kernel may return less than was asked for; the buffer may be smaller than a piece."""
-    from melinoe.offload import gather
+    from melinoe.paging import gather
 
     index_in_place(sharded, tmp_path / "store")
     expected = greedy(melinoe.load(tmp_path / "store", slots=8))
@@ -296,7 +296,7 @@ def test_a_read_error_names_expert_and_shard(shards, monkeypatch):
     _, store = shards
     model = melinoe.load(store, slots=3)
     expected = greedy(model)
-    melinoe.offload.loader.reset_slots(model)
+    melinoe.runtime.load.reset_slots(model)
     real, reads = os.preadv, [0]
 
     def failing(*args):
@@ -347,7 +347,7 @@ def test_two_processes_index_the_same_checkpoint(sharded, tmp_path):
 
 def test_killed_while_the_index_is_written(sharded, tmp_path, monkeypatch):
     """What stands half written is no store, and the next call makes a whole one."""
-    from melinoe.offload import in_place as module
+    from melinoe.conversion import in_place as module
 
     class Stop(KeyboardInterrupt):
         pass
@@ -371,7 +371,7 @@ def test_killed_while_the_index_is_written(sharded, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stale", [False, True])
 def test_a_real_kill(shards, tmp_path, monkeypatch, point, stale):
     """SIGKILL, so that nothing is tidied up; also where an older index is being replaced."""
-    from melinoe.offload import in_place as module
+    from melinoe.conversion import in_place as module
 
     folder, target = shards[0], shards[1] if stale else tmp_path / "fresh"
     for file in folder.glob("*.safetensors"):
@@ -390,7 +390,7 @@ def test_a_real_kill(shards, tmp_path, monkeypatch, point, stale):
 
 
 def test_convert_does_not_mix_with_a_half_written_index(sharded, tmp_path, monkeypatch):
-    from melinoe.offload import in_place as module
+    from melinoe.conversion import in_place as module
 
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -451,6 +451,6 @@ def test_damaged_manifest_and_wrong_bytes(shards):
     manifest = json.loads((store / MANIFEST).read_text())
     manifest["shards"][shard]["ctime_ns"] = file.stat().st_ctime_ns  # as if the disk had flipped it
     (store / MANIFEST).write_text(json.dumps(manifest))
-    from melinoe.offload.in_place import checked_records
+    from melinoe.conversion.in_place import checked_records
 
     assert checked_records(open_store(store)) == (["expert 5 of model.layers.1.mlp.experts"], True)

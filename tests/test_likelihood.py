@@ -10,13 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from interrupting import interrupted_at
-from melinoe.moe import moe_layers
-from melinoe.offload.adapter import apply_adapter
+from melinoe.adapters.peft_folder import apply_adapter
+from melinoe.losses.likelihood import as_base, likelihood, next_token_positions
+from melinoe.measure.trace import trace
+from melinoe.models.layers import moe_layers
 from melinoe.routing.policies import DECODE
-from melinoe.tracing import trace
-from melinoe.tuning.likelihood import as_base, likelihood, next_token_positions
 from melinoe.tuning.settings import OBJECTIVES, TuneSettings
-from melinoe.tuning.trainer import prepare_model, tune
+from melinoe.tuning.tune import prepare_model, tune
 from text_model import model_and_tokenizer, rows
 
 SHORT = {

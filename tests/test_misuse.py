@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import batch, resident, save_checkpoint
-from melinoe.offload import experts
-from melinoe.offload.files import WeightsFile
-from melinoe.offload.loader import reset_slots
-from melinoe.offload.slots import Reader
+from melinoe.experts import forward as experts
+from melinoe.paging.slots import Reader
+from melinoe.paging.weights_file import WeightsFile
+from melinoe.runtime.load import reset_slots
 
 SEEDS = range(4)
 

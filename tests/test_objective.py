@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from melinoe.moe import requests
-from melinoe.tuning.objective import (
+from melinoe.losses.cache_loss import (
     boundary_surrogate,
     scored_positions,
     soft_cache_misses,
     straight_through_requests,
 )
-from melinoe.tuning.occupancy import cache_states
-from melinoe.tuning.rank_matching import rank_matching
+from melinoe.losses.occupancy import cache_states
+from melinoe.losses.rank_matching import rank_matching
+from melinoe.models.layers import requests
 
 CLIP = {False: "plain", True: "clipped"}
 
@@ -234,7 +234,7 @@ def test_ties_contribute_nothing():
 
 @pytest.mark.parametrize("num_experts", [2, 8, 33])
 def test_rank_matching_equals_the_plain_form(num_experts, monkeypatch):
-    monkeypatch.setattr("melinoe.tuning.rank_matching.PAIR_ELEMENTS", 3 * num_experts**2)  # several chunks
+    monkeypatch.setattr("melinoe.losses.rank_matching.PAIR_ELEMENTS", 3 * num_experts**2)  # several chunks
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(2, 7, num_experts, generator=generator, dtype=torch.float64).softmax(-1)
     tuned = torch.randn(2, 7, num_experts, generator=generator, dtype=torch.float64).softmax(-1)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from melinoe.moe import requests
+from melinoe.losses.cache_loss import simulated_misses, soft_cache_misses
+from melinoe.losses.occupancy import CACHES, occupancy, policy_counts, resident_by_counts
+from melinoe.models.layers import requests
 from melinoe.routing.policies import DecayedCounts, decode_call
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
-from melinoe.tuning.objective import simulated_misses, soft_cache_misses
-from melinoe.tuning.occupancy import CACHES, occupancy, policy_counts, resident_by_counts
 
 
 def local_indices(sequences, size, num_experts, top_k, seed=0):

@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 import melinoe
 from families import batch
-from melinoe.generation import stream_generate
-from melinoe.offload import experts
-from melinoe.offload.files import WeightsFile
-from melinoe.offload.loader import load_tokenizer
-from melinoe.offload.slots import Reader
+from melinoe.experts import forward as experts
+from melinoe.paging.slots import Reader
+from melinoe.paging.weights_file import WeightsFile
 from melinoe.routing.policies import DECODE
+from melinoe.runtime.generation import stream_generate
+from melinoe.runtime.load import load_tokenizer
 
 # what waits for a device: values that the host must have before it can go on (numpy() refuses device memory)
 SYNCHRONISES = {"cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique"}
@@ -112,7 +112,7 @@ def test_a_prompt_reads_an_expert_at_most_once(olmoe_store, monkeypatch, slots):
 
 def test_long_prompts_go_through_in_chunks(tiny_store, monkeypatch):
     """So that the work space holds what the budget says; every chunk is a prefill, and tokens are the same."""
-    from melinoe import generation
+    from melinoe.runtime import generation
 
     tokenizer = load_tokenizer("tiny")
     prompt = tokenizer("sort 31,58,18,28,44,12,9,77")["input_ids"]

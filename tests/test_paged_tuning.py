@@ -15,18 +15,18 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import RandomPolicy, batch, save_checkpoint
+from melinoe.adapters.merge import merge
+from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
-from melinoe.moe import experts_modules, moe_layers
-from melinoe.offload.adapter import apply_adapter
-from melinoe.offload.loader import load_for_tuning, load_tokenizer, stats, store_folder
-from melinoe.offload.pager import ExpertPager
-from melinoe.offload.store import open_store
+from melinoe.models.layers import experts_modules, moe_layers
+from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
-from melinoe.tuning.merge import merge
-from melinoe.tuning.network import prepare_model
-from melinoe.tuning.paging import Pages
+from melinoe.runtime.load import load_for_tuning, load_tokenizer, stats, store_folder
+from melinoe.store.manifest import open_store
+from melinoe.tuning.memory.pages import Pages
+from melinoe.tuning.model import prepare_model
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.trainer import plan_memory, tune
+from melinoe.tuning.tune import plan_memory, tune
 
 SHORT = {"max_steps": 3, "batch_tokens": 128, "max_length": 32, "rank": 4, "progress": False}
 SHORT |= {"learning_rate": 5e-4, "router_learning_rate": 2e-3}
@@ -210,7 +210,7 @@ def test_each_pass_reads_an_expert_once_and_starts_with_what_is_there(checkpoint
 
 def test_a_call_inside_a_call_is_refused(checkpoints):
     pager = prepared(checkpoints("olmoe"), 3).melinoe_context.pager
-    from melinoe.offload.expert_gradients import training_call
+    from melinoe.experts.backward import training_call
 
     outer = pager.serve(0, training_call([0, 1]))
     next(outer)
@@ -316,8 +316,8 @@ def test_ctrl_c_keeps_the_checkpoint_and_another_budget_resumes_it(tmp_path, che
 
 KILLED = """
 import os, signal, sys
-from melinoe.offload.pager import ExpertPager
-from melinoe.tuning.trainer import tune
+from melinoe.paging.pager import ExpertPager
+from melinoe.tuning.tune import tune
 real, calls = ExpertPager.serve, []
 def killed(self, *args, **options):
     for served in real(self, *args, **options):
@@ -366,7 +366,7 @@ def rounded_checkpoint(base, store_path, target):
     """A plain checkpoint whose experts are what the store's records stand for."""
     model, store = AutoModelForCausalLM.from_pretrained(base), open_store(store_path)
     pager = load_for_tuning(store_path, 0, None, "cpu", None).melinoe_context.pager
-    from melinoe.offload.expert_gradients import training_call
+    from melinoe.experts.backward import training_call
 
     with torch.no_grad():
         for index, (_, module) in enumerate(experts_modules(model)):

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from melinoe.errors import MelinoeError
-from melinoe.moe import fingerprint
+from melinoe.measure.trace import trace
+from melinoe.models.layers import fingerprint
 from melinoe.prediction.features import num_features, prompt_features, token_table
-from melinoe.prediction.predictor import Predictor, fit_predictor, recall, worth_in_tokens
+from melinoe.prediction.fit import Predictor, fit_predictor, recall, worth_in_tokens
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, from_sequences
-from melinoe.tracing import trace
 from text_model import model_and_tokenizer, rows, save
 
 

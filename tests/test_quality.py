@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from melinoe.bench.quality import evaluate, exact_match, final_answer
-from melinoe.data import Row, encode, read_rows
+from melinoe.data.rows import Row, encode, read_rows
 from melinoe.errors import MelinoeError
+from melinoe.measure.quality import evaluate, exact_match, final_answer
 from melinoe.tiny import data_path
 from text_model import model_and_tokenizer, rows
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from families import save_checkpoint
-from melinoe.cli import app
+from melinoe.cli.main import app
 from melinoe.errors import MelinoeError
 from melinoe.tuning.recipe import WHERE, read_recipe
 from melinoe.tuning.settings import TuneSettings

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from melinoe.moe import RouterTap, fingerprint, moe_layers
-from melinoe.offload.loader import reset_slots
+from melinoe.models.layers import RouterTap, fingerprint, moe_layers
 from melinoe.routing.policies import Strength
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
+from melinoe.runtime.load import reset_slots
 
 PROMPTS = [[5, 9, 12, 30, 7], [44, 3, 3, 8], [20, 21, 22, 23, 24, 25, 26, 27]]
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import melinoe
 from families import batch, save_checkpoint
 from melinoe.config import RECORD_ALIGNMENT
-from melinoe.offload.store import MANIFEST, damaged_records, open_store
+from melinoe.store.manifest import MANIFEST, damaged_records, open_store
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_the_resident_file_holds_no_experts(olmoe_store):
 
 
 def test_fingerprint_is_that_of_the_model(olmoe, olmoe_store):
-    assert open_store(olmoe_store).fingerprint == melinoe.moe.fingerprint(
+    assert open_store(olmoe_store).fingerprint == melinoe.models.layers.fingerprint(
         AutoModelForCausalLM.from_pretrained(olmoe)
     )
 
@@ -130,7 +130,7 @@ class Stop(KeyboardInterrupt):
 
 def test_an_interrupted_convert_goes_on(olmoe, olmoe_store, tmp_path, monkeypatch):
     """Stopped while the second layer is written: no store, then only the rest is read."""
-    from melinoe.offload import convert as module
+    from melinoe.conversion import convert as module
 
     calls = []
     original = module.write_layer
@@ -155,7 +155,7 @@ def test_an_interrupted_convert_goes_on(olmoe, olmoe_store, tmp_path, monkeypatc
 
 
 def test_leftovers_of_another_source_are_not_mixed_in(olmoe, tmp_path, monkeypatch):
-    from melinoe.offload import convert as module
+    from melinoe.conversion import convert as module
 
     other = save_checkpoint(tmp_path / "other", "olmoe", seed=1)
     original = module.write_rest
@@ -170,7 +170,7 @@ def test_leftovers_of_another_source_are_not_mixed_in(olmoe, tmp_path, monkeypat
 
 
 def test_full_disk(olmoe, tmp_path, monkeypatch):
-    from melinoe.offload import convert as module
+    from melinoe.conversion import convert as module
 
     full = type("usage", (), {"free": 10})()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: full)

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import melinoe
 from families import batch, config, save_checkpoint, save_tokenizer
-from melinoe.moe import fingerprint, moe_layers
-from melinoe.offload.adapter import write_adapter
-from melinoe.offload.checkpoint import separable
-from melinoe.offload.low_rank import attach_low_rank
-from melinoe.offload.store import Store, open_store
+from melinoe.adapters.peft_folder import write_adapter
+from melinoe.conversion.checkpoint import separable
+from melinoe.experts.low_rank import attach_low_rank
+from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.store.manifest import Store, open_store
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -76,7 +76,7 @@ def test_converting_with_an_adapter_is_merging_first(family, dtype, tmp_path):
 
 
 def test_an_interrupted_merge_goes_on_with_the_same_adapter_only(olmoe, tmp_path, monkeypatch):
-    from melinoe.offload import convert as module
+    from melinoe.conversion import convert as module
 
     first, second = (save_tuning(olmoe, tmp_path / f"adapter{seed}", seed) for seed in (1, 2))
     calls, original = [], module.write_layer

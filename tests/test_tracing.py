@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from melinoe.data import Row, encode
+from melinoe.data.rows import Row, encode
 from melinoe.errors import MelinoeError
-from melinoe.moe import RouterTap, fingerprint, moe_layers
+from melinoe.measure.trace import length_batches, trace
+from melinoe.models.layers import RouterTap, fingerprint, moe_layers
 from melinoe.routing.trace import Trace
-from melinoe.tracing import length_batches, trace
 from text_model import model_and_tokenizer, rows, save
 
 

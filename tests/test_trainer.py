@@ -14,14 +14,14 @@ from transformers import AutoModelForCausalLM
 import melinoe
 from families import save_checkpoint
 from interrupting import interrupted_at
-from melinoe.bench.quality import evaluate
+from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
-from melinoe.moe import moe_layers
-from melinoe.offload.adapter import apply_adapter
-from melinoe.tuning import trainer as trainer_module
+from melinoe.measure.quality import evaluate
+from melinoe.models.layers import moe_layers
+from melinoe.tuning import tune as trainer_module
 from melinoe.tuning.batches import padding_share, part_of, plan_batches
-from melinoe.tuning.loop import LocalityTrainer
-from melinoe.tuning.trainer import tune
+from melinoe.tuning.trainer import LocalityTrainer
+from melinoe.tuning.tune import tune
 
 SHORT = {"max_steps": 6, "batch_tokens": 64, "max_length": 32, "rank": 4, "progress": False}
 SHORT |= {"learning_rate": 2e-3, "router_learning_rate": 1e-2}

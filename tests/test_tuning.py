@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
 
 from interrupting import interrupted_at
+from melinoe.adapters.merge import merge
+from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
-from melinoe.moe import fingerprint, moe_layers
-from melinoe.offload.adapter import apply_adapter
-from melinoe.offload.low_rank import attach_low_rank, fold_low_rank, tuning_experts
+from melinoe.experts.low_rank import attach_low_rank, fold_low_rank, tuning_experts
+from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.tuning.batches import plan_batches
-from melinoe.tuning.loop import LocalityTrainer
-from melinoe.tuning.merge import merge
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.trainer import tune
+from melinoe.tuning.trainer import LocalityTrainer
+from melinoe.tuning.tune import tune
 
 torch.set_num_threads(1)
 SHORT = {"max_steps": 6, "batch_tokens": 128, "max_length": 32, "rank": 4, "progress": False}

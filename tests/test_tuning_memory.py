@@ -12,16 +12,16 @@ from typer.testing import CliRunner
 
 import melinoe
 from families import FAMILIES, config, save_checkpoint
-from melinoe.cli import app
+from melinoe.cli.main import app
 from melinoe.config import format_bytes
+from melinoe.conversion import checkpoint
 from melinoe.errors import MelinoeError
-from melinoe.moe import moe_layers
-from melinoe.offload import checkpoint
-from melinoe.offload.loader import store_folder
-from melinoe.tuning.activations import BatchShape, count
-from melinoe.tuning.memory import memory_needed
-from melinoe.tuning.network import prepare_model
-from melinoe.tuning.paging import Pages
+from melinoe.models.layers import moe_layers
+from melinoe.runtime.load import store_folder
+from melinoe.tuning.memory.activations import BatchShape, count
+from melinoe.tuning.memory.needed import memory_needed
+from melinoe.tuning.memory.pages import Pages
+from melinoe.tuning.model import prepare_model
 from melinoe.tuning.settings import TuneSettings
 
 BATCH = BatchShape(3, 40, 0)

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
-from melinoe.data import Row
+from melinoe.data.rows import Row
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .?=+#-"
 SPECIAL = ["<pad>", "<sep>", "<eos>"]

@@ -22,7 +22,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-PROMPTS = ("sort 31,58,18,72", "Natalia sold 48 clips in April and half as many in May. How many did she sell?")
+PROMPTS = (
+    "sort 31,58,18,72",
+    "Natalia sold 48 clips in April and half as many in May. How many did she sell?",
+)
 BUDGETS = ("4", "8", "16")  # slots per layer
 LOSS_LINES = 20
 
@@ -75,7 +78,9 @@ def answers(model: str, *more: str) -> dict[str, Any]:
     found = {}
     for slots in BUDGETS:
         for number, prompt in enumerate(PROMPTS):
-            said = run("generate", "--model", model, "-p", prompt, "--slots", slots, "--max-new-tokens", "40", *more)
+            said = run(
+                "generate", "--model", model, "-p", prompt, "--slots", slots, "--max-new-tokens", "40", *more
+            )
             names = ("text", "prompt_tokens", "generated_tokens", "hit_rate", "prefill_loads", "decode_loads")
             found[f"{slots} slots, prompt {number}"] = {name: said[name] for name in names}
     return found
@@ -89,9 +94,15 @@ def results(model: str, data: str, folder: Path, steps: int) -> dict[str, Any]:
     run(*tuning, "--objective", "paper", "--distill", "0.5", "--accumulate", "2", "--output-dir", str(other))
     run("merge", "--model", model, "--adapter", str(adapter), "--output-dir", str(folder / "merged"))
     run("trace", "--model", model, "--data", data, "--limit", "64", "--output", str(trace))
-    predictor = run("fit-predictor", "--model", model, "--trace", str(trace), "--output", str(folder / "predictor"))
+    predictor = run(
+        "fit-predictor", "--model", model, "--trace", str(trace), "--output", str(folder / "predictor")
+    )
     stores = {}
-    for name, more in {"auto": (), "int4": ("--format", "int4"), "adapter": ("--adapter", str(adapter))}.items():
+    for name, more in {
+        "auto": (),
+        "int4": ("--format", "int4"),
+        "adapter": ("--adapter", str(adapter)),
+    }.items():
         run("convert", model, str(folder / f"store-{name}"), *more)
         stores[name] = store_digest(folder / f"store-{name}")
     return {
@@ -124,7 +135,9 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--write", type=Path, help="file to write what was found to")
     parser.add_argument("--against", type=Path, help="file of an earlier run to compare with")
     parser.add_argument("--model", help="a second model folder")

@@ -15,20 +15,20 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "MelinoeError": "melinoe.errors",
-    "convert": "melinoe.offload.convert",
-    "load": "melinoe.offload.loader",
-    "stats": "melinoe.offload.loader",
-    "plan": "melinoe.offload.planning",
-    "generate": "melinoe.generation",
-    "stream_generate": "melinoe.generation",
-    "tune": "melinoe.tuning.trainer",
-    "merge": "melinoe.tuning.merge",
-    "trace": "melinoe.tracing",
+    "convert": "melinoe.conversion.convert",
+    "load": "melinoe.runtime.load",
+    "stats": "melinoe.runtime.load",
+    "plan": "melinoe.runtime.plan",
+    "generate": "melinoe.runtime.generation",
+    "stream_generate": "melinoe.runtime.generation",
+    "tune": "melinoe.tuning.tune",
+    "merge": "melinoe.adapters.merge",
+    "trace": "melinoe.measure.trace",
     "simulate": "melinoe.routing.simulate",
-    "fit_predictor": "melinoe.prediction.predictor",
-    "evaluate": "melinoe.bench.quality",
-    "sweep": "melinoe.bench.frontier",
-    "demo": "melinoe.bench.demo",
+    "fit_predictor": "melinoe.prediction.fit",
+    "evaluate": "melinoe.measure.quality",
+    "sweep": "melinoe.frontier.sweep",
+    "demo": "melinoe.demonstration.demo",
 }
 __all__ = sorted(_PUBLIC)
 

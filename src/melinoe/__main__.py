@@ -1,5 +1,5 @@
 """`python -m melinoe`."""
 
-from melinoe.cli import main
+from melinoe.cli.main import main
 
 main()

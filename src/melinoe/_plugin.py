@@ -18,7 +18,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def _register() -> None:
-    importlib.import_module("melinoe.offload.quantizer")
+    importlib.import_module("melinoe.runtime.quantizer")
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from melinoe.data import Encoded
+from melinoe.data.rows import Encoded
 
 POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many steps
 

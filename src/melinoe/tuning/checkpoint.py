@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerState
 
-from melinoe.offload.adapter import replace_folder
+from melinoe.adapters.peft_folder import replace_folder
 
 CHECKPOINT, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from melinoe.data import Encoded
-from melinoe.moe import MoeLayer, RouterTap
+from melinoe.data.rows import Encoded
+from melinoe.losses.likelihood import likelihood
+from melinoe.models.layers import MoeLayer, RouterTap
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
 from melinoe.tuning.batches import pad
-from melinoe.tuning.likelihood import likelihood
-from melinoe.tuning.processes import Processes
+from melinoe.tuning.parallel.processes import Processes
 
 POLICY = "decay"
 

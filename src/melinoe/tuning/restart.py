@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melinoe.data import Encoded
+from melinoe.data.rows import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.tuning.checkpoint import CHECKPOINT, STATE, steps_done
 from melinoe.tuning.settings import TuneSettings

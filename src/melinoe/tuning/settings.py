@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from melinoe.config import DEFAULT_SEED
 from melinoe.errors import MelinoeError
-from melinoe.tuning.occupancy import Cache
+from melinoe.losses.occupancy import Cache
 
 
 @dataclass(frozen=True)

@@ -1,256 +1,259 @@
-"""`tune`: model and data in, adapter folder out. The verb; the loop stands in loop.py."""
+"""The training loop of `tune`: transformers' Trainer with the losses of Eq. 6.
+
+Trainer runs the loop, over gradients that accumulate and over several processes; ours are the losses, the two learning
+rates, the planned batches, and a checkpoint of what is trained. What a run shares with the next one lies in one folder:
+losses.jsonl, evaluations.jsonl and checkpoint/.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-import sys
+import math
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from melinoe.config import resolve_model
-from melinoe.data import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
-from melinoe.moe import experts_per_token, fingerprint
-from melinoe.offload.adapter import write_adapter
-from melinoe.offload.convert import local_folder
-from melinoe.tuning.batches import Batches, padding_share, plan_batches
+from melinoe.models.layers import MoeLayer
+from melinoe.tuning import checkpoint
+from melinoe.tuning.batches import Batches
 from melinoe.tuning.evaluation import Evaluation
-from melinoe.tuning.loop import EVALUATIONS, LOG, LocalityTrainer
-from melinoe.tuning.memory import TuningMemory, batch_shape, device_of, memory_needed
-from melinoe.tuning.network import prepare_model
-from melinoe.tuning.paging import paging
-from melinoe.tuning.processes import Processes
+from melinoe.tuning.parallel.processes import Processes
 from melinoe.tuning.progress import TuningProgress
-from melinoe.tuning.restart import open_run, run_identity
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.sharding import average_trained_alone, shard_frozen, weight_bytes
+from melinoe.tuning.step_losses import TuningLosses
+from melinoe.tuning.step_means import StepMeans, StepSums
+
+LOG, EVALUATIONS = "losses.jsonl", "evaluations.jsonl"
+FINAL_LEARNING_RATE = 0.0  # of the first, reached at the end
+MAX_SKIPPED = 10  # steps in a row that were not finite
 
 
-def tune(
-    model: str | Path,
-    data: str | Path,
-    output_dir: str | Path,
-    *,
-    memory: int | str | None = None,
-    eval_data: str | Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Tunes the routers (fully) and the experts (low rank) of a checkpoint for expert locality.
-
-    Run by `torchrun` or `accelerate launch`, the processes share each step's rows; the first one writes.
+class LocalityTrainer(Trainer):
+    """Trainer with the losses of Eq. 6.
 
     Args:
-        model: checkpoint folder, store, Hub id or `tiny`; opened, never written.
-        data: a .jsonl file, a folder with train.jsonl, the Hub id of a data set, or `tiny` (melinoe.data).
-        output_dir: the adapter folder to write; apply it with `--adapter` or fold it in with `merge`.
-        memory: bytes, "4GiB" or "80%" that one process must fit in (the interpreter not counted): the experts stay on disk
-            and are read for every pass, forward and backward. The losses are those of the resident run, and a run that
-            was interrupted may go on with another budget. None: everything in memory.
-        eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
-        resume: there must be an interrupted run to go on with. Without it, one with the same settings and data is gone
-            on with as well, and any other starts anew.
-        overwrite: replace what stands in `output_dir`, and do not resume an interrupted run.
-        progress: a live line on stderr.
-        settings: the fields of TuneSettings.
-
-    Returns:
-        {"output_dir", "steps", "seconds", "tokens", "nll", "misses", "rank", "total", "skipped_steps",
-        "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)}; losses are
-        means over the last tenth of the run. With `eval_steps` also "held_out", the last record of evaluations.jsonl;
-        with paged experts "paged": {"slots" per layer, "slots_format", "loads", "hits", "bytes_read"}.
-
-    Raises:
-        MelinoeError: settings out of range, a dense model, no usable rows, nothing to resume where that was asked, a
-            budget that is too small, or an output folder that holds something else.
-        KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
+        model: routers and factors require gradient, nothing else does.
+        folder: where the logs and the checkpoint go.
+        tokens_per_step: mean completion and scored tokens of a step.
+        evaluation: held-out rows to measure on, or None.
     """
-    chosen = _settings(settings)
-    if resume and overwrite:
-        raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
-    output = Path(output_dir)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
-        raise MelinoeError(
-            f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
+
+    loss_is_scaled_for_ga = True  # the sum over the parts of a step is the loss of the step
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[MoeLayer],
+        batches: Batches,
+        settings: TuneSettings,
+        folder: Path,
+        tokens_per_step: tuple[float, float],
+        device: str,
+        progress: TuningProgress,
+        processes: Processes | None = None,
+        evaluation: Evaluation | None = None,
+    ) -> None:
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=settings.accumulate,
+            ddp_find_unused_parameters=False,  # all that is trained is used; some only by our losses
+            ddp_broadcast_buffers=False,
+            max_grad_norm=settings.max_grad_norm or math.inf,
+            seed=settings.seed,
+            use_cpu=device == "cpu",
+            save_strategy="steps" if settings.checkpoint_steps else "no",
+            save_steps=max(1, settings.checkpoint_steps),
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
         )
-    started = time.monotonic()
-    device = device_of(chosen)
-    processes = Processes.join(device)
-    progress = progress and processes.is_first
-    parts = chosen.accumulate * processes.count
-    tokenizer, encoded, plan = _read(model, data, chosen, parts, progress)
-    held_out = _held_out(tokenizer, data, eval_data, chosen)
-    pages = paging(model, memory, chosen, batch_shape(encoded, plan, chosen, parts), device)
-    network, layers = prepare_model(model, chosen, device, pages)
-    base_fingerprint = fingerprint(network)
-    if chosen.shard:
-        shard_frozen(network, processes)
-    if processes.count > 1:
-        average_trained_alone(network)
-    work = output.with_name(output.name + ".partial")
-    base_format = "auto" if pages is None else pages.record_format
-    identity = run_identity(chosen, parts, base_fingerprint, encoded, base_format)
-    restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
-    if restart.note and progress:
-        print(f"melinoe: {restart.note}", file=sys.stderr)
-    pad_token_id = tokenizer.pad_token_id or 0
-    batches = Batches(
-        encoded,
-        plan,
-        pad_token_id,
-        rank_tokens=chosen.rank_tokens,
-        seed=chosen.seed,
-        accumulate=chosen.accumulate,
-        process=processes.index,
-        processes=processes.count,
-    )
-    slots = max(chosen.capacity(layer.num_experts, experts_per_token(network)) for layer in layers)
-    evaluation = None
-    if held_out:
-        evaluation = Evaluation(held_out, layers, slots, chosen.batch_tokens, pad_token_id, processes)
-    with _quiet(), TuningProgress(progress, chosen.max_steps) as bar:
-        trainer = LocalityTrainer(
-            network,
-            layers,
-            batches,
-            chosen,
-            work,
-            _tokens_per_step(encoded, plan),
-            device,
-            bar,
-            processes,
-            evaluation,
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # no silent DataParallel
+        super().__init__(model=model, args=arguments, train_dataset=batches, callbacks=[_Steps(self)])
+        self.remove_callback(PrinterCallback)
+        self.settings, self.folder, self.layers = settings, folder, layers
+        self.tokens_per_step, self.progress, self.evaluation = tokens_per_step, progress, evaluation
+        self.processes = processes or Processes()
+        self.losses = TuningLosses(model, layers, settings)
+        self.sums = StepSums(self.processes)
+        self.means: StepMeans | None = None
+        self.skipped_steps = self.skipped_in_a_row = 0
+        self.started, self.seconds = time.monotonic(), 0.0
+
+    # ------------------------------------------------------------ what a step is
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """The planned batches of this process, in order; one item is one batch (a resumed run skips by batch sampler)."""
+        order = [[index] for index in range(len(self.train_dataset))]
+        return torch.utils.data.DataLoader(
+            self.train_dataset, batch_sampler=order, collate_fn=lambda items: items[0]
         )
-        trainer.train(resume_from_checkpoint=str(restart.checkpoint) if restart.checkpoint else None)
-    steps = trainer.state.global_step
 
-    def finish() -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "steps": steps,
-            "seconds": round(time.monotonic() - started, 2),
-            "tokens": sum(len(encoded[row].ids) for rows in plan[:steps] for row in rows),
-            **_last_losses(work / LOG),
-            "skipped_steps": trainer.skipped_steps,
-            "resumed_from": restart.steps_done,
-            "rows": len(encoded),
-            "slots": slots,
-            "processes": processes.count,
-            "weight_bytes": weight_bytes(network),
-        }
-        if pages is not None:
-            result["paged"] = pages.to_json(network)
-        logs = [work / LOG]
-        if evaluation is not None:
-            logs.append(work / EVALUATIONS)
-            result["held_out"] = json.loads(logs[-1].read_text().splitlines()[-1])
-        card = write_adapter(
-            network,
-            output,
-            base=str(model) if pages is None else pages.source,
-            base_fingerprint=base_fingerprint,
-            base_format=base_format,
-            settings=chosen.as_dict(),
-            result=result,
-            keep=tuple(logs),
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *_args: Any, **_options: Any
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            layer.router.eval()  # some routers draw noise in training mode, which decoding does not
+        step, turn, processes = self.state.global_step, len(self.sums.parts), self.processes
+        part = turn * processes.count + processes.index
+        # dropout, also after a resume; each part draws its own
+        parts = self.settings.accumulate * processes.count
+        torch.manual_seed(((self.settings.seed << 20) + step) * parts + part)
+        self.losses.schedule = self.settings.schedule(self.done_share(step))
+        losses = self.losses(model, inputs, self.tokens_per_step)
+        self.sums.add(losses)
+        return losses.total * processes.count  # whose gradients are averaged, and are to be summed
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        settings = self.settings
+        routers = [p for layer in self.layers for p in layer.router.parameters() if p.requires_grad]
+        factors = [p for layer in self.layers for p in layer.experts.low_rank.parameters() if p.requires_grad]
+        rate, router_rate = settings.learning_rates(self.model.config.get_text_config().hidden_size)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": routers, "lr": router_rate},
+                {"params": factors, "lr": rate},
+            ],
+            weight_decay=0.0,
         )
-        shutil.rmtree(work, ignore_errors=True)
-        prints = {key: card[key] for key in ("base_fingerprint", "fingerprint")}
-        return {"output_dir": str(output), **prints, **result}
+        return self.optimizer
 
-    return processes.ask_first(finish)
+    def create_scheduler(self, num_training_steps: int, *_args: Any, **_options: Any) -> Any:
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate_at)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
+    def done_share(self, step: int) -> float:
+        """How much of the run is over at `step`, 0 .. 1: by steps, or by time where that is scarcer."""
+        settings = self.settings
+        share = step / settings.max_steps
+        if settings.time_limit_seconds:
+            share = max(share, self.seconds / settings.time_limit_seconds)
+        return min(1.0, share)
 
-def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningMemory:
-    """What one process of `tune` with the same arguments needs, without reading a weight.
+    def _learning_rate_at(self, step: int) -> float:
+        """Linear warm-up over the first steps, then linear to FINAL_LEARNING_RATE."""
+        warm = (step + 1) / max(1.0, self.settings.warmup * self.settings.max_steps)
+        return min(1.0, warm) * (1 - (1 - FINAL_LEARNING_RATE) * self.done_share(step))
 
-    Raises:
-        MelinoeError: as for `tune`, the output folder apart.
-    """
-    chosen = _settings(settings)
-    _, encoded, plan = _read(model, data, chosen, chosen.accumulate)
-    batch = batch_shape(encoded, plan, chosen, chosen.accumulate)
-    return memory_needed(model, chosen, batch, device_of(chosen))
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        """Once per step, when its gradient is whole and summed over processes: adds up what the parts gave.
 
+        A step whose gradient is not finite, in whichever part, changes nothing and is counted.
+        """
+        norm = float(super()._get_grad_norm(model, grad_norm))
+        self.means = self.sums.finish(time.monotonic() - self.started)
+        self.seconds = self.means.seconds  # the first process's clock: all must stop at the same step
+        self.losses.end_of_step(self.means)
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return norm
+        model.zero_grad(set_to_none=True)
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise MelinoeError(
+                f"tune: {MAX_SKIPPED} steps in a row were not finite", next_step="lower the learning rates"
+            )
+        return norm
 
-def _settings(given: dict[str, Any]) -> TuneSettings:
-    unknown = sorted(set(given) - {field.name for field in fields(TuneSettings)})
-    if unknown:
-        allowed = ", ".join(field.name for field in fields(TuneSettings))
-        raise MelinoeError("tune: unknown settings", got=", ".join(unknown), allowed=allowed)
-    return TuneSettings(**given)
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer would walk all parameters at every step for it."""
+        return 0
 
+    # ------------------------------------------------------------ checkpoint and resume
 
-def _read(
-    model: str | Path, data: str | Path, settings: TuneSettings, parts: int = 1, show: bool = False
-) -> tuple[Any, list[Encoded], list[list[int]]]:
-    """(tokenizer, rows as tokens, the plan of steps); with `show`, what was found goes to stderr."""
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(resolve_model(model)))
-    rows = read_rows(data)
-    encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
-    lengths = [len(row.ids) for row in encoded]
-    plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts)
-    if show:
-        left_out = len(rows) - len(encoded)
-        print(
-            f"melinoe: {data}: {describe_rows(rows)}; "
-            + (f"{left_out:,} left out (over {settings.max_length} tokens or empty); " if left_out else "")
-            + f"{padding_share(lengths, plan, parts):.1%} of a batch is padding",
-            file=sys.stderr,
-        )
-    return tokenizer, encoded, plan
+    def _trained(self) -> checkpoint.Trained:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self.processes.is_first:
+            return
+        memory = {"skipped_steps": str(self.skipped_steps), "losses": json.dumps(self.losses.memory())}
+        checkpoint.save(self.folder, self._trained(), self.optimizer, self.state, memory)
 
-def _held_out(
-    tokenizer: Any, data: str | Path, eval_data: str | Path | None, settings: TuneSettings
-) -> list[Encoded]:
-    """Rows to measure on while tuning; none where that was not asked."""
-    if not settings.eval_steps:
-        return []
-    if eval_data is None and Path(data).is_file():
-        raise MelinoeError(
-            "tune: evaluation needs held-out rows, and a single file has none",
-            got=data,
-            next_step="give --eval-data, or --data a folder with valid.jsonl",
-        )
-    rows = read_rows(eval_data or data, "valid")
-    return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        memory = checkpoint.load_weights(Path(resume_from_checkpoint), self._trained())
+        self.skipped_steps = int(memory["skipped_steps"])
+        self.losses.remember(json.loads(memory["losses"]))
 
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None:
+            return
+        checkpoint.load_moments(Path(folder), self._trained(), self.optimizer)
+        step = checkpoint.steps_done(Path(folder))
+        self.lr_scheduler.last_epoch = step
+        for group, first in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
+            group["lr"] = first * self._learning_rate_at(step)
 
-def _tokens_per_step(encoded: list[Encoded], plan: list[list[int]]) -> tuple[float, float]:
-    """(completion tokens, scored tokens) of an average batch."""
-    completion = sum(len(encoded[row].ids) - encoded[row].prompt_length for rows in plan for row in rows)
-    rows = sum(map(len, plan))
-    return completion / len(plan), (completion - rows) / len(plan)
-
-
-def _last_losses(log: Path) -> dict[str, float | None]:
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    records = records[-max(1, len(records) // 10) :]
-    means: dict[str, float | None] = {}
-    for name in ("total", "nll", "misses", "rank", "hit_rate", "divergence"):
-        values = [record[name] for record in records if record.get(name) is not None]
-        means[name] = round(sum(values) / len(values), 5) if values else None
-    return means
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing to restore: every step seeds itself."""
 
 
-class _quiet:
-    """Keeps Trainer's remarks (INFO and WARNING of its loggers) out of our progress line."""
+class _Steps(TrainerCallback):
+    """After each step: one line in losses.jsonl, the progress bar, the evaluation, and the time limit."""
 
-    names = ("transformers.trainer", "accelerate")
+    def __init__(self, trainer: LocalityTrainer) -> None:
+        self.trainer = trainer
 
-    def __enter__(self) -> None:
-        self.levels = [logging.getLogger(name).level for name in self.names]
-        for name in self.names:
-            logging.getLogger(name).setLevel(logging.ERROR)
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Drops the log lines of steps that an interrupted run did and its checkpoint did not keep."""
+        trainer = self.trainer
+        if trainer.processes.is_first:
+            for name in (LOG, EVALUATIONS):
+                log = trainer.folder / name
+                lines = log.read_text().splitlines() if log.is_file() else []
+                kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+                log.write_text("".join(f"{line}\n" for line in kept))
+        trainer.started = time.monotonic()
+        if state.global_step == 0:
+            self._evaluate(0)
 
-    def __exit__(self, *_: object) -> None:
-        for name, level in zip(self.names, self.levels, strict=True):
-            logging.getLogger(name).setLevel(level)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        trainer, means = self.trainer, self.trainer.means
+        assert means is not None
+        record: dict[str, Any] = {"step": state.global_step}
+        optional = ("divergence", "base_nll")
+        for name in ("total", "nll", "misses", "rank", "hit_rate", *optional):
+            value = means.values[name]
+            if value is not None or name not in optional:
+                record[name] = None if value is None else round(value, 6)
+        if trainer.losses.weight.steers:
+            record["weight_factor"] = round(trainer.losses.weight.factor, 5)
+        record |= {"seconds": round(means.seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
+        self._log(LOG, record)
+        limit = trainer.settings.time_limit_seconds
+        if limit is not None and means.seconds >= limit:
+            control.should_training_stop = True
+        last = control.should_training_stop or state.global_step >= trainer.settings.max_steps
+        every = trainer.settings.eval_steps
+        if every and (state.global_step % every == 0 or last):
+            self._evaluate(state.global_step)
+        trainer.progress.step(record, trainer.done_share(state.global_step))
+
+    def _evaluate(self, step: int) -> None:
+        trainer = self.trainer
+        if trainer.evaluation is None:
+            return
+        record = {"step": step, **trainer.evaluation.measure(trainer.model)}
+        self._log(EVALUATIONS, record)
+        trainer.progress.evaluation(record)
+
+    def _log(self, name: str, record: dict[str, Any]) -> None:
+        if self.trainer.processes.is_first:
+            with (self.trainer.folder / name).open("a") as log:
+                log.write(json.dumps(record) + "\n")

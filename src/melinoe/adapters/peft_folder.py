@@ -1,0 +1,299 @@
+"""Writes and applies what tuning learned: PEFT's own adapter folder, plus one file of ours.
+
+    adapter_config.json         PEFT LoRA: target_parameters (experts) and modules_to_save (routers), in full
+    adapter_model.safetensors   factors and routers under the names that PEFT generates
+    melinoe.json                format version, fingerprints, settings, seed, versions, last losses
+    losses.jsonl                one line per logged step (when written by tune)
+
+`PeftModel.from_pretrained(model, folder)` opens it without melinoe. PEFT itself refuses a model whose
+experts were stripped for offloading; `apply_adapter` takes either kind.
+
+PEFT names (checked against 0.21 in tests): of two targeted parameters of one module the wrappers nest,
+the first parameter innermost, so the up projection is `experts.base_layer.lora_*` and the down projection
+`experts.lora_*`. lora_A.weight is [E * r, in]; lora_B.weight is [out, r * E] with the expert index fastest.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import melinoe
+from melinoe.errors import MelinoeError
+from melinoe.experts import forward as experts
+from melinoe.experts.low_rank import LowRankExperts, Projection, projection_parameter
+from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
+
+FORMAT_VERSION = 1
+CARD, WEIGHTS, CONFIG = "melinoe.json", "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_PEFT_VERSION = "0.21.2"  # whose names and shapes these are
+
+
+def _factor_names(layer: MoeLayer, projection: Projection) -> tuple[str, str]:
+    inner = ".base_layer" if projection == "up" else ""
+    start = f"{_PREFIX}{layer.experts_name}{inner}"
+    return f"{start}.lora_A.weight", f"{start}.lora_B.weight"
+
+
+def _peft_order(layer: MoeLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [E, r, in], B [E, out, r]) as PEFT counts in and out, and back again.
+
+    It believes a class that transformers does not decorate (llama4's) not to be transposed, though it is: what goes in
+    is out to it, and its A is our B.
+    """
+    return (b.mT, a.mT) if getattr(layer.experts, "weights_scale_input", False) else (a, b)
+
+
+def adapter_tensors(layers: list[MoeLayer]) -> dict[str, torch.Tensor]:
+    """The routers and factors of a tuned model, under PEFT's names and shapes."""
+    tensors = {}
+    for layer in layers:
+        for projection in ("up", "down"):
+            a_ERI, b_EOR = _peft_order(layer, *layer.experts.low_rank.factors(projection))
+            name_a, name_b = _factor_names(layer, projection)
+            tensors[name_a] = a_ERI.detach().reshape(-1, a_ERI.shape[2])
+            tensors[name_b] = b_EOR.detach().permute(1, 2, 0).reshape(b_EOR.shape[1], -1)
+        for name, value in layer.router.state_dict().items():
+            tensors[f"{_PREFIX}{layer.router_name}.{name}"] = value.detach()
+    return {name: value.cpu().clone().contiguous() for name, value in tensors.items()}
+
+
+def _peft_config(model: nn.Module, layers: list[MoeLayer], base: str) -> dict[str, Any]:
+    low_rank = layers[0].experts.low_rank
+    return {
+        "peft_type": "LORA",
+        "peft_version": _PEFT_VERSION,
+        "auto_mapping": {
+            "base_model_class": type(model).__name__,
+            "parent_library": type(model).__module__,
+        },
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": low_rank.rank,
+        "lora_alpha": low_rank.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [],
+        "target_parameters": [
+            f"{layer.experts_name}.{projection_parameter(layer.experts, projection)}"
+            for layer in layers
+            for projection in ("up", "down")
+        ],
+        "modules_to_save": [layer.router_name for layer in layers],
+    }
+
+
+def write_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base: str,
+    base_fingerprint: str,
+    base_format: str = "auto",
+    settings: dict[str, Any] | None = None,
+    result: dict[str, Any] | None = None,
+    keep: tuple[Path, ...] = (),
+) -> dict[str, Any]:
+    """Writes the adapter of a tuned model (routers changed, `low_rank` on every experts module).
+
+    The folder appears complete or not at all: it is built in FOLDER.new and renamed. An existing folder
+    is replaced.
+
+    Args:
+        base: name or path of the checkpoint that was tuned.
+        base_fingerprint: melinoe.models.layers.fingerprint of that checkpoint.
+        base_format: how the experts were rounded while it was tuned: auto (not), int8 or int4.
+        settings, result: put into melinoe.json.
+        keep: files to copy into the folder.
+
+    Returns:
+        What melinoe.json holds.
+
+    Raises:
+        MelinoeError: a tensor is not finite; nothing is written.
+    """
+    folder = Path(folder)
+    layers = moe_layers(model)
+    tensors = adapter_tensors(layers)
+    for name, value in tensors.items():
+        if not bool(torch.isfinite(value).all()):
+            raise MelinoeError(
+                f"tuning gave values that are not finite in {name}", next_step="lower the learning rates"
+            )
+    card = {
+        "format": "melinoe-adapter",
+        "format_version": FORMAT_VERSION,
+        "base": base,
+        "base_fingerprint": base_fingerprint,
+        "base_format": base_format,
+        "fingerprint": fingerprint(model),
+        "settings": settings or {},
+        "result": result or {},
+        "versions": {
+            "melinoe": melinoe.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    save_file(tensors, new / WEIGHTS, {"format": "pt"})
+    (new / CONFIG).write_text(json.dumps(_peft_config(model, layers, base), indent=2) + "\n")
+    (new / CARD).write_text(json.dumps(card, indent=2) + "\n")
+    for file in keep:
+        shutil.copyfile(file, new / file.name)
+    replace_folder(new, folder)
+    return card
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; what stood there is removed after the new one is in place."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder that was opened and checked; the tensors are read by `tensors`."""
+
+    folder: Path
+    card: dict[str, Any]
+    rank: int
+    alpha: float
+
+    @property
+    def base_fingerprint(self) -> str:
+        return str(self.card["base_fingerprint"])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / WEIGHTS)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Opens an adapter folder.
+
+    Raises:
+        MelinoeError: not an adapter of ours, incomplete, or of a later format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MelinoeError("no such adapter folder", got=folder)
+    try:
+        card = json.loads((folder / CARD).read_text())
+        config = json.loads((folder / CONFIG).read_text())
+        rank, alpha, version = int(config["r"]), float(config["lora_alpha"]), int(card["format_version"])
+        card["base_fingerprint"], card["fingerprint"]
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            assert file.keys()
+    except FileNotFoundError:
+        missing = [name for name in (CARD, CONFIG, WEIGHTS) if not (folder / name).is_file()]
+        raise MelinoeError(
+            f"{folder} is not a complete melinoe adapter", got=f"no {', '.join(missing)}"
+        ) from None
+    except Exception as error:
+        raise MelinoeError(
+            f"cannot read the adapter {folder}", got=error, next_step="tune it again"
+        ) from None
+    if version > FORMAT_VERSION:
+        raise MelinoeError(
+            f"{folder} was written by a later melinoe",
+            got=f"format {version}",
+            allowed=f"up to {FORMAT_VERSION}",
+        )
+    return Adapter(folder, card, rank, alpha)
+
+
+@torch.no_grad()
+def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
+    """Puts an adapter's routers and factors on a model, resident or offloaded.
+
+    Routers take the model's dtype, factors stay float32. Resident experts are switched to melinoe's
+    experts function, which reads the factors; offloaded ones already run on it.
+
+    Returns:
+        What the adapter's melinoe.json holds.
+
+    Raises:
+        MelinoeError: the adapter belongs to another model, is applied already, or is broken. The model is
+            unchanged then.
+    """
+    adapter = read_adapter(folder)
+    layers = moe_layers(model)
+    for layer, (low_rank, router) in zip(layers, adapter_parts(model, adapter), strict=True):
+        layer.experts.low_rank = low_rank
+        for name, value in layer.router.state_dict().items():
+            value.copy_(router[name])
+    if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
+        experts.use(model)
+    return adapter.card
+
+
+def adapter_parts(model: nn.Module, adapter: Adapter) -> list[tuple[LowRankExperts, dict[str, torch.Tensor]]]:
+    """The factors and the router of every MoE layer, in order; the model's routers must be there.
+
+    Raises:
+        MelinoeError: the adapter belongs to another model, is applied already, or is broken.
+    """
+    layers = moe_layers(model)
+    found = fingerprint(model)
+    if found != adapter.base_fingerprint or any(getattr(layer.experts, "low_rank", None) for layer in layers):
+        already = found == adapter.card["fingerprint"]
+        raise MelinoeError(
+            f"the adapter {adapter.folder} is already part of this model" if already
+            else f"the adapter {adapter.folder} was tuned on another model",
+            got=f"fingerprint {found}",
+            allowed=f"fingerprint {adapter.base_fingerprint}, as of {adapter.card.get('base')}",
+        )  # fmt: skip
+    tensors = adapter.tensors()
+    try:
+        return [_parts_of(layer, adapter, tensors) for layer in layers]
+    except (KeyError, RuntimeError) as error:
+        raise MelinoeError(f"the adapter {adapter.folder} does not fit this model", got=error) from None
+
+
+def _parts_of(
+    layer: MoeLayer, adapter: Adapter, tensors: dict[str, torch.Tensor]
+) -> tuple[LowRankExperts, dict[str, torch.Tensor]]:
+    """The factors and the router of one layer, shapes taken from the file."""
+    state = layer.router.state_dict()
+    device = next(iter(state.values())).device
+    factors: dict[str, torch.Tensor] = {}
+    for projection in ("up", "down"):
+        name_a, name_b = _factor_names(layer, projection)
+        a, b = tensors[name_a], tensors[name_b]
+        a_ERI = a.reshape(layer.num_experts, adapter.rank, -1)
+        b_EOR = b.reshape(-1, adapter.rank, layer.num_experts).permute(2, 0, 1)
+        a_ERI, b_EOR = _peft_order(layer, a_ERI, b_EOR)
+        factors |= {f"{projection}_A": a_ERI.contiguous(), f"{projection}_B": b_EOR.contiguous()}
+    low_rank = LowRankExperts(
+        layer.num_experts,
+        (factors["up_A"].shape[2], factors["up_B"].shape[1]),
+        (factors["down_A"].shape[2], factors["down_B"].shape[1]),
+        adapter.rank,
+        adapter.alpha,
+    )
+    low_rank.load_state_dict(factors)
+    router = {name: tensors[f"{_PREFIX}{layer.router_name}.{name}"] for name in state}
+    for name, value in state.items():
+        if value.shape != router[name].shape:
+            raise RuntimeError(
+                f"{layer.router_name}.{name} is {tuple(router[name].shape)}, not {tuple(value.shape)}"
+            )
+    return low_rank.requires_grad_(False).to(device), router

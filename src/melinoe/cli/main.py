@@ -1,0 +1,373 @@
+"""The command line: one verb per stage, each a function of the library with the same name.
+
+Results go to stdout, progress and diagnostics to stderr; with --json the last line on stdout is one JSON
+object. Exit codes: 0, 1 our error (one line), 2 wrong usage, 130 Ctrl-C. Imports that cost time
+stand inside the verbs, so that `melinoe --help` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+
+from melinoe.cli.options import (
+    Adapter,
+    Data,
+    Json,
+    Limit,
+    Model,
+    Overwrite,
+    Packed,
+    Quiet,
+    Seed,
+    prepare,
+    print_json,
+    slots_format_of,
+)
+from melinoe.cli.tune import tune
+from melinoe.errors import MelinoeError
+
+
+def _explain(error: BaseException) -> int:
+    """Prints one line for what stopped a verb and returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        line, code = "stopped; finished parts are kept", 130
+    elif isinstance(error, MelinoeError):
+        line, code = str(error), 1
+    elif isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EACCES,
+        errno.EROFS,
+        errno.EDQUOT,
+    ):
+        line, code = f"cannot write: {error}", 1
+    else:
+        text = " ".join(str(error).split())[:300]
+        line, code = f"unexpected {type(error).__name__}: {text}; MELINOE_TRACEBACK=1 shows where", 1
+    same_for_all = isinstance(error, MelinoeError) and os.environ.get("LOCAL_RANK", "0") != "0"
+    if not same_for_all:  # of several processes on a machine, one says it
+        print(f"melinoe: {line}", file=sys.stderr)
+    return code
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Turns what stops a verb into one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            sys.exit(141)
+        except (Exception, KeyboardInterrupt) as error:
+            if hasattr(error, "exit_code") or os.environ.get("MELINOE_TRACEBACK") == "1":
+                raise  # typer's own: wrong usage, help, exit
+            sys.exit(_explain(error))
+
+
+app = typer.Typer(
+    name="melinoe",
+    cls=_Verbs,
+    help="Mixture-of-experts models inside a memory budget, exactly and fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.command(short_help="Write a store: experts as records.")
+def convert(
+    source: str,
+    target: Path,
+    adapter: Adapter = None,
+    format: Annotated[
+        str, typer.Option(help="Of the experts: auto (the checkpoint's own dtype), int8 or int4.")
+    ] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a store: the checkpoint with each expert as one record on disk.
+
+    With --adapter the tuning is merged into the records on the way, as `melinoe merge` would.
+
+    An interrupted call goes on where it stopped; a half-written store never loads.
+    """
+    prepare(source)
+    from melinoe.config import format_bytes
+    from melinoe.conversion.convert import convert as run
+
+    store = run(source, target, adapter=adapter, format=format, progress=not quiet)
+    records = sum(layer.num_experts for layer in store.layers)
+    size, plain = store.expert_bytes, store.expanded_bytes
+    result = {
+        "store": str(target),
+        "layers": len(store.layers),
+        "records": records,
+        "record_bytes": store.max_record_bytes,
+        "format": store.record_format,
+        "expert_bytes": size,
+        "saved_bytes": plain - size,
+        "fingerprint": store.fingerprint,
+    }
+    if as_json:
+        return print_json(result)
+    saved = f", {store.record_format}: {format_bytes(plain - size)} less ({size / plain:.0%} of {format_bytes(plain)})"
+    print(
+        f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all"
+        + (saved if store.record_format != "auto" else "")
+    )
+
+
+@app.command(short_help="Generate text inside a memory budget.")
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
+    adapter: Adapter = None,
+    predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    seed: Seed = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
+    packed: Packed = None,
+    as_json: Json = False,
+) -> None:
+    """Generate text with the experts paged inside a memory budget."""
+    prepare(model)
+    from melinoe.data.rows import encode_prompt
+    from melinoe.runtime.budget import DEFAULT_CONTEXT
+    from melinoe.runtime.generation import DEFAULT_NEW_TOKENS, stream_generate
+    from melinoe.runtime.load import load, load_tokenizer, plan
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
+    tokenizer = load_tokenizer(model)
+    needed = len(encode_prompt(tokenizer, text, raw)) + (max_new_tokens or DEFAULT_NEW_TOKENS)
+    loaded = load(
+        model,
+        adapter=adapter,
+        predictor=predictor,
+        memory=memory,
+        slots=slots,
+        policy=policy,
+        device=device,
+        slots_format=slots_format_of(packed),
+        context=needed if needed > DEFAULT_CONTEXT else None,
+    )
+    print(f"melinoe: {plan(loaded)}", file=sys.stderr)
+    answer, statistics = "", None
+    for piece in stream_generate(
+        loaded, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw
+    ):
+        answer += piece.text
+        statistics = piece.statistics
+        if not as_json:
+            print(piece.text, end="", flush=True)
+    assert statistics is not None
+    if as_json:
+        return print_json({"text": answer, **statistics.to_json()})
+    print()
+    print(statistics, file=sys.stderr)
+
+
+@app.command(short_help="Say what a memory budget buys.")
+def plan(
+    model: Model,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens of KV cache to set aside.", min=1)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    packed: Packed = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a memory budget buys, without loading weights."""
+    prepare(model)
+    from melinoe.runtime.plan import describe
+    from melinoe.runtime.plan import plan as run
+
+    result = run(model, memory, slots, context=context, device=device, slots_format=slots_format_of(packed))
+    if as_json:
+        return print_json(result)
+    print(describe(result))
+
+
+app.command(short_help="Fine-tune towards few experts.")(tune)
+
+
+@app.command(short_help="Write a plain checkpoint.")
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="What `melinoe tune` wrote.")],
+    output_dir: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a plain checkpoint with the adapter merged in; it loads without melinoe."""
+    prepare(model)
+    from melinoe.adapters.merge import merge as run
+
+    result = run(model, adapter, output_dir, overwrite=overwrite)
+    if as_json:
+        return print_json(result)
+    print(f"{output_dir}: a plain checkpoint, AutoModelForCausalLM opens it without melinoe")
+
+
+@app.command(short_help="Record which experts tokens ask for.")
+def trace(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option(help="Trace file to write.")],
+    limit: Limit = None,
+    split: Annotated[str, typer.Option(help="Which split of a data folder.")] = "train",
+    adapter: Adapter = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Record which experts every token asks for, teacher-forced."""
+    prepare(model)
+    from melinoe.measure.trace import trace as run
+
+    recorded = run(model, data, output, limit=limit, split=split, adapter=adapter, progress=not quiet)
+    if as_json:
+        return print_json(
+            {"output": str(output), "sequences": recorded.num_sequences, "tokens": len(recorded.indices)}
+        )
+    print(f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens")
+
+
+@app.command(short_help="Replay a trace through caches.")
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="What `melinoe trace` wrote.")],
+    policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "decay,lru,belady",
+    slots: Annotated[str, typer.Option(help="Records per layer; several separated by commas.")] = "8",
+    carry_over: Annotated[
+        bool, typer.Option("--carry-over", help="Keep the slots between sequences.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Replay a trace through caches of other sizes and policies."""
+    from melinoe.routing.simulate import simulate as run
+
+    try:
+        sizes = [int(size) for size in slots.split(",")]
+    except ValueError:
+        raise MelinoeError("not a number of slots", got=slots, allowed="8 or 4,8,16") from None
+    result = run(trace, policy=policy, slots=sizes, carry_over=carry_over)
+    if as_json:
+        return print_json(result)
+    print(f"{'policy':<16}{'slots':>6}{'hit rate':>10}{'loads/token':>13}{'prefill':>9}")
+    for row in result["results"]:
+        print(
+            f"{row['policy']:<16}{row['slots']:>6}{row['hit_rate']:>10.3f}"
+            f"{row['loads_per_token']:>13.2f}{row['prefill_loads_per_token']:>9.2f}"
+        )
+
+
+@app.command("fit-predictor", short_help="Fit the predictor of experts.")
+def fit_predictor(
+    model: Model,
+    trace: Annotated[Path, typer.Option(help="What `melinoe trace` wrote.")],
+    output: Annotated[Path, typer.Option(help="Predictor to write.")],
+    seed: Seed = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fit the predictor of a sequence's experts from its prompt."""
+    prepare(model)
+    from melinoe.prediction.fit import fit_predictor as run
+
+    result = run(model, trace, output, seed=seed)
+    if as_json:
+        return print_json(result)
+    print(f"{output}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
+
+
+@app.command(short_help="Measure quality on held-out rows.")
+def evaluate(
+    model: Model,
+    data: Data,
+    limit: Limit = None,
+    metrics: Annotated[str, typer.Option(help="Separated by commas.")] = "perplexity,exact_match,rouge_l",
+    split: Annotated[str, typer.Option(help="Which split of a data folder.")] = "test",
+    adapter: Adapter = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure completion NLL, perplexity, exact match and Rouge-L on held-out rows."""
+    prepare(model)
+    from melinoe.measure.quality import evaluate as run
+
+    names = tuple(name.strip() for name in metrics.split(",") if name.strip())
+    result = run(model, data, limit=limit, metrics=names, split=split, adapter=adapter, progress=not quiet)
+    if as_json:
+        return print_json(result)
+    for name, value in result.items():
+        if isinstance(value, int | float):
+            print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")
+
+
+@app.command(short_help="Check a store's checksums.")
+def verify(store: Path) -> None:
+    """Check every record of a store against its checksum."""
+    from melinoe.store.manifest import damaged_records, open_store
+
+    opened = open_store(store)
+    if opened.shards:
+        from melinoe.conversion.in_place import checked_records
+
+        damaged, known = checked_records(opened)
+        print(f"{store}: in place; {len(opened.shards)} shards have the size, times and header they had")
+        if not known:
+            print(f"{store}: no checksums were known; those of now are kept for the next time")
+    else:
+        damaged = list(damaged_records(opened))
+    if damaged:
+        raise MelinoeError(
+            f"{len(damaged)} damaged records in {store}",
+            got="; ".join(damaged[:5]),
+            next_step="convert again",
+        )
+    if not opened.shards or known:
+        print(f"{store}: all records match")
+
+
+@app.command(short_help="The whole method, and one table.")
+def demo(
+    model: Model = "tiny",
+    data: Annotated[str | None, typer.Option(help="Data folder; the embedded workload if not given.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Held-out rows to score; fewer is faster.", min=8)] = None,
+    output_dir: Annotated[Path, typer.Option(help="Where result.json and report.html go.")] = Path(
+        "demo-output"
+    ),
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole method in one run: tune, predict, page, and one table."""
+    prepare(model)
+    from melinoe.demonstration.demo import demo as run
+
+    result = run(model, data, output_dir, limit=limit, seed=seed)
+    if as_json:
+        print_json(result)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""`melinoe tune --sweep`: the options that only a sweep has, and how it answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from melinoe.cli.options import print_json
+from melinoe.errors import MelinoeError
+
+Sweep = Annotated[
+    str | None,
+    typer.Option(
+        help="Tune many ways and draw quality against locality: a .yaml or .json list of points, or default. "
+        "--output-dir then takes frontier.html, table.md and result.json, and an interrupted sweep goes on."
+    ),
+]
+Seeds = Annotated[str | None, typer.Option(help="Seeds of a sweep, separated by commas.")]
+HoldOut = Annotated[
+    int | None, typer.Option(help="Sweep: rows at the end of train.jsonl to measure on instead.", min=0)
+]
+Rows = Annotated[int | None, typer.Option("--limit", help="Sweep: at most this many held-out rows.", min=1)]
+OutOfDomain = Annotated[str | None, typer.Option(help="Sweep: other data, only measured on.")]
+AtOnce = Annotated[int | None, typer.Option(help="Sweep: processes side by side.", min=1)]
+
+
+def run_sweep(
+    model: str,
+    data: str,
+    output_dir: Path,
+    points: str,
+    settings: dict[str, Any],
+    seeds: str,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Runs the sweep and says where the page is.
+
+    Args:
+        data: a folder, or several separated by commas.
+        settings: of all points.
+        options: of `sweep`; None: its default.
+    """
+    from melinoe.frontier.sweep import sweep as run
+    from melinoe.frontier.table import sentences
+
+    if overwrite:
+        raise MelinoeError(
+            "--overwrite: a sweep keeps the points it has",
+            next_step="choose another --output-dir to start anew",
+        )
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise MelinoeError("not a list of seeds", got=seeds, allowed="0 or 0,1,2") from None
+    folders: list[str | Path] = [data] if Path(data).exists() else [*data.split(",")]
+    given = {name: value for name, value in options.items() if value is not None}
+    result = run(model, folders, output_dir, points, common=settings, seeds=numbers, **given)
+    if as_json:
+        return print_json(result)
+    print("\n".join(sentences(result, "held_out")))
+    print(f"page: {output_dir / 'frontier.html'}   table: {output_dir / 'table.md'}")
+
+
+def refuse_without_sweep(**options: Any) -> None:
+    """Options that mean something only with --sweep.
+
+    Raises:
+        MelinoeError: one of them is given.
+    """
+    names = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if names:
+        raise MelinoeError(f"{', '.join(names)}: only with --sweep")

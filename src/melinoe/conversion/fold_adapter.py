@@ -1,0 +1,65 @@
+"""`melinoe convert --adapter`: a tuning goes into the records while they are written.
+
+The same sum in the same order as `melinoe merge`, one expert at a time, so that the store is bit for bit
+the one that merging first would give, without a merged checkpoint on disk or in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from melinoe.adapters.peft_folder import WEIGHTS, adapter_parts, read_adapter
+from melinoe.conversion.checkpoint import Shards, load_routers
+from melinoe.errors import MelinoeError
+from melinoe.experts.low_rank import LowRankExperts, Projection, fold_expert, projection_parameter
+from melinoe.models.layers import moe_layers
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What an adapter changes: factors by the experts' name, routers by their names in the checkpoint."""
+
+    factors: dict[str, LowRankExperts]
+    routers: dict[str, torch.Tensor]
+    stamp: list[int | str]  # which adapter: path, size, time in nanoseconds
+
+    def merge(self, name: str, module: nn.Module, field: str, expert: int, weight: torch.Tensor) -> None:
+        """Puts the tuning into one tensor of an expert, in place."""
+        projections: tuple[Projection, ...] = ("up", "down")
+        for projection in projections:
+            if field == projection_parameter(module, projection):
+                fold_expert(weight, self.factors[name], projection, expert, bool(module.is_transposed))
+
+
+@torch.no_grad()
+def open_tuning(folder: str | Path, model: nn.Module, shards: Shards, rest: dict[str, str]) -> Tuning:
+    """Opens an adapter for the checkpoint whose skeleton is `model`; the skeleton's routers get their weights.
+
+    Args:
+        rest: {name in the checkpoint: name in the model}, from `checkpoint.plan`.
+
+    Raises:
+        MelinoeError: the adapter is of another model or broken, or the checkpoint does not hold its routers
+            as they are.
+    """
+    adapter = read_adapter(folder)
+    absent = load_routers(model, shards, rest)
+    if absent:
+        raise MelinoeError(
+            "the checkpoint does not hold the routers under names that can be replaced",
+            got=f"nothing for {absent}",
+            next_step="merge the adapter first: melinoe merge, then convert the result",
+        )
+    stored = {target: name for name, target in rest.items() if target}
+    routers, factors = {}, {}
+    for layer, (low_rank, router) in zip(moe_layers(model), adapter_parts(model, adapter), strict=True):
+        factors[layer.experts_name] = low_rank
+        for name in layer.router.state_dict():
+            # as it was tuned, in float32: what from_pretrained rounds, and what it keeps, is its own business
+            routers[stored[f"{layer.router_name}.{name}"]] = router[name]
+    status = (adapter.folder / WEIGHTS).stat()
+    return Tuning(factors, routers, [str(adapter.folder.resolve()), status.st_size, status.st_mtime_ns])

@@ -1,0 +1,190 @@
+"""The experts function: what transformers calls in place of its own (ExpertsInterface, "melinoe").
+
+One function for experts that are paged and experts that are resident, with or without low-rank
+additions. Every expert's rows are computed at once and written to their own places in one
+[T * K, H] buffer; the sum over a token's experts then runs in top-k order. So the result is
+bit for bit the same whatever was resident, in whichever order records arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from melinoe.errors import MelinoeError
+from melinoe.models import undecorated
+from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.pager import Views
+from melinoe.routing.policies import Call
+from melinoe.store.layout import per_expert
+
+NAME = "melinoe"
+
+
+def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
+    """One expert on its rows, [N, H] -> [N, H], as transformers' own functions compute it."""
+    # both by dictionary: for what is not there, nn.Module's getattr takes longer than a small matrix
+    own_way, low_rank = module.__dict__.get("expert_forward"), module._modules.get("low_rank")
+    if own_way is not None:  # dbrx
+        return own_way(hidden, weights)
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+
+    def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
+        weight = weights[name]
+        out = rows @ weight if module.is_transposed else F.linear(rows, weight)
+        if low_rank is not None:
+            out = out + low_rank.term(rows, expert, side)  # type: ignore[operator]
+        return out + weights[f"{name}_bias"] if module.has_bias else out
+
+    inner = project(hidden, up, "up")
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
+    out = project(inner, "down_proj", "down")
+    return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
+
+
+def _rows_by_expert(
+    top_k_index: torch.Tensor, indices: np.ndarray, num_experts: int
+) -> dict[int, torch.Tensor]:
+    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out.
+
+    indices: top_k_index on the host. Sorted where it is: an upload would be one more synchronisation.
+    """
+    order = top_k_index.reshape(-1).argsort(stable=True)
+    experts, counts = np.unique(indices, return_counts=True)
+    groups = order.split(counts.tolist())
+    return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
+
+
+def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:
+    parameters = {
+        name: per_expert(parameter, int(module.num_experts))  # type: ignore[arg-type]
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for expert in experts:
+        yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
+
+
+def _served(
+    module: nn.Module, context: PassContext | None, indices: np.ndarray, experts: Iterable[int]
+) -> Iterator[tuple[int, Views]]:
+    """(expert, its tensors) for every expert of the call, in the order in which they are at hand."""
+    if context is None:
+        return _resident(module, experts)
+    call: Call = context.call(indices)
+    return context.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
+
+
+def _one_token(
+    module: nn.Module,
+    context: PassContext | None,
+    hidden_1H: torch.Tensor,
+    indices: np.ndarray,
+    scale_TK: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """[K, H] outputs of one token's distinct experts: decoding, without gathering and scattering.
+
+    scale_TK: what each expert's input is multiplied by (llama4), or None.
+    """
+    num_experts = int(module.num_experts)  # type: ignore[arg-type]
+    asked = indices[0].tolist()
+    place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
+    served = _served(module, context, indices, place)
+    parts: dict[int, torch.Tensor] = {}
+    with contextlib.closing(served):  # type: ignore[type-var]
+        for expert, weights in served:
+            inputs_1H = hidden_1H if scale_TK is None else hidden_1H * scale_TK[0, place[expert]]
+            parts[place[expert]] = expert_output(module, inputs_1H, weights, expert)
+    if not parts:
+        return None
+    nothing = None if len(parts) == len(asked) else torch.zeros_like(next(iter(parts.values())))  # sentinels
+    return torch.cat([parts.get(position, nothing) for position in range(len(asked))])  # type: ignore[misc]
+
+
+def _many_tokens(
+    module: nn.Module,
+    context: PassContext | None,
+    hidden_TH: torch.Tensor,
+    top_k_index: torch.Tensor,
+    indices: np.ndarray,
+    scale_TK: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """[T * K, H] outputs, every expert's rows computed at once and put in their own places."""
+    tokens, top_k = indices.shape
+    rows = _rows_by_expert(top_k_index, indices, int(module.num_experts))  # type: ignore[arg-type]
+    served = _served(module, context, indices, rows)
+    outputs: torch.Tensor | None = None
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with contextlib.closing(served):  # type: ignore[type-var]
+        for expert, weights in served:
+            positions = rows[expert]
+            inputs_NH = hidden_TH[positions // top_k]
+            if scale_TK is not None:
+                inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[positions]
+            part = expert_output(module, inputs_NH, weights, expert)
+            if context is None:
+                parts.append((positions, part))  # kept whole for autograd
+                continue
+            if outputs is None:
+                outputs = part.new_zeros(tokens * top_k, part.shape[-1])
+            outputs[positions] = part
+    if parts:
+        order = torch.cat([positions for positions, _ in parts])
+        stacked = torch.cat([part for _, part in parts])
+        outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, order, stacked)
+    return outputs
+
+
+@torch.compiler.disable  # which experts are where is no part of a graph
+def melinoe_experts(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """Transformers' experts contract.
+
+    Args:
+        hidden_states: [T, H].
+        top_k_index: [T, K]; ids >= num_experts belong to other processes and add nothing.
+        top_k_weights: [T, K].
+
+    Returns:
+        [T, H] in the dtype of hidden_states.
+
+    Raises:
+        MelinoeError: a record could not be read, or gradients were asked of paged experts.
+    """
+    tokens, top_k = top_k_index.shape
+    indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
+    context: PassContext | None = getattr(module, "melinoe_context", None)
+    if context is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
+        raise MelinoeError(
+            "offloaded experts cannot pass gradients: their slots are overwritten",
+            next_step="tune the checkpoint, not the store, or use torch.no_grad()",
+        )
+    scale_TK = top_k_weights if getattr(module, "weights_scale_input", False) else None  # llama4
+    distinct = tokens == 1 and len(set(indices[0].tolist())) == top_k  # sentinels may repeat
+    if distinct and not (torch.is_grad_enabled() and hidden_states.requires_grad):
+        outputs = _one_token(module, context, hidden_states, indices, scale_TK)
+    else:
+        outputs = _many_tokens(module, context, hidden_states, top_k_index, indices, scale_TK)
+    if outputs is None:  # no tokens, or nothing but sentinels
+        return torch.zeros_like(hidden_states)
+    terms = outputs.view(tokens, top_k, -1)
+    if scale_TK is None:
+        terms = terms * top_k_weights.unsqueeze(-1)
+    return terms.sum(1).to(hidden_states.dtype)
+
+
+def use(model: Any) -> None:
+    """Switches a transformers model, paged or resident, to melinoe's experts function."""
+    if not undecorated.take_over(model, melinoe_experts):
+        model.set_experts_implementation(NAME)
+
+
+if NAME not in ALL_EXPERTS_FUNCTIONS:
+    ALL_EXPERTS_FUNCTIONS.register(NAME, melinoe_experts)

@@ -1,0 +1,93 @@
+"""Held-out rows for a comparison: what is measured was never trained on, and is the same for all.
+
+Test splits of small data sets are small. So the end of each train split can be set aside as well, and
+several folders become one: train without its held-out end, and test with it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from melinoe.data.rows import read_rows, resolve_data
+from melinoe.errors import MelinoeError
+
+Item = TypeVar("Item")
+
+
+class Split(NamedTuple):
+    """train, test: lines of JSON as they stand in the files. origin: the source of every test line."""
+
+    train: list[str]
+    test: list[str]
+    origin: list[str]
+
+
+def hold_out(sources: list[str | Path], number: int, limit: int | None) -> Split:
+    """Train and held-out rows of several sources.
+
+    Args:
+        sources: data folders, .jsonl files (all of whose rows are then train rows), or `tiny`.
+        number: rows at the end of each train split that are measured on instead of trained on.
+        limit: at most this many held-out rows, evenly spaced, so that every source keeps its share.
+
+    Raises:
+        MelinoeError: a source without rows, or nothing left to train or to measure on.
+    """
+    train: list[str] = []
+    test: list[tuple[str, str]] = []
+    for name in sources:
+        source = _local(name)
+        rows = _lines(source, "train")
+        if number >= len(rows):
+            raise MelinoeError(
+                f"nothing of {source} is left to train on", got=f"--hold-out {number} of {len(rows)} rows"
+            )
+        end = len(rows) - number
+        train += rows[:end]
+        own = _lines(source, "test") if (source / "test.jsonl").is_file() else []
+        test += [(line, str(name)) for line in own + rows[end:]]
+    if not test:
+        raise MelinoeError(
+            "no held-out rows",
+            allowed="a folder with test.jsonl",
+            next_step="or set rows aside: --hold-out N",
+        )
+    kept = evenly(test, limit)
+    return Split(train, [line for line, _ in kept], [name for _, name in kept])
+
+
+def held_out_only(source: str | Path, limit: int | None) -> list[str]:
+    """Lines of a folder's test split or of a .jsonl file."""
+    return evenly(_lines(_local(source), "test"), limit)
+
+
+def evenly(rows: list[Item], limit: int | None) -> list[Item]:
+    """At most `limit` of the rows, evenly spaced, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[position * len(rows) // limit] for position in range(limit)]
+
+
+def _local(source: str | Path) -> Path:
+    path = Path(resolve_data(source))
+    if not path.exists():
+        raise MelinoeError(
+            "no such data", got=source, allowed="a .jsonl file, a folder of train and test.jsonl, or tiny"
+        )
+    return path
+
+
+def _lines(source: Path, split: str) -> list[str]:
+    read_rows(source, split)  # a malformed line is named with the user's own file
+    file = source / f"{split}.jsonl" if source.is_dir() else source
+    lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold other line ends
+    return [line for line in lines if line.strip()]
+
+
+def write_split(target: Path, split: str, rows: list[str]) -> None:
+    """Writes target/SPLIT.jsonl, whole or not at all."""
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target / f"{split}.partial"
+    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    partial.replace(target / f"{split}.jsonl")

@@ -1,0 +1,165 @@
+"""Model and text in, trace out: a resident model reads rows teacher-forced and its routers are listened to.
+
+A row that is read whole asks its experts for the same tokens as one that is decoded token by token
+(the model is causal), at a fraction of the time. So the rows run in batches of similar length, padded
+on the right, and the trace is written as decoding would have gone: a prefill call, then single tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from melinoe.config import resolve_model
+from melinoe.data.rows import Encoded, Row, encode_rows, read_rows
+from melinoe.errors import MelinoeError
+from melinoe.models.layers import RouterTap, fingerprint, moe_layers
+from melinoe.routing.trace import Trace, from_sequences
+from melinoe.runtime.load import load, load_resident, load_tokenizer
+from melinoe.store.manifest import is_store
+
+TOKENS_PER_BATCH = 4096  # padded tokens in one forward pass, where no batch size is given
+
+
+def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None) -> tuple[Any, Any]:
+    """(model, tokenizer) in evaluation mode, from a path, `tiny`, a hub id, or a pair that is loaded already.
+
+    A store is opened with its experts paged, a checkpoint with all of them in memory.
+
+    Raises:
+        MelinoeError: an adapter for a model that is loaded already, or a model without a tokenizer.
+    """
+    if isinstance(model, str | Path):
+        path = resolve_model(model)
+        if isinstance(path, Path) and is_store(path):
+            return load(path, adapter=adapter, dtype=dtype), load_tokenizer(path)
+        return load_resident(model, adapter=adapter, dtype=dtype)
+    if adapter is not None:
+        raise MelinoeError(
+            "an adapter needs a model path", got=type(model).__name__, allowed="a folder or a hub id"
+        )
+    if not (isinstance(model, tuple) and len(model) == 2):
+        raise MelinoeError(
+            "a loaded model comes with its tokenizer", got=type(model).__name__, allowed="(model, tokenizer)"
+        )
+    model[0].eval()
+    return model
+
+
+def data_rows(data: Any, split: str, limit: int | None) -> list[Row]:
+    """Rows of a path (`read_rows`), or the first of a list of rows."""
+    return read_rows(data, split, limit) if isinstance(data, str | Path) else list(data)[:limit]
+
+
+def length_batches(
+    lengths: list[int], batch_size: int | None = None, tokens: int = TOKENS_PER_BATCH
+) -> list[list[int]]:
+    """Positions in batches of similar length, longest first (so that a lack of memory shows at once).
+
+    Args:
+        lengths: of each sequence.
+        batch_size: sequences per batch; None: as many as keep the padded batch within `tokens`.
+    """
+    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    batches = []
+    while order:
+        size = batch_size or max(1, tokens // lengths[order[0]])
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def track(batches: list[list[int]], title: str, show: bool) -> Iterator[list[int]]:
+    """The batches, with a progress bar over their sequences on stderr."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task(title, total=sum(map(len, batches)))
+        for batch in batches:
+            yield batch
+            bar.advance(task, len(batch))
+
+
+def pad_right(rows: list[list[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both [B, S] int64, from token ids of different lengths."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+@torch.no_grad()
+def read_routing(
+    model: Any, sequences: list[Encoded], batch_size: int | None = None, pad: int = 0, progress: bool = True
+) -> list[np.ndarray]:
+    """The experts that each sequence asked for: [n - 1, L, K] int16 each (the last token is never fed)."""
+    layers = moe_layers(model)
+    backbone = model.base_model  # the logits are not needed
+    result: list[np.ndarray] = [np.empty(0)] * len(sequences)
+    batches = length_batches([len(sequence.ids) - 1 for sequence in sequences], batch_size)
+    for batch in track(batches, "tracing", progress):
+        fed = [sequences[position].ids[:-1] for position in batch]
+        ids, mask = pad_right(fed, pad, next(model.parameters()).device)
+        with RouterTap(layers) as tap:
+            backbone(input_ids=ids, attention_mask=mask, use_cache=False)
+        chosen = tap.indices().reshape(len(layers), *ids.shape, -1).permute(1, 2, 0, 3)  # [B, S, L, K]
+        chosen = chosen.to("cpu", torch.int16).numpy()
+        for row, (position, tokens) in enumerate(zip(batch, fed, strict=True)):
+            result[position] = chosen[row, : len(tokens)].copy()
+    return result
+
+
+def trace(
+    model: Any,
+    data: Any,
+    output: str | Path | None = None,
+    limit: int | None = None,
+    split: str = "train",
+    batch_size: int | None = None,
+    max_length: int | None = 512,
+    progress: bool = True,
+    adapter: str | Path | None = None,
+) -> Trace:
+    """Records which experts a resident model asks for on rows of text, teacher-forced.
+
+    Args:
+        model: a path, hub id or `tiny`; or (model, tokenizer).
+        data: a .jsonl file, a folder with splits, or a list of `data.Row`.
+        output: where the trace file goes; None: nowhere.
+        limit: at most this many rows.
+        split: of a data folder.
+        batch_size: rows per forward pass; None: about 4096 tokens of similar length.
+        max_length: longer rows are left out.
+        progress: a bar on stderr.
+        adapter: what `tune` wrote, for a model given by path.
+
+    Raises:
+        MelinoeError: no such model or data, a dense model, no row that fits.
+    """
+    rows = data_rows(data, split, limit)
+    model, tokenizer = open_model(model, adapter)
+    moe_layers(model)  # a dense model is refused before the work
+    encoded = [pair[1] for pair in encode_rows(tokenizer, rows, max_length)]
+    indices = read_routing(model, encoded, batch_size, tokenizer.pad_token_id or 0, progress)
+    result = from_sequences(
+        indices,
+        [sequence.ids for sequence in encoded],
+        [sequence.prompt_length for sequence in encoded],
+        num_experts=moe_layers(model)[0].num_experts,
+        fingerprint=fingerprint(model),
+        model=str(getattr(model, "name_or_path", "") or type(model).__name__),
+        settings={
+            "split": split,
+            "limit": limit,
+            "max_length": max_length,
+            "num_rows_left_out": len(rows) - len(encoded),
+        },
+    )
+    if output is not None:
+        result.save(output)
+    return result

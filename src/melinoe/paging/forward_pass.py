@@ -1,0 +1,112 @@
+"""What a forward pass is: which sequences, which tokens are real, prefill or decode.
+
+The experts function sees a flat list of tokens. A hook on the model that `generate` calls sees the
+attention mask and the cache, and leaves a note here for all layers of the same pass.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from melinoe.paging.pager import ExpertPager
+from melinoe.prediction.predictor import Predictor
+from melinoe.routing.policies import DECODE, PREFILL, Call
+
+
+class _Note(threading.local):
+    """Of the forward pass that the calling thread is in. See `Call` for ages and valid."""
+
+    phase = PREFILL
+    ages: np.ndarray = np.empty(0, np.int64)
+    valid: np.ndarray = np.empty(0, bool)
+
+
+class PassContext:
+    """The note of the current forward pass, and where requests begin."""
+
+    def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
+        self.pager, self.predictor = pager, predictor
+        self._note = _Note()
+        self.tuning = False  # the experts function of tuning speaks to the pager for itself,
+        self.converted: dict[tuple[Any, ...], torch.Tensor] = {}  # and computes in another dtype here
+
+    def attach(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in
+    def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.tuning:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        if tokens is None:
+            return
+        packed = kwargs.get("cu_seq_lens_q")
+        if packed is not None and tokens.shape[0] == 1:
+            self._before_packed(packed.cpu().numpy(), tokens.shape[1])
+            return
+        batch, length = tokens.shape[:2]
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+            valid = mask[:, -length:].bool().cpu().numpy()
+        else:
+            valid = np.ones((batch, length), bool)
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        # several tokens behind a cache: the next piece of a prompt, unless decoding has begun (then it
+        # is the verification of guessed tokens)
+        note = self._note
+        note.phase = PREFILL if past == 0 or (length > 1 and note.phase == PREFILL) else DECODE
+        after = valid[:, ::-1].cumsum(1)[:, ::-1]
+        note.ages, note.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()
+        if past == 0:
+            self._begin(ids, valid)
+        count = int(valid.sum())
+        if note.phase == DECODE:
+            self.pager.statistics.decode_tokens += count
+        else:
+            self.pager.statistics.prefill_tokens += count
+
+    def _before_packed(self, ends: np.ndarray, length: int) -> None:
+        """Continuous batching (generate_batch): sequences behind each other in one row, some of them prompts.
+
+        Args:
+            ends: [N + 1] where each sequence starts, and the last one ends (transformers: cu_seq_lens_q).
+            length: of the row; what lies behind the last sequence is padding.
+        """
+        lengths = np.diff(ends)
+        note = self._note
+        note.phase = DECODE if lengths.max(initial=0) <= 1 else PREFILL
+        positions = np.arange(length)
+        note.valid = positions < ends[-1]
+        sequence = np.searchsorted(ends[1:], positions, side="right").clip(max=len(lengths) - 1)
+        note.ages = np.where(note.valid, ends[1:][sequence] - 1 - positions, 0)
+        if note.phase == PREFILL:
+            self.pager.begin()  # a prediction belongs to one prompt; here are several, at any time
+        self.pager.statistics.decode_tokens += int((lengths == 1).sum())
+        self.pager.statistics.prefill_tokens += int(lengths[lengths > 1].sum())
+
+    def _begin(self, ids: torch.Tensor | None, valid: np.ndarray) -> None:
+        prompts = []
+        if self.predictor is not None and ids is not None:
+            prompts = [row[keep].tolist() for row, keep in zip(ids.cpu().numpy(), valid, strict=True)]
+            prompts = [prompt for prompt in prompts if prompt]  # a row may be padding alone
+        if self.predictor is None or not prompts:
+            self.pager.begin()
+            return
+        scores = np.mean([self.predictor.scores(prompt) for prompt in prompts], axis=0)
+        self.pager.begin(scores, self.predictor.strength)
+
+    def call(self, indices: np.ndarray) -> Call:
+        """The policy's view of one layer's call. indices: [T, K]."""
+        tokens, note = len(indices), self._note
+        if tokens == len(note.ages):
+            return Call(indices, note.ages, note.valid, note.phase)
+        # the layers were called past the model we know: say only what the shape says
+        phase = PREFILL if tokens > 1 else DECODE
+        return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), phase)

@@ -1,0 +1,57 @@
+"""Where a comparison takes place: the machine, the shape of the model, the data it is run on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from melinoe.conversion.checkpoint import skeleton
+from melinoe.errors import MelinoeError
+from melinoe.models.layers import experts_per_token, moe_layers
+
+
+def data_folder(model: str, data: str | Path | None) -> Path:
+    """The folder of splits; the embedded workload for `tiny` without one.
+
+    Raises:
+        MelinoeError: no folder, or none given for another model.
+    """
+    if data is not None:
+        folder = Path(data)
+        if not folder.is_dir():
+            raise MelinoeError("not a data folder", got=folder, allowed="train, valid and test.jsonl")
+        return folder
+    if model != "tiny":
+        raise MelinoeError("--data is missing", allowed="a folder of train, valid and test.jsonl")
+    from melinoe.tiny import data_path
+
+    return data_path()
+
+
+def mixture_shape(source: Path) -> dict[str, int]:
+    """Layers, experts and top-k of a checkpoint, without its weights."""
+    empty = skeleton(source)
+    layers = moe_layers(empty)
+    return {
+        "num_layers": len(layers),
+        "num_experts": layers[0].num_experts,
+        "experts_per_token": experts_per_token(empty),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return {
+        "processor": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,159 @@
+"""Puts a pager under a model: the steps that the quantizer takes before and after weights are read."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from melinoe.errors import MelinoeError
+from melinoe.experts import forward as experts
+from melinoe.models.layers import experts_modules, fingerprint
+from melinoe.paging.device_reader import DeviceReader
+from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
+from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.gather import buffer_bytes
+from melinoe.paging.pager import ExpertPager
+from melinoe.paging.slots import READER_THREADS
+from melinoe.prediction.predictor import Predictor
+from melinoe.routing.policies import make_policy
+from melinoe.runtime import budget
+from melinoe.store.layout import RecordLayout
+from melinoe.store.manifest import Store, open_store
+from melinoe.store.packing import packing_of
+
+
+def open_for(model: nn.Module, folder: Path, any_dtype: bool = False) -> Store:
+    """Opens the store of a model skeleton and checks that its records are this model's.
+
+    Args:
+        any_dtype: the records may have another dtype than the model, whose experts function converts them.
+
+    Raises:
+        MelinoeError: no store, a damaged one, or one whose records have other shapes or another dtype.
+    """
+    store = open_store(folder)
+    modules = experts_modules(model)
+    names = [name for name, _ in modules]
+    if names != [layer.experts_name for layer in store.layers]:
+        raise MelinoeError(
+            f"{folder} is a store of another model",
+            got=f"{len(store.layers)} layers, first {store.layers[0].experts_name}",
+            allowed=f"{len(names)} layers, first {names[0] if names else None}",
+        )
+    for (name, module), layer in zip(modules, store.layers, strict=True):
+        own = (layer.packing.expanded if layer.packing else layer.layout).fields
+        dtypes = {field.name: field.dtype for field in own} if any_dtype else None
+        layout = RecordLayout.of(module, dtypes)
+        packing = packing_of(store.record_format, layout, bool(module.is_transposed))
+        expected_layout = layout if packing is None else packing.record_layout()
+        if (expected_layout, packing) != (
+            layer.layout,
+            layer.packing,
+        ) or module.num_experts != layer.num_experts:
+            stored, expected = own[0], layout.fields[0]
+            raise MelinoeError(
+                f"the records of {name} in {folder} do not fit the model",
+                got=f"{layer.num_experts} experts, {stored.name} {stored.shape} {stored.dtype}",
+                allowed=f"{module.num_experts} experts, {expected.name} {expected.shape} {expected.dtype}",
+                next_step="load with the store's own dtype, or convert again",
+            )
+    return store
+
+
+def check_weights(model: nn.Module, store: Store) -> None:
+    """Refuses resident weights (read by now) that are not those of the store.
+
+    Raises:
+        MelinoeError: its routers have another fingerprint.
+    """
+    found = fingerprint(model)
+    if found != store.fingerprint:
+        raise MelinoeError(
+            f"the weights in {store.folder} are not those the store was made with",
+            got=found,
+            allowed=store.fingerprint,
+            next_step="convert again",
+        )
+
+
+def strip(model: nn.Module) -> None:
+    """Removes the expert parameters, so that nothing loads, allocates or initialises them."""
+    for _, module in experts_modules(model):
+        for name, _ in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def unmap(model: nn.Module) -> None:
+    """Gives weights on the CPU memory of their own, at the start of a cache line.
+
+    from_pretrained maps them from the file. That may be overwritten by its owner while it is in use; what is mapped
+    would change with it, or end the process where the file became shorter. And matrix libraries may round by
+    where weights lie (see `loader.align`).
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
+def attach(model: Any, store: Store, settings: Any) -> None:
+    """Attaches pager and context to a stripped model.
+
+    Args:
+        settings: the quantizer's config, `MelinoeConfig`.
+    """
+    packed = slots_packed(store, settings.slots_format)
+    extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
+    plan = budget.derive(
+        model,
+        slot_records(store, packed),
+        settings.memory,
+        settings.slots,
+        context=settings.context,
+        extra_bytes=extra,
+        buffer_bytes=expansion_bytes(store, packed),
+        device=model.device,
+    )
+    if settings.memory is None and settings.slots is None:
+        print(f"melinoe: no budget given, using what is free: {plan}", file=sys.stderr)
+    num_experts = max(layer.num_experts for layer in store.layers)
+    policy = make_policy(settings.policy, len(store.layers), num_experts, plan.slots)
+    reader = DeviceReader(store, model.device) if model.device.type != "cpu" else None
+    pager = ExpertPager(store, plan.slots, policy, reader=reader, packed=packed)
+    context = PassContext(
+        pager, Predictor.load(settings.predictor, model) if settings.predictor is not None else None
+    )
+    context.attach(model)
+    for index, (_, module) in enumerate(experts_modules(model)):
+        module.melinoe_layer, module.melinoe_context = index, context  # type: ignore[assignment]
+    model.melinoe_context, model.melinoe_budget = context, plan
+    model.requires_grad_(False)  # slots are overwritten: nothing behind them can be differentiated
+    experts.use(model)
+    model.generation_config.disable_compile = True  # the experts function talks to the disk
+    model.save_pretrained = MethodType(_refuse_to_save, model)
+    model._apply = MethodType(_refuse_to_move, model)
+
+
+def _refuse_to_move(self: Any, function: Any, *rest: Any) -> Any:
+    """In place of `nn.Module._apply`, which to(), half(), cuda() and others of this model or one around it call."""
+    weight = next(self.parameters())
+    moved = function(weight.new_empty(0))
+    if (moved.dtype, moved.device) != (weight.dtype, weight.device):
+        raise MelinoeError(
+            "an offloaded model stays in its dtype and on its device: its experts' slots do not move along",
+            got=f"{moved.dtype} on {moved.device}",
+            allowed=f"{weight.dtype} on {weight.device}",
+            next_step="load it again with melinoe.load(..., device=...)",
+        )
+    return type(self)._apply(self, function, *rest)
+
+
+def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
+    raise MelinoeError(
+        "an offloaded model has no experts in memory, save_pretrained would lose them",
+        next_step="copy the store folder, or save the checkpoint it was made from",
+    )

@@ -1,0 +1,230 @@
+"""Text with statistics: `generate` over `stream_generate` over transformers' own generate."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from melinoe.config import format_bytes
+from melinoe.data.rows import encode_prompt
+from melinoe.errors import MelinoeError
+from melinoe.machine import peak_memory
+from melinoe.runtime.budget import PREFILL_CHUNK
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class GenerationStatistics:
+    """One request. Seconds are wall clock; loads are records read; None where nothing was offloaded.
+
+    ttft_seconds: from the call to the first token, prediction and preload included.
+    generation_tokens_per_second: tokens after the first, over the time after the first.
+    peak_memory_bytes: the largest resident set of the process so far.
+    """
+
+    prompt_tokens: int
+    generated_tokens: int
+    ttft_seconds: float
+    seconds: float
+    peak_memory_bytes: int
+    hit_rate: float | None = None
+    prefill_loads: int | None = None
+    preload_loads: int | None = None
+    decode_loads: int | None = None
+    loads_per_token: float | None = None
+    bytes_per_token: float | None = None
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return self.prompt_tokens / self.ttft_seconds
+
+    @property
+    def generation_tokens_per_second(self) -> float | None:
+        after_first = self.seconds - self.ttft_seconds
+        return (self.generated_tokens - 1) / after_first if self.generated_tokens > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "prompt_tokens_per_second": self.prompt_tokens_per_second,
+            "generation_tokens_per_second": self.generation_tokens_per_second,
+        }
+
+    def __str__(self) -> str:
+        speed = self.generation_tokens_per_second
+        parts = [
+            f"prompt {self.prompt_tokens_per_second:.1f} tok/s",
+            f"generation {speed:.1f} tok/s" if speed else "generation -",
+            f"TTFT {self.ttft_seconds * 1000:.0f} ms",
+        ]
+        if self.hit_rate is not None:
+            parts += [f"hit rate {self.hit_rate:.3f}", f"{format_bytes(self.bytes_per_token or 0)} per token"]
+        return " | ".join([*parts, f"peak memory {format_bytes(self.peak_memory_bytes)}"])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A bit of streamed text; `statistics` stands in the last one."""
+
+    text: str
+    token: int | None
+    statistics: GenerationStatistics | None = None
+
+
+class _Tokens(BaseStreamer):
+    """Hands each new token to the reading thread. transformers sends the prompt first."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[int | BaseException | None] = queue.Queue()
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in value.reshape(-1).tolist():
+            self.queue.put(token)
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+def stream_generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | list[int] | tuple[dict[str, str], ...],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    raw: bool = False,
+    ignore_eos: bool = False,
+) -> Iterator[Piece]:
+    """Yields text as it is generated; the last piece carries the statistics.
+
+    Args:
+        model: offloaded (`melinoe.load`) or resident.
+        prompt: text, messages, or token ids; text goes through the chat template unless `raw`.
+        max_new_tokens: None: 256, or what the model's context leaves room for.
+        temperature: 0 is greedy.
+        ignore_eos: go on for exactly `max_new_tokens` (for measurements).
+
+    Raises:
+        MelinoeError: an empty prompt, or whatever stops the generation (a read error).
+    """
+    ids = prompt if isinstance(prompt, list) else encode_prompt(tokenizer, prompt, raw)
+    if not ids:
+        raise MelinoeError("the prompt is empty", allowed="at least one token")
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if max_new_tokens is None:
+        max_new_tokens = (
+            DEFAULT_NEW_TOKENS if limit is None else max(1, min(DEFAULT_NEW_TOKENS, limit - len(ids)))
+        )
+    if max_new_tokens < 1:
+        raise MelinoeError("nothing to generate", got=f"max_new_tokens {max_new_tokens}", allowed="1 or more")
+    if limit is not None and len(ids) + max_new_tokens > limit:
+        raise MelinoeError(
+            "the prompt and the answer are longer than the model's context",
+            got=f"{len(ids)} + {max_new_tokens} tokens",
+            allowed=f"{limit} together",
+            next_step="lower --max-new-tokens or shorten the prompt",
+        )
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if len(ids) > PREFILL_CHUNK:  # resident models too: what is computed must not depend on where experts are
+        settings["prefill_chunk_size"] = PREFILL_CHUNK
+    if temperature > 0:
+        settings["temperature"] = temperature
+    if ignore_eos:
+        settings["min_new_tokens"] = max_new_tokens
+    if seed is not None:
+        torch.manual_seed(seed)
+    tokens, stopped = _Tokens(), _Stopped()
+
+    def work() -> None:
+        try:
+            inputs = torch.tensor([ids], device=model.device)
+            model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                streamer=tokens,
+                stopping_criteria=StoppingCriteriaList([stopped]),
+                pad_token_id=tokenizer.pad_token_id,
+                **settings,
+            )
+        except BaseException as error:  # the reading thread raises it again
+            tokens.queue.put(error)
+
+    counters = getattr(getattr(model, "melinoe_context", None), "pager", None)
+    before = counters.statistics.to_json() if counters else None
+    thread = threading.Thread(target=work, name="melinoe-generate", daemon=True)
+    began = time.perf_counter()
+    first = 0.0
+    count = 0
+    decoder = DecodeStream(skip_special_tokens=True)
+    thread.start()
+    try:
+        while (token := tokens.queue.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            count += 1
+            first = first or time.perf_counter() - began
+            yield Piece(decoder.step(tokenizer._tokenizer, token) or "", token)
+    finally:  # also when the reader stops early: the model is never left running
+        stopped.event.set()
+        thread.join()
+    seconds = time.perf_counter() - began
+    yield Piece("", None, _statistics(len(ids), count, first, seconds, model, before))
+
+
+def _statistics(
+    prompt: int, generated: int, ttft: float, seconds: float, model: Any, before: dict[str, Any] | None
+) -> GenerationStatistics:
+    peak = peak_memory()
+    if before is None:
+        return GenerationStatistics(prompt, generated, ttft, seconds, peak)
+    after = model.melinoe_context.pager.statistics.to_json()
+    new = {name: after[name] - before[name] for name in after if isinstance(before[name], int)}
+    fed, asked = new["decode_tokens"], new["decode_requests"]
+    return GenerationStatistics(
+        prompt,
+        generated,
+        ttft,
+        seconds,
+        peak,
+        hit_rate=new["decode_hits"] / asked if asked else None,
+        prefill_loads=new["prefill_loads"],
+        preload_loads=new["preload_loads"],
+        decode_loads=new["decode_loads"],
+        loads_per_token=new["decode_loads"] / fed if fed else None,
+        bytes_per_token=new["decode_bytes"] / fed if fed else None,
+    )
+
+
+def generate(
+    model: Any, tokenizer: Any, prompt: str | list[int], **settings: Any
+) -> tuple[str, GenerationStatistics]:
+    """(text, statistics) of one request; arguments as for `stream_generate`."""
+    text, statistics = "", None
+    for piece in stream_generate(model, tokenizer, prompt, **settings):
+        text += piece.text
+        statistics = piece.statistics
+    assert statistics is not None
+    return text, statistics

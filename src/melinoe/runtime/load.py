@@ -1,0 +1,266 @@
+"""`melinoe.load`: a model by name, with its experts paged or resident."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from melinoe.config import home, resolve_model
+from melinoe.conversion.convert import convert, local_folder
+from melinoe.conversion.in_place import NotInPlaceError, index_in_place, is_in_place
+from melinoe.errors import MelinoeError
+from melinoe.machine import usable_device
+from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.paging.expansion import slots_packed
+from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.statistics import Statistics
+from melinoe.prediction.predictor import Predictor
+from melinoe.runtime.budget import Budget
+from melinoe.store.layout import FIELD_ALIGNMENT
+from melinoe.store.manifest import is_store, open_store
+
+CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # as `local_folder` fetches them
+
+
+def load(
+    source: str | Path,
+    adapter: str | Path | None = None,
+    predictor: str | Path | None = None,
+    memory: int | str | None = None,
+    slots: int | None = None,
+    policy: str = "decay",
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    slots_format: str | None = None,
+    context: int | None = None,
+) -> Any:
+    """Opens a model with its experts paged inside a memory budget.
+
+    Args:
+        source: a store, or a checkpoint (folder, Hub id, `tiny`). For that, $MELINOE_HOME/stores gets an
+            index on first use where its experts can be read in place, else a converted copy.
+        adapter: what `melinoe tune` wrote; applied without touching the store.
+        predictor: what `melinoe fit-predictor` wrote.
+        memory: bytes or text such as "4GiB" for weights, KV cache, work space and slots together.
+        slots: records per layer, instead of memory.
+        policy: decay (default), lru, lfu or static.
+        device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
+        dtype: only the store's own.
+        slots_format: of a store converted with `format`: packed (slots hold records as they are stored, expanded
+            at each use) or expanded (to full size when they arrive); None: expanded.
+        context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text works,
+            and takes more memory than was asked for.
+
+    Returns:
+        A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
+
+    Raises:
+        MelinoeError: see `open_store`, `budget.derive`, `apply_adapter`, `Predictor.load`.
+    """
+    place = usable_device(device or "cpu")
+    if memory is not None and slots is not None:
+        raise MelinoeError("give memory or slots, not both", got=f"memory={memory}, slots={slots}")
+    folder = store_folder(source)
+    store = open_store(folder)
+    slots_packed(store, slots_format)  # refused before anything is loaded
+    config = AutoConfig.from_pretrained(folder)
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if wanted is not None and wanted != config.dtype:
+        raise MelinoeError("the store has another dtype", got=wanted, allowed=config.dtype)
+    config.quantization_config = {
+        **config.quantization_config,
+        "slots": slots,
+        "memory": memory,
+        "policy": policy,
+        "slots_format": slots_format,
+        "context": context,
+        "extra_bytes": _weight_bytes(adapter),
+        "predictor": None,  # set below: it may have been fitted to the adapter's routers
+    }
+    model = _from_pretrained(folder, config=config, dtype=config.dtype, device_map={"": place})
+    if adapter is not None:
+        from melinoe.adapters.peft_folder import apply_adapter
+
+        apply_adapter(model, Path(adapter))
+    if predictor is not None:
+        model.melinoe_context.predictor = Predictor.load(predictor, model)
+    return model.eval()
+
+
+def load_for_tuning(
+    folder: Path, slots: int, dtype: torch.dtype | None, device: str | torch.device, slots_format: str | None
+) -> Any:
+    """Opens a store for `tune`: every pass over a layer asks the pager, the statistics count it as training.
+
+    Args:
+        folder: a store (`store_folder`).
+        slots: records per layer, 0 or more.
+        dtype: of everything but the records, which keep theirs; None: the store's.
+        slots_format: packed or expanded, as for `load`.
+
+    Returns:
+        The model, frozen, in eval mode. Its policy is least recently used: what a forward pass has asked for is asked
+        again by its backward pass, so there is no better use of a slot in between.
+
+    Raises:
+        MelinoeError: see `open_store`.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {
+        **config.quantization_config,
+        "slots": slots,
+        "policy": "lru",
+        "slots_format": slots_format,
+        "any_dtype": True,
+        "predictor": None,
+    }
+    place = usable_device(device)
+    model = _from_pretrained(folder, config=config, dtype=dtype or config.dtype, device_map={"": place})
+    model.melinoe_context.tuning = True
+    model.is_quantized = False  # nor is it; Trainer would refuse
+    return model.eval()
+
+
+def _weight_bytes(adapter: str | Path | None) -> int:
+    return (
+        sum(file.stat().st_size for file in Path(adapter).glob("*.safetensors")) if adapter is not None else 0
+    )
+
+
+def store_folder(source: str | Path) -> Path:
+    """The store of a source; a checkpoint is indexed in place on first use, or else converted."""
+    resolved = resolve_model(source)
+    if isinstance(resolved, Path) and is_store(resolved):
+        return resolved
+    folder = local_folder(resolved)
+    # config and tokenizer too: the store has copies of them
+    files = sorted(file for file in folder.iterdir() if file.suffix in CHECKPOINT_SUFFIXES)
+    stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in files)
+    key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
+    target = home() / "stores" / f"{folder.resolve().name}-{key}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first, and finds its store
+        if _usable(target):
+            return target
+        try:
+            index_in_place(source, target)
+        except NotInPlaceError as reason:
+            print(f"melinoe: converting {source} into {target}: {reason}", file=sys.stderr)
+            convert(source, target)
+    return target
+
+
+def _usable(target: Path) -> bool:
+    """Whether a store made on an earlier use is there, and its shards, if it is in place, as they were."""
+    if not is_in_place(target):
+        return is_store(target)
+    try:
+        open_store(target)
+    except MelinoeError:  # the shards were touched since: the index is made anew
+        return False
+    return True
+
+
+def store_fingerprint(folder: Path) -> str:
+    """The routing fingerprint of a store that has no fingerprint yet."""
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {**config.quantization_config, "slots": 0}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
+    model.melinoe_context.pager.close()
+    return fingerprint(model)
+
+
+def load_resident(
+    source: str | Path, adapter: str | Path | None = None, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) with everything in memory, in stock transformers; the adapter applied.
+
+    Args:
+        dtype: None: the checkpoint's.
+
+    Raises:
+        MelinoeError: no such model, a store (its experts are not resident), or a dense model.
+    """
+    resolved = resolve_model(source)
+    if isinstance(resolved, Path) and is_store(resolved):
+        raise MelinoeError(f"{resolved} is a store", allowed="the checkpoint it was made from")
+    folder = local_folder(resolved)
+    model = _from_pretrained(folder, dtype=dtype or "auto")
+    moe_layers(model)
+    align(model)
+    if adapter is not None:
+        from melinoe.adapters.peft_folder import apply_adapter
+
+        apply_adapter(model, Path(adapter))
+    return model.eval(), load_tokenizer(folder)
+
+
+def _from_pretrained(folder: Path, **settings: Any) -> Any:
+    """The model of a folder, whole: what is missing would be made up at random, and transformers only warns.
+
+    Raises:
+        MelinoeError: the folder lacks weights of the model.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise MelinoeError(
+            f"{folder} lacks weights of the model",
+            got=f"nothing for {missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else ""),
+            next_step="fetch the checkpoint again",
+        )
+    return model
+
+
+def align(model: Any) -> None:
+    """Moves weights that start inside a cache line to the start of one.
+
+    from_pretrained maps CPU weights straight from the file, wherever its header left them, and matrix
+    libraries may round differently at another alignment (seen: MKL on an AMD EPYC, last bit). So a result
+    would depend on the length of a file's header.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % FIELD_ALIGNMENT:
+            tensor.data = tensor.data.clone()
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a model folder or store, padding on the left."""
+    folder = local_folder(resolve_model(source))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _context(model: Any) -> PassContext:
+    context = getattr(model, "melinoe_context", None)
+    if context is None:
+        raise MelinoeError(
+            "this model was not opened by melinoe.load or from a store", got=type(model).__name__
+        )
+    return context
+
+
+def stats(model: Any) -> Statistics:
+    """The counters of an offloaded model, cumulative since load or `stats(model).reset()`."""
+    return _context(model).pager.statistics
+
+
+def reset_slots(model: Any) -> None:
+    """Empties the slots: the next request starts cold."""
+    _context(model).pager.reset()
+
+
+def plan(model: Any) -> Budget:
+    """What the model's memory is used for."""
+    _context(model)
+    return model.melinoe_budget

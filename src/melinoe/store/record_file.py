@@ -1,0 +1,157 @@
+"""One MoE layer of a store: where its records are, and the file they are written to.
+
+A record file is ordinary safetensors, so any tool can read it: each record is one U8 tensor that includes its padding,
+and the header is padded with spaces, which puts every record on a 4 KiB boundary of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melinoe.config import RECORD_ALIGNMENT
+from melinoe.store.layout import RecordLayout
+from melinoe.store.packing import Packing
+
+FORMAT, FORMAT_VERSION = "melinoe-store", 1
+
+
+def record_file_name(layer: int) -> str:
+    return f"experts-{layer:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """One MoE layer on disk. layout: of a record as it is stored. checksums: CRC-32 of each record.
+
+    packing: how the layout follows from the module's own; None: it is the module's own.
+    In place: `pieces` are (place in the record, bytes), the same for every expert of the layer, and `sources` says
+    for each expert where each piece stands: (number of the shard, byte offset). Checksums are of the pieces, one
+    after the other, and may not be known yet.
+    """
+
+    experts_name: str
+    file: str
+    num_experts: int
+    layout: RecordLayout
+    data_start: int  # byte offset of record 0
+    checksums: tuple[int, ...]
+    pieces: tuple[tuple[int, int], ...] = ()
+    sources: tuple[tuple[tuple[int, int], ...], ...] = ()
+    packing: Packing | None = None
+
+    def offset(self, expert: int) -> int:
+        return self.data_start + expert * self.layout.record_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        return self.offset(self.num_experts)
+
+
+def _header(store_id: str, layer: int, num_experts: int, record_bytes: int) -> bytes:
+    """A safetensors header, padded with spaces so that the data begins on a record boundary."""
+    entries: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": str(FORMAT_VERSION),
+            "store_id": store_id,
+            "layer": str(layer),
+        }
+    }
+    for expert in range(num_experts):
+        start = expert * record_bytes
+        entries[f"expert.{expert}"] = {
+            "dtype": "U8",
+            "shape": [record_bytes],
+            "data_offsets": [start, start + record_bytes],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    total = -(-(8 + len(text)) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+    return struct.pack("<Q", total - 8) + text.ljust(total - 8)
+
+
+def write_layer(
+    folder: Path,
+    layer: int,
+    store_id: str,
+    experts_name: str,
+    num_experts: int,
+    layout: RecordLayout,
+    records: Iterable[Any],
+    packing: Packing | None = None,
+) -> StoredLayer:
+    """Writes one record file, complete or not at all.
+
+    Args:
+        records: one bytes-like of `layout.record_bytes` per expert, in order; taken one at a time.
+        packing: how they are packed, for the manifest.
+    """
+    header = _header(store_id, layer, num_experts, layout.record_bytes)
+    path = folder / record_file_name(layer)
+    partial = path.with_suffix(".partial")
+    checksums = []
+    with partial.open("wb") as file:
+        file.write(header)
+        for record in records:
+            assert len(record) == layout.record_bytes
+            checksums.append(zlib.crc32(record))
+            file.write(record)
+        file.flush()
+        os.fsync(file.fileno())
+        # what has been written must not sit in the page cache and pass for speed later
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert len(checksums) == num_experts, (len(checksums), num_experts)
+    partial.replace(path)
+    return StoredLayer(
+        experts_name, path.name, num_experts, layout, len(header), tuple(checksums), packing=packing
+    )
+
+
+def layer_to_json(layer: StoredLayer) -> dict[str, Any]:
+    in_place = {"pieces": layer.pieces, "sources": layer.sources} if layer.sources else {}
+    return {
+        **in_place,
+        "experts_name": layer.experts_name,
+        "file": layer.file,
+        "num_experts": layer.num_experts,
+        "data_start": layer.data_start,
+        "layout": layer.layout.to_json(),
+        "checksums": list(layer.checksums),
+        **({} if layer.packing is None else {"packing": layer.packing.to_json()}),
+    }
+
+
+def layer_from_json(data: dict[str, Any]) -> StoredLayer:
+    layout = RecordLayout.from_json(data["layout"])
+    return StoredLayer(
+        data["experts_name"],
+        data["file"],
+        data["num_experts"],
+        layout,
+        data["data_start"],
+        tuple(data["checksums"]),
+        tuple((place, length) for place, length in data.get("pieces", ())),
+        tuple(tuple((shard, start) for shard, start in one) for one in data.get("sources", ())),
+        Packing.from_json(data["packing"]) if "packing" in data else None,
+    )
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file; empty where the header cannot be read."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        if len(start) < 8:
+            return {}
+        length = struct.unpack("<Q", start)[0]
+        if length > 100_000_000:
+            return {}
+        try:
+            return dict(json.loads(file.read(length)).get("__metadata__", {}))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return {}

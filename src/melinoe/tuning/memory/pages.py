@@ -1,0 +1,68 @@
+"""Whether and how the experts of a tuning run are paged: from `--memory`, or because the model is a store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melinoe.config import resolve_model
+from melinoe.errors import MelinoeError
+from melinoe.machine import return_freed_memory
+from melinoe.runtime.load import stats, store_folder
+from melinoe.store.manifest import is_store, open_store
+from melinoe.tuning.memory.activations import BatchShape
+from melinoe.tuning.memory.needed import memory_needed
+from melinoe.tuning.settings import TuneSettings
+
+
+@dataclass(frozen=True)
+class Pages:
+    """How experts are paged while tuning. source: the checkpoint behind the store, where it is known."""
+
+    folder: Path
+    slots: int
+    slots_format: str | None
+    record_format: str
+    source: str
+
+    def to_json(self, network: Any) -> dict[str, Any]:
+        """What a run says of its paging. network: the model that was tuned."""
+        counted = stats(network)
+        return {
+            "slots": self.slots,
+            "slots_format": self.slots_format,
+            "loads": counted.training_loads,
+            "hits": counted.training_hits,
+            "bytes_read": counted.training_bytes,
+        }
+
+
+def paging(
+    model: str | Path, memory: int | str | None, settings: TuneSettings, batch: BatchShape, device: str
+) -> Pages | None:
+    """None: everything resident. A store without a budget gets a slot for every expert.
+
+    Raises:
+        MelinoeError: the budget is too small, or the weights are to be divided among processes as well.
+    """
+    resolved = resolve_model(model)
+    given_store = isinstance(resolved, Path) and is_store(resolved)
+    if memory is None and not given_store:
+        return None
+    if settings.shard:
+        raise MelinoeError(
+            "tune: weights are divided among processes, or paged by each",
+            got="--shard with --memory or a store",
+        )
+    if memory is not None:
+        return_freed_memory()
+        # refused before an index or a store is made
+        memory_needed(model, settings, batch, device).slots(memory)
+    folder = store_folder(model)
+    store = open_store(folder)
+    slots, kind = max(layer.num_experts for layer in store.layers), None
+    if memory is not None:
+        slots, kind = memory_needed(folder, settings, batch, device).slots(memory)
+    source = store.source if given_store and store.source else str(model)
+    return Pages(folder, slots, kind, store.record_format, source)

@@ -1,0 +1,71 @@
+"""The model that is tuned: opened resident or paged, frozen but for its routers and the experts' new factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from melinoe.config import resolve_model
+from melinoe.conversion.convert import local_folder
+from melinoe.errors import MelinoeError
+from melinoe.experts.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
+from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
+from melinoe.models.undecorated import take_over
+from melinoe.runtime.load import load_for_tuning
+from melinoe.tuning.memory.needed import check_family, compute_dtype
+from melinoe.tuning.memory.pages import Pages
+from melinoe.tuning.settings import TuneSettings
+
+
+def prepare_model(
+    model: str | Path, settings: TuneSettings, device: str, pages: Pages | None = None
+) -> tuple[nn.Module, list[MoeLayer]]:
+    """Loads a model for tuning: everything frozen but float32 routers and fresh low-rank factors.
+
+    Args:
+        pages: None: the experts are resident.
+
+    Raises:
+        MelinoeError: not a mixture-of-experts model, or one of a family that cannot be tuned.
+    """
+    dtype = compute_dtype(settings, device)
+    if pages is not None:
+        network = load_for_tuning(pages.folder, pages.slots, dtype, device, pages.slots_format)
+    else:
+        folder = local_folder(resolve_model(model))
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    if settings.gradient_checkpointing:
+        _checkpoint_activations(network)
+    network.config.output_router_logits = False  # its load-balancing loss fights locality
+    layers = moe_layers(network)
+    network.requires_grad_(False)
+    check_family(network)
+    generator = torch.Generator().manual_seed(settings.seed)
+    for layer in layers:
+        settings.capacity(layer.num_experts, experts_per_token(network))  # refuses before any work
+        where = next(layer.router.parameters()).device
+        attach_low_rank(layer.experts, settings.rank, settings.alpha, generator, where)
+        layer.experts.low_rank.requires_grad_(settings.form.experts)
+        layer.router.float().requires_grad_(True)
+        if network.dtype != torch.float32:
+            layer.router.register_forward_pre_hook(_float32_inputs)
+    if not take_over(network, tuning_experts):
+        network.set_experts_implementation(EXPERTS_FUNCTION)
+    return network, layers
+
+
+def _checkpoint_activations(network: Any) -> None:
+    """Every decoder layer keeps its input alone and computes the rest again in the backward pass."""
+    if not network.supports_gradient_checkpointing:
+        raise MelinoeError("this model knows no gradient checkpointing", got=type(network).__name__)
+    # the reentrant kind gives router logits without a gradient, silently
+    network.activation_checkpointing_enable({"use_reentrant": False})
+    network.disable_input_require_grads()  # only the reentrant kind needs them
+
+
+def _float32_inputs(_router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 import melinoe
-from melinoe.config import format_bytes, resolve_model
+from melinoe.config import format_bytes
 from melinoe.demonstration.widen import widen
 from melinoe.measure.quality import evaluate
 from melinoe.measure.trace import data_rows
+from melinoe.models.folder import resolve_model
 from melinoe.routing.simulate import paired_difference
 from melinoe.runtime.generation import generate
 from melinoe.runtime.load import load_tokenizer, reset_slots

@@ -26,9 +26,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from melinoe.config import format_bytes, resolve_model
+from melinoe.config import format_bytes
 from melinoe.conversion.convert import convert
 from melinoe.demonstration.limited_process import MemoryLimit
+from melinoe.models.folder import resolve_model
 
 PROCESS_BYTES = 2**29  # python, torch and transformers, which a budget does not count
 

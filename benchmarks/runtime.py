@@ -36,11 +36,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from melinoe.config import resolve_model
 from melinoe.conversion.in_place import index_in_place
 from melinoe.data.rows import read_rows
 from melinoe.demonstration import contestants as speed
 from melinoe.demonstration.limited_process import Contestant
+from melinoe.models.folder import resolve_model
 from melinoe.runtime.generation import stream_generate
 from melinoe.runtime.load import load, load_tokenizer, reset_slots
 from melinoe.runtime.plan import record_bandwidth

@@ -12,7 +12,7 @@ import torch
 
 import melinoe
 from families import save_checkpoint
-from melinoe.config import resolve_model
+from melinoe.models.folder import resolve_model
 
 
 def pytest_collection_modifyitems(items):

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import FAMILIES, UNDECORATED, WAYS, batch, generate, resident, save_checkpoint
-from melinoe.models.layers import RouterTap, moe_layers, score_kind
+from melinoe.models.layers import moe_layers
+from melinoe.models.router_tap import RouterTap, score_kind
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 SLOTS = 3  # of 8 experts, 2 per token: every prompt asks for more than there are

@@ -13,14 +13,8 @@ from families import FAMILIES, SCORE_KINDS, UNDECORATED, batch, save_checkpoint
 from melinoe.data.rows import Encoded
 from melinoe.experts.forward import use
 from melinoe.measure.trace import read_routing
-from melinoe.models.layers import (
-    RouterTap,
-    experts_per_token,
-    moe_layers,
-    requests,
-    router_probabilities,
-    score_kind,
-)
+from melinoe.models.layers import experts_per_token, moe_layers
+from melinoe.models.router_tap import RouterTap, requests, router_probabilities, score_kind
 from melinoe.runtime.plan import plan
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

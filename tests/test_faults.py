@@ -13,8 +13,8 @@ import time
 import pytest
 
 import melinoe
-from melinoe.config import resolve_model
 from melinoe.demonstration.widen import widen
+from melinoe.models.folder import resolve_model
 from melinoe.runtime.load import load_tokenizer
 from melinoe.store.manifest import damaged_records, open_store
 

@@ -21,6 +21,7 @@ from families import FAMILIES, batch, save_checkpoint
 from melinoe.cli.main import app
 from melinoe.conversion import checkpoint
 from melinoe.conversion.in_place import NotInPlaceError, _order, index_in_place, is_in_place
+from melinoe.models.folder import skeleton
 from melinoe.runtime.load import store_folder
 from melinoe.store.layout import per_expert
 from melinoe.store.manifest import MANIFEST, open_store
@@ -99,7 +100,7 @@ def test_in_place_equals_converted_equals_resident(family, dtype, tmp_path):
 )
 def test_what_moves_elements_is_not_read_in_place(olmoe, step, shape):
     """As in inkling2 (interleaved), nemotron from NeMo and qwen3_vl_moe (transposed)."""
-    model = checkpoint.skeleton(olmoe)
+    model = skeleton(olmoe)
     sources = ["mlp.experts.a", "mlp.experts.b"] if isinstance(step, Concatenate) else ["mlp.experts.a"]
     converter = WeightConverter(sources, "mlp.experts.gate_up_proj", [step])
     entry = checkpoint.Entry(Path("x"), torch.float32, shape, 0, 4 * math.prod(shape))

@@ -13,7 +13,7 @@ from melinoe.losses.cache_loss import (
 )
 from melinoe.losses.occupancy import cache_states
 from melinoe.losses.rank_matching import rank_matching
-from melinoe.models.layers import requests
+from melinoe.models.router_tap import requests
 
 CLIP = {False: "plain", True: "clipped"}
 

@@ -8,7 +8,7 @@ import torch
 
 from melinoe.losses.cache_loss import simulated_misses, soft_cache_misses
 from melinoe.losses.occupancy import CACHES, occupancy, policy_counts, resident_by_counts
-from melinoe.models.layers import requests
+from melinoe.models.router_tap import requests
 from melinoe.routing.policies import DecayedCounts, decode_call
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences

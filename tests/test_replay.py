@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from melinoe.models.layers import RouterTap, fingerprint, moe_layers
+from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.router_tap import RouterTap
 from melinoe.routing.policies import Strength
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences

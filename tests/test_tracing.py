@@ -9,7 +9,8 @@ import torch
 from melinoe.data.rows import Row, encode
 from melinoe.errors import MelinoeError
 from melinoe.measure.trace import length_batches, trace
-from melinoe.models.layers import RouterTap, fingerprint, moe_layers
+from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.router_tap import RouterTap
 from melinoe.routing.trace import Trace
 from text_model import model_and_tokenizer, rows, save
 

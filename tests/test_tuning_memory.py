@@ -14,8 +14,8 @@ import melinoe
 from families import FAMILIES, config, save_checkpoint
 from melinoe.cli.main import app
 from melinoe.config import format_bytes
-from melinoe.conversion import checkpoint
 from melinoe.errors import MelinoeError
+from melinoe.models.folder import skeleton
 from melinoe.models.layers import moe_layers
 from melinoe.runtime.load import store_folder
 from melinoe.tuning.memory.activations import BatchShape, count
@@ -75,8 +75,8 @@ def test_the_count_is_what_autograd_keeps(tmp_path, family, paged):
     pages = Pages(store_folder(base), 3, None, "auto", "") if paged else None
     model, layers = prepare_model(base, SETTINGS, "cpu", pages)
     real = kept_by_autograd(model)
-    skeleton = checkpoint.skeleton(base)
-    counted = count(skeleton, moe_layers(skeleton), BATCH, SETTINGS)
+    empty = skeleton(base)
+    counted = count(empty, moe_layers(empty), BATCH, SETTINGS)
     routing = 10 * BATCH.rows * BATCH.length * sum(layer.num_experts for layer in layers) * 4
     assert real * 0.98 <= counted.kept - routing <= real * 1.1
 

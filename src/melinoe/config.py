@@ -58,23 +58,3 @@ def format_bytes(count: float) -> str:
 def home() -> Path:
     """Where melinoe keeps what it can make again: $MELINOE_HOME or ~/.cache/melinoe."""
     return Path(os.environ.get("MELINOE_HOME") or Path.home() / ".cache" / "melinoe")
-
-
-def resolve_model(source: str | Path) -> Path | str:
-    """A model folder, or the id of a model on the Hub; `tiny` is the embedded model.
-
-    Raises:
-        MelinoeError: neither a model folder nor something that can be an id.
-    """
-    if str(source) == "tiny":
-        return Path(__file__).parent / "tiny" / "model"
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MelinoeError(f"{path} is not a model folder", got="no config.json in it")
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return str(source)
-    raise MelinoeError(
-        "no such model", got=source, allowed="a model folder, a store, a Hub id (organisation/name), or tiny"
-    )

@@ -9,9 +9,9 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from melinoe.adapters.peft_folder import apply_adapter, replace_folder
-from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import fold_low_rank
+from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint, moe_layers
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.config import resolve_model
+from melinoe.models.folder import resolve_model
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
 Data = Annotated[

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from melinoe.conversion.fold_adapter import Tuning
 from melinoe.errors import MelinoeError
+from melinoe.models.layers import fingerprint
 from melinoe.store.manifest import Store, write_manifest
 from melinoe.store.record_file import StoredLayer, layer_from_json, layer_to_json
 from melinoe.store.shards import Shards, Stamp
@@ -111,14 +113,21 @@ def finish(
         known: the fingerprint; "" where the routers are not stored as they are: then it is computed by
             loading what was written.
     """
-    from melinoe.runtime.load import store_fingerprint
-
     if not known:
         write_manifest(Store(partial, "", store_id, tuple(layers), source, shards), {})
-        known = store_fingerprint(partial)
+        known = _fingerprint(partial)
     store = Store(partial, known, store_id, tuple(layers), source, shards)
     write_manifest(store, {"transformers_version": transformers.__version__})
     (partial / STATE).unlink(missing_ok=True)
     if target.exists():
         target.rmdir()  # an empty folder that was there before
     partial.rename(target)
+
+
+def _fingerprint(folder: Path) -> str:
+    """The routing fingerprint of a store that has none yet; transformers opens it by our plug-in (runtime.quantizer)."""
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config = {**config.quantization_config, "slots": 0}
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
+    model.melinoe_context.pager.close()
+    return fingerprint(model)

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -33,17 +31,9 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from melinoe.errors import MelinoeError
-from melinoe.models.layers import experts_modules, moe_layers
+from melinoe.models.layers import experts_modules, moe_layers, own_parameters
 from melinoe.store.shards import Entry as Entry
 from melinoe.store.shards import Shards as Shards
-
-
-def skeleton(source: Path | str) -> nn.Module:
-    """The model of a checkpoint on the meta device: shapes and names, no weights."""
-    config = AutoConfig.from_pretrained(source)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-
 
 DEQUANTISABLE = ("fp8", "mxfp4")  # what transformers turns back into plain weights on any machine
 
@@ -130,10 +120,6 @@ def load_routers(model: nn.Module, shards: Shards, rest: dict[str, str]) -> str:
             tensors[name] = shards.tensor(stored[full]).to(value.dtype)
         layer.router.load_state_dict(tensors, assign=True)
     return ""
-
-
-def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(recurse=False))
 
 
 def _dequantizes(step: Any) -> bool:

@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from melinoe.config import format_bytes, resolve_model
+from melinoe.config import format_bytes
 from melinoe.conversion import checkpoint
 from melinoe.conversion.build import BuildState, copy_small_files, finish, partial_folder
 from melinoe.conversion.fold_adapter import Tuning, open_tuning
 from melinoe.conversion.resident import write_rest
 from melinoe.errors import MelinoeError
+from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import experts_modules, fingerprint, moe_layers
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
@@ -63,7 +64,7 @@ def convert(
         )
     if folder.resolve() == target.resolve():
         raise MelinoeError("source and target are the same folder", got=target)
-    model = checkpoint.skeleton(folder)
+    model = skeleton(folder)
     moe_layers(model)  # a dense model is refused before anything is written
     shards, quantizer = checkpoint.Shards(folder), checkpoint.dequantizer(model.config)
     expert_plan, rest = checkpoint.plan(model, shards.names(), quantizer)
@@ -84,27 +85,6 @@ def convert(
         known = fingerprint(model) if not checkpoint.load_routers(model, written, rest) else ""
         finish(partial, target, layers, state.store_id, str(source), known)
     return open_store(target)
-
-
-def local_folder(source: Path | str, weights: bool = True) -> Path:
-    """The folder of a model: itself, or what huggingface_hub has fetched for an id.
-
-    Args:
-        weights: fetch weights too; if not, they may be there from an earlier call.
-    """
-    if isinstance(source, Path):
-        return source
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:
-        raise MelinoeError(
-            "no such model folder, and the Hub has no such model or cannot be reached",
-            got=source,
-            next_step=f"check the name ({type(error).__name__})",
-        ) from error
 
 
 def _write_experts(

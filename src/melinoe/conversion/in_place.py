@@ -24,12 +24,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from melinoe.config import resolve_model
 from melinoe.conversion import checkpoint
 from melinoe.conversion.build import copy_small_files, empty, finish, partial_folder
 from melinoe.conversion.checkpoint import Shards, Sources
-from melinoe.conversion.convert import local_folder
 from melinoe.errors import MelinoeError
+from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import experts_modules, fingerprint, moe_layers
 from melinoe.store.layout import RecordLayout, torch_dtype
 from melinoe.store.manifest import MANIFEST, Store, is_store, open_store
@@ -52,7 +51,7 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
         MelinoeError: no such model, a dense model, or a target in the way.
     """
     folder, target = local_folder(resolve_model(source)), Path(target)
-    model = checkpoint.skeleton(folder)
+    model = skeleton(folder)
     moe_layers(model)
     if checkpoint.dequantizer(model.config) is not None:
         raise _not("the checkpoint is quantised")

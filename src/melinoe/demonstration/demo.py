@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.config import format_bytes, resolve_model
-from melinoe.conversion.convert import local_folder
+from melinoe.config import format_bytes
 from melinoe.data.rows import read_rows
 from melinoe.demonstration import contestants as speed
 from melinoe.demonstration.report import write_report
 from melinoe.demonstration.table import print_table
 from melinoe.errors import MelinoeError, missing_extra
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.prediction.fit import Predictor
 from melinoe.report.setting import data_folder, machine, mixture_shape
 from melinoe.routing.policies import Strength

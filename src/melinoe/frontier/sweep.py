@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import melinoe
-from melinoe.config import resolve_model
-from melinoe.conversion.convert import local_folder
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
 from melinoe.frontier.measuring import Measuring, compare, only, pooled, summary
 from melinoe.frontier.page import write_frontier
 from melinoe.frontier.points import Point, read_sweep
 from melinoe.frontier.runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, plan_runs, run_all
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.report.setting import machine, mixture_shape
 from melinoe.verbs import Stages
 

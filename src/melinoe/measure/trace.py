@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from melinoe.config import resolve_model
 from melinoe.data.rows import Encoded, Row, encode_rows, read_rows
 from melinoe.errors import MelinoeError
-from melinoe.models.layers import RouterTap, fingerprint, moe_layers
+from melinoe.models.folder import resolve_model
+from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.router_tap import RouterTap
 from melinoe.routing.trace import Trace, from_sequences
 from melinoe.runtime.load import load, load_resident, load_tokenizer
 from melinoe.store.manifest import is_store

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -51,6 +50,11 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every experts module, in module order."""
     undecorated.describe(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """An experts module's own (name, parameter) pairs, in the order of its record."""
+    return list(module.named_parameters(recurse=False))
 
 
 def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
@@ -133,110 +137,3 @@ def fingerprint(model: nn.Module) -> str:
                 values = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
                 digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@dataclass
-class RouterRecord:
-    """What one router did in one forward pass over T tokens.
-
-    logits: [T, E], with gradient where the router is trained.
-    indices: [T, K] the experts that were chosen (never recomputed from logits: groups and
-        correction biases move the choice); weights: [T, K].
-    inputs: the router's own positional arguments, so that a frozen copy can be asked the same.
-    """
-
-    logits: torch.Tensor
-    indices: torch.Tensor
-    weights: torch.Tensor
-    inputs: tuple[Any, ...] = field(repr=False, default=())
-
-
-class RouterTap:
-    """Records what every router does while the tap is open.
-
-    Used as `with RouterTap(layers) as tap: model(...)`; then `tap.records[i]` belongs to MoE layer i.
-    The second forward pass that gradient checkpointing makes comes after the tap has closed and is not seen.
-    """
-
-    def __init__(self, layers: list[MoeLayer]) -> None:
-        self.layers = layers
-        self.records: list[RouterRecord] = []
-        self._handles: list[Any] = []
-
-    def _hook(self, layer: MoeLayer) -> Any:
-        def record(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            logits, weights, indices = layer.routing(output)
-            self.records.append(RouterRecord(logits.reshape(-1, logits.shape[-1]), indices, weights, inputs))
-
-        return record
-
-    def __enter__(self) -> RouterTap:
-        self.records = []
-        self._handles = [layer.router.register_forward_hook(self._hook(layer)) for layer in self.layers]
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def indices(self) -> torch.Tensor:
-        """[L, T, K] integer: the experts asked for, layer by layer."""
-        assert len(self.records) == len(self.layers), (len(self.records), len(self.layers))
-        return torch.stack([record.indices for record in self.records])
-
-
-def score_kind(record: RouterRecord) -> str:
-    """How a router turns logits into scores: "softmax", "sigmoid" or "probability".
-
-    Decided from one recorded call, without a table of names: the logarithm of the weights' ratios
-    within a token equals the difference of the logits (softmax), of their log-sigmoids (sigmoid), or of
-    the logarithms of values that already are probabilities. With one expert per token (llama4) its weights
-    are compared from token to token instead, up to a constant factor. "softmax" where none fits (sparsemixer)
-    and where nothing can be told (one expert with weight 1).
-    """
-    with torch.no_grad():
-        logits = record.logits.float()
-        if bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), logits.new_ones(()), atol=1e-3):
-            return "probability"
-        chosen = torch.gather(logits, 1, record.indices.clamp(max=logits.shape[1] - 1))
-        log_weights = record.weights.float().clamp_min(1e-30).log()
-        ratios = log_weights[:, 1:] - log_weights[:, :1]
-        if record.indices.shape[1] > 1:
-            errors = {
-                "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
-                "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
-            }
-        elif bool((log_weights == log_weights[:1]).all()):  # normalised, so always 1: says nothing
-            return "softmax"
-        else:
-            log_scores = {
-                "softmax": chosen - logits.logsumexp(1, keepdim=True),
-                "sigmoid": nn.functional.logsigmoid(chosen),
-            }
-            errors = {
-                kind: (scores - log_weights - (scores - log_weights).median()).abs()
-                for kind, scores in log_scores.items()
-            }
-        scale = {kind: float(error.median()) if error.numel() else 0.0 for kind, error in errors.items()}
-    return "sigmoid" if scale["sigmoid"] < min(0.5 * scale["softmax"], 0.05) else "softmax"
-
-
-def router_probabilities(logits: torch.Tensor, kind: str) -> torch.Tensor:
-    """p_f or p_b: [T, E] float32, each row sums to 1 (design/method.md, before bias and groups)."""
-    logits = logits.float()
-    if kind == "probability":
-        return logits
-    if kind == "sigmoid":
-        scores = logits.sigmoid()
-        return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-    return logits.softmax(-1)
-
-
-def requests(indices: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """[..., K] expert ids -> [..., E] float32, 1 where an expert was asked for."""
-    shape = (*indices.shape[:-1], num_experts + 1)  # one more column takes expert-parallel sentinels
-    return torch.zeros(shape, device=indices.device).scatter_(-1, indices.clamp(max=num_experts), 1.0)[
-        ..., :num_experts
-    ]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
+from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint as model_fingerprint
 from melinoe.prediction.features import prompt_features, token_table
 from melinoe.prediction.predictor import Predictor, check_same_model

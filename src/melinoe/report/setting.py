@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import transformers
 
-from melinoe.conversion.checkpoint import skeleton
 from melinoe.errors import MelinoeError
+from melinoe.models.folder import skeleton
 from melinoe.models.layers import experts_per_token, moe_layers
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from melinoe.config import home, resolve_model
-from melinoe.conversion.convert import convert, local_folder
+from melinoe.config import home
+from melinoe.conversion.convert import convert
 from melinoe.conversion.in_place import NotInPlaceError, index_in_place, is_in_place
 from melinoe.errors import MelinoeError
 from melinoe.machine import usable_device
-from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.folder import local_folder, resolve_model
+from melinoe.models.layers import moe_layers
 from melinoe.paging.expansion import slots_packed
 from melinoe.paging.forward_pass import PassContext
 from melinoe.paging.statistics import Statistics
@@ -166,15 +167,6 @@ def _usable(target: Path) -> bool:
     except MelinoeError:  # the shards were touched since: the index is made anew
         return False
     return True
-
-
-def store_fingerprint(folder: Path) -> str:
-    """The routing fingerprint of a store that has no fingerprint yet."""
-    config = AutoConfig.from_pretrained(folder)
-    config.quantization_config = {**config.quantization_config, "slots": 0}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
-    model.melinoe_context.pager.close()
-    return fingerprint(model)
 
 
 def load_resident(

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.config import format_bytes, resolve_model
-from melinoe.conversion import checkpoint
-from melinoe.conversion.convert import local_folder
+from melinoe.config import format_bytes
 from melinoe.conversion.in_place import NotInPlaceError, index_in_place
 from melinoe.machine import usable_device
+from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import experts_modules, experts_per_token, moe_layers
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.gather import buffer_bytes
@@ -58,7 +57,7 @@ def plan(
     """
     place = usable_device(device)
     folder = local_folder(resolve_model(source), weights=False)
-    model = checkpoint.skeleton(folder)
+    model = skeleton(folder)
     moe_layers(model)
     with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
         store, not_measured = _store_of(folder, Path(scratch) / "index")

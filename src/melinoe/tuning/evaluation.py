@@ -16,7 +16,8 @@ from torch import nn
 
 from melinoe.data.rows import Encoded
 from melinoe.losses.likelihood import likelihood
-from melinoe.models.layers import MoeLayer, RouterTap
+from melinoe.models.layers import MoeLayer
+from melinoe.models.router_tap import RouterTap
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
 from melinoe.tuning.batches import pad

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from melinoe.config import resolve_model
-from melinoe.conversion.convert import local_folder
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.load import load_for_tuning

@@ -18,15 +18,8 @@ from melinoe.losses.cache_loss import (
 )
 from melinoe.losses.likelihood import likelihood
 from melinoe.losses.rank_matching import rank_matching
-from melinoe.models.layers import (
-    MoeLayer,
-    RouterRecord,
-    RouterTap,
-    experts_per_token,
-    requests,
-    router_probabilities,
-    score_kind,
-)
+from melinoe.models.layers import MoeLayer, experts_per_token
+from melinoe.models.router_tap import RouterRecord, RouterTap, requests, router_probabilities, score_kind
 from melinoe.tuning.batches import StepCounts
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step_means import Losses, StepMeans

@@ -14,10 +14,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from melinoe.adapters.peft_folder import write_adapter
-from melinoe.config import resolve_model
-from melinoe.conversion.convert import local_folder
 from melinoe.data.rows import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.tuning.batches import Batches, padding_share, plan_batches
 from melinoe.tuning.evaluation import Evaluation

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from melinoe.config import RECORD_ALIGNMENT, format_bytes, resolve_model
-from melinoe.conversion import checkpoint
-from melinoe.conversion.convert import local_folder
+from melinoe.config import RECORD_ALIGNMENT, format_bytes
 from melinoe.data.rows import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import projection_size
+from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import MoeLayer, moe_layers
 from melinoe.models.undecorated import has_flat_experts
 from melinoe.paging.expansion import expansion_bytes, slot_records
@@ -189,7 +188,7 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     """
     folder = local_folder(resolve_model(source))
     store = open_store(folder) if is_store(folder) else None
-    model = checkpoint.skeleton(folder)
+    model = skeleton(folder)
     layers = moe_layers(model)
     check_family(model)
     slots, packed, streaming = _slot_bytes(store, layers)

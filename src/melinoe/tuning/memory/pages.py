@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melinoe.config import resolve_model
 from melinoe.errors import MelinoeError
 from melinoe.machine import return_freed_memory
+from melinoe.models.folder import resolve_model
 from melinoe.runtime.load import stats, store_folder
 from melinoe.store.manifest import is_store, open_store
 from melinoe.tuning.memory.activations import BatchShape

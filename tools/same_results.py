@@ -117,7 +117,9 @@ def results(model: str, data: str, folder: Path, steps: int) -> dict[str, Any]:
         "merged": tensors(*(folder / "merged").glob("*.safetensors")),
         "trace": tensors(trace),
         "simulate": run("simulate", str(trace), "--policy", "decay,lru,lfu,static,belady", "--slots", "4,8"),
-        "predictor": {key: value for key, value in predictor.items() if isinstance(value, float) and key != "seconds"},
+        "predictor": {
+            key: value for key, value in predictor.items() if isinstance(value, float) and key != "seconds"
+        },
         "stores": stores,
         "evaluate": run("evaluate", "--model", model, "--data", data, "--limit", "24"),
     }

@@ -142,7 +142,7 @@ def test_a_router_of_another_form_is_refused(tmp_path):
     layer = moe_layers(model)[0]
     for output in (torch.zeros(4, 8), (torch.zeros(4, 8), torch.zeros(4, 2))):
         with pytest.raises(ValueError, match=r"does not return what the tap can read"):
-            layer.routing(output)
+            layer.routing_of(output)
 
 
 def test_probabilities_by_hand():

@@ -18,7 +18,7 @@ def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch
     """r(t): forward the router's own selection, backward the probabilities p_f, over all E experts (Eq. 4).
 
     Args:
-        requests_TE: [..., E] 1 where the router asked for an expert (melinoe.models.layers.requests), no gradient.
+        requests_TE: [..., E] 1 where the router asked for an expert (melinoe.models.router_tap.requests), no gradient.
         probabilities_TE: [..., E] p_f, with gradient.
     """
     return requests_TE.detach() + (probabilities_TE - probabilities_TE.detach())

@@ -1,10 +1,9 @@
-"""Finds the experts and the routers of any transformers model, and listens to the routers.
+"""Finds the experts and the routers of any transformers model.
 
-transformers decorates nearly every experts class (`use_experts_implementation`; melinoe.models.undecorated has the
-others) and records every router (`_can_record_outputs["router_logits"]`), so no table of model names is
-needed. Everything above
-this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules; dense layers are
-not counted.
+transformers decorates nearly every experts class (`use_experts_implementation`; melinoe.models.undecorated has
+the others) and records every router (`_can_record_outputs["router_logits"]`), so no table of model names is
+needed. Everything above this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules; dense
+layers are not counted. router_tap.py listens to the routers that are found here.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ class MoeLayer:
     experts: nn.Module
     router_name: str
     router: nn.Module
-    logits_index: int  # where the logits stand in the router's output tuple
-    # the router's output -> (logits [T, E], weights [T, K], indices [T, K])
-    routing: Callable[[Any], tuple[torch.Tensor, ...]] = field(repr=False, compare=False)
+    # what the router returned -> (logits [T, E], weights [T, K], indices [T, K])
+    routing_of: Callable[[Any], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(
+        repr=False, compare=False
+    )
 
     @property
     def num_experts(self) -> int:
@@ -47,8 +47,11 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of every experts module, in module order."""
-    undecorated.describe(model)
+    """(name, module) of every experts module, in module order.
+
+    Experts that transformers does not decorate are given the decorator's attributes on the way: they compute as before.
+    """
+    undecorated.decorate(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]
 
 
@@ -82,8 +85,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     Raises:
         MelinoeError: a dense model, or experts whose router cannot be found.
     """
-    experts = experts_modules(model)
-    if not experts:
+    modules = experts_modules(model)
+    if not modules:
         raise MelinoeError(
             "not a mixture-of-experts model that transformers' ExpertsInterface covers",
             got=type(model).__name__,
@@ -91,14 +94,14 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         )
     routers = _routers(model)
     layers = []
-    for index, (name, module) in enumerate(experts):
+    for index, (name, module) in enumerate(modules):
         # the router of a layer is the one that shares the longest path with the experts
-        best = max(routers, key=lambda router: _shared_steps(router, name), default=None)
-        if best is None:
+        nearest = max(routers, key=lambda router: _shared_steps(router, name), default=None)
+        if nearest is None:
             raise MelinoeError(f"no router found for {name}", got=type(model).__name__)
-        router, logits_index = routers.pop(best)
-        routing = partial(undecorated.routing, model, best, logits_index=logits_index)
-        layers.append(MoeLayer(index, name, module, best, router, logits_index, routing))
+        router, logits_index = routers.pop(nearest)
+        routing_of = partial(undecorated.routing_of, model, nearest, logits_index=logits_index)
+        layers.append(MoeLayer(index, name, module, nearest, router, routing_of))
     return layers
 
 

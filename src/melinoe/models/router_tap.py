@@ -42,7 +42,7 @@ class RouterTap:
 
     def _hook(self, layer: MoeLayer) -> Any:
         def record(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            logits, weights, indices = layer.routing(output)
+            logits, weights, indices = layer.routing_of(output)
             self.records.append(RouterRecord(logits.reshape(-1, logits.shape[-1]), indices, weights, inputs))
 
         return record

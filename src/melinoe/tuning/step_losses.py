@@ -212,7 +212,7 @@ class TuningLosses:
         ):
             with torch.no_grad():
                 output = router(*record.inputs)
-                logits = layer.routing(output)[0].reshape(-1, layer.num_experts)[chosen_T]
+                logits = layer.routing_of(output)[0].reshape(-1, layer.num_experts)[chosen_T]
                 base_TE = router_probabilities(logits, kind)
             tuned_TE = tuned_TE[chosen_T]
             if settings.form.anchor == "divergence":

@@ -6,9 +6,11 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -16,13 +18,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import melinoe
 from melinoe.adapters.merge import merge
 from melinoe.cli.main import app
 from melinoe.errors import MelinoeError
 from melinoe.frontier.held_out import evenly, held_out_only, hold_out
 from melinoe.frontier.measuring import compare, pooled, summary
 from melinoe.frontier.points import read_sweep
-from melinoe.frontier.run_point import tuning_code
+from melinoe.frontier.sources import sources_of, tuning_code
 from melinoe.frontier.sweep import _pool
 from melinoe.frontier.table import best_within, markdown, origins_table, sentences
 from melinoe.measure.quality import evaluate
@@ -261,6 +264,47 @@ def check_against_the_library(olmoe, output, point, tmp_path):
     )
     entropy = load_entropy(recorded.request_counts(DECODE).sum(0))
     assert measured["load_entropy"] == pytest.approx(np.mean(entropy))
+
+
+def copied_package(tmp_path):
+    package = Path(melinoe.__file__).parent
+    return shutil.copytree(
+        package, tmp_path / "melinoe", ignore=shutil.ignore_patterns("__pycache__", "model")
+    )
+
+
+def test_an_edit_of_any_source_of_tuning_is_seen(tmp_path):
+    package = copied_package(tmp_path)
+    before = tuning_code(package)
+    sources = sources_of("melinoe.tuning.tune", package)
+    assert before == tuning_code()  # the place of the package is not in it
+    for source in sources:
+        original = source.read_bytes()
+        source.write_bytes(original + b"# edited\n")
+        assert tuning_code(package) != before, source
+        source.write_bytes(original)
+    for other in ("cli/main.py", "demonstration/demo.py", "frontier/page.py"):
+        (package / other).write_text("# edited\n")
+    assert tuning_code(package) == before
+
+
+def test_no_source_of_tuning_is_forgotten(olmoe, data, tmp_path):
+    """What a run really imports is in the list, paged experts and evaluation among it."""
+    code = """
+        import sys, melinoe
+        melinoe.tune(*sys.argv[1:4], memory="1GiB", eval_data=sys.argv[4], eval_steps=1, max_steps=1, progress=False)
+        print("\\n".join(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "melinoe"))
+    """
+    arguments = [olmoe, data, tmp_path / "a", data / "test.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {Path(line) for line in done.stdout.split()}
+    assert len(loaded) > 40
+    assert loaded <= set(sources_of("melinoe.tuning.tune"))
 
 
 def test_mistakes_of_a_sweep_are_one_line(olmoe, data, tmp_path):

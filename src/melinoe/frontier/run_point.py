@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import hashlib
 import json
 import shutil
 import sys
@@ -20,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import melinoe
 from melinoe.errors import MelinoeError
+from melinoe.frontier.sources import tuning_code
 
 JOB, CODE = "job.json", "tuned-by"
 
@@ -91,13 +90,6 @@ def _tuned(job: Job, folder: Path) -> dict[str, Any]:
         (folder / CODE).write_text(tuning_code())
         tune(job.model, job.train, adapter, progress=False, **(job.settings or {}))
     return json.loads((adapter / "melinoe.json").read_text())["result"]
-
-
-def tuning_code() -> str:
-    """A digest of the sources that decide what tuning does, so that a reused run of other code is named."""
-    package = Path(melinoe.__file__).parent
-    sources = [*sorted((package / "tuning").glob("*.py")), package / "experts" / "low_rank.py"]
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 @contextmanager

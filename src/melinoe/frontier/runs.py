@@ -16,7 +16,8 @@ from typing import Any
 
 from melinoe.frontier.measuring import Measuring, compare, pooled, summary
 from melinoe.frontier.points import CONTROL, Point
-from melinoe.frontier.run_point import JOB, Job, tuning_code
+from melinoe.frontier.run_point import JOB, Job
+from melinoe.frontier.sources import tuning_code
 from melinoe.verbs import Stages, Verb, run_verbs
 
 VERSION = "1"  # of the measurements; part of their hash

@@ -45,8 +45,12 @@ _LATENT = {
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _HEADS = {"head_dim": 16}
 _INNER = {"moe_intermediate_size": 16}
-_LINEAR = {f"linear_{name}": size for name, size in
-           {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 2}.items()}  # fmt: skip
+_LINEAR = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
 _DBRX_COMMON = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range")
 _MAMBA = {"ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8}
 
@@ -57,19 +61,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("PhimoeConfig", {"num_local_experts": 8}),
     "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 8, "shared_expert_intermediate_size": 16, **_INNER}),
     # the first layer is dense
-    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 8, "mlp_only_layers": [0], "norm_topk_prob": True, **_INNER, **_HEADS}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 8, "mlp_only_layers": [0], "norm_topk_prob": True, **_INNER, **_HEADS},
+    ),
     "qwen3_next": (
         "Qwen3NextConfig",
-        {"num_experts": 8, "shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"],
-         **_INNER, **_HEADS, **_LINEAR},
+        {"num_experts": 8, "shared_expert_intermediate_size": 16,
+         "layer_types": ["linear_attention", "full_attention"], **_INNER, **_HEADS, **_LINEAR},
     ),
     "deepseek_v2": (
         "DeepseekV2Config",
-        {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "n_shared_experts": 1, **_GROUPS, **_INNER, **_LATENT},
+        {"n_routed_experts": 8, "topk_method": "group_limited_greedy", "n_shared_experts": 1, **_GROUPS,
+         **_INNER, **_LATENT},
     ),
     "deepseek_v3": (
         "DeepseekV3Config",
-        {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, **_GROUPS, **_INNER, **_LATENT},
+        {"n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1, **_GROUPS, **_INNER,
+         **_LATENT},
     ),
     "gpt_oss": (
         "GptOssConfig",
@@ -78,7 +87,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeConfig", {"num_local_experts": 8}),
     "glm4_moe": (
         "Glm4MoeConfig",
-        {"n_routed_experts": 8, "first_k_dense_replace": 0, "n_shared_experts": 1, **_GROUPS, **_INNER, **_HEADS},
+        {"n_routed_experts": 8, "first_k_dense_replace": 0, "n_shared_experts": 1, **_GROUPS, **_INNER,
+         **_HEADS},
     ),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
@@ -102,8 +112,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "flex_olmo": ("FlexOlmoConfig", {"num_experts": 8}),
     "afmoe": (
         "AfmoeConfig",
-        {"num_experts": 8, "num_dense_layers": 0, "num_shared_experts": 1, "layer_types": ["full_attention"] * 2,
-         **_INNER, **_HEADS},
+        {"num_experts": 8, "num_dense_layers": 0, "num_shared_experts": 1,
+         "layer_types": ["full_attention"] * 2, **_INNER, **_HEADS},
     ),
     # the experts have no gate
     "nemotron_h": (
@@ -114,10 +124,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "Gemma4TextConfig",
         {"num_experts": 8, "top_k_experts": 2, "enable_moe_block": True, "vocab_size_per_layer_input": 64,
-         "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
-         "global_head_dim": 16, **_INNER, **_HEADS},
+         "hidden_size_per_layer_input": 0, "layer_types": ["sliding_attention", "full_attention"],
+         "sliding_window": 64, "global_head_dim": 16, **_INNER, **_HEADS},
     ),
-    # not decorated: melinoe.models.undecorated; the first layer is dense, the weights of two experts scale the inputs
+    # not decorated: melinoe.models.undecorated; the first layer is dense, the weights of two experts scale
+    # the inputs
     "llama4": (
         "Llama4TextConfig",
         {"num_local_experts": 8, "intermediate_size_mlp": 24, "moe_layers": [1, 2], "num_hidden_layers": 3,
@@ -125,7 +136,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dbrx": (
         "DbrxConfig",
-        {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 128,
+         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
          "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2}},
     ),
 }  # fmt: skip
@@ -213,7 +225,10 @@ NEW_TOKENS = 8
 
 
 def generate(model: Any, way: str, assistant: Any = None) -> list[list[int]]:
-    """Greedy token ids, prompt left out, by one of WAYS; two prompts of different length where it takes two."""
+    """Greedy token ids, prompt left out, by one of WAYS.
+
+    There are two prompts of different length where it takes two.
+    """
     inputs = batch()
     if way == "generate_batch":
         prompts = [
@@ -246,7 +261,7 @@ def generate(model: Any, way: str, assistant: Any = None) -> list[list[int]]:
 
 
 def resident(source: Path, use_own: bool = True) -> Any:
-    """The checkpoint with every expert in memory; `use_own`: on melinoe's experts function, to compare bits."""
+    """The checkpoint with every expert in memory; `use_own`: on our experts function, to compare bits."""
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     if use_own:
         use(model)

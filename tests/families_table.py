@@ -27,18 +27,20 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-5}  # of the largest logit; two la
 TEXT = """\
 # Families
 
-Written by `python tests/families_table.py` with transformers {version}; `tests/test_families_table.py` measures
-every row again and fails when this page says something else. All models are tiny and random: two MoE layers
-(one where the first is dense), 8 experts, 2 per token.
+Written by `python tests/families_table.py` with transformers {version}; `tests/test_families_table.py`
+measures every row again and fails when this page says something else. All models are tiny and random: two MoE
+layers (one where the first is dense), 8 experts, 2 per token.
 
-- **router score**: how logits become scores, as `melinoe.models.router_tap.score_kind` finds it from one recorded call.
-- **float32, bfloat16**: the largest difference between our logits with every expert resident and those of transformers'
-  `grouped_mm`, over the largest logit. For {undecorated} transformers knows only one way, and this is the difference
-  to that. Digits depend on the machine; allowed are {float32:.0e} and {bfloat16:.3f}.
-- **paged = resident**: logits with {slots} slots and with none equal, bit for bit and in both dtypes, those of our own
-  function with every expert resident.
-- **ways to generate**: "yes" where greedy tokens with {slots} slots equal the resident model's; "-" where transformers
-  itself refuses the resident model (the reasons stand below the table).
+- **router score**: how logits become scores, as `melinoe.models.router_tap.score_kind` finds it from one
+  recorded call.
+- **float32, bfloat16**: the largest difference between our logits with every expert resident and those of
+  transformers' `grouped_mm`, over the largest logit. For {undecorated} transformers knows only one way,
+  and this is the difference to that. Digits depend on the machine; allowed are
+  {float32:.0e} and {bfloat16:.3f}.
+- **paged = resident**: logits with {slots} slots and with none equal, bit for bit and in both dtypes, those
+  of our own function with every expert resident.
+- **ways to generate**: "yes" where greedy tokens with {slots} slots equal the resident model's; "-" where
+  transformers itself refuses the resident model (the reasons stand below the table).
 
 {table}
 
@@ -46,10 +48,10 @@ every row again and fails when this page says something else. All models are tin
 
 {refusals}
 
-llama4 and dbrx are not decorated for transformers' ExpertsInterface (`melinoe/models/undecorated` has what differs). They
-convert, load, trace and generate; llama4 can be tuned, dbrx is refused there (all experts of a layer are one flat matrix, in
-which PEFT cannot name one expert). jetmoe, longcat_flash and doge are not decorated either:
-they are refused as models without experts modules.
+llama4 and dbrx are not decorated for transformers' ExpertsInterface (`melinoe/models/undecorated` has what
+differs). They convert, load, trace and generate; llama4 can be tuned, dbrx is refused there (all experts of a
+layer are one flat matrix, in which PEFT cannot name one expert). jetmoe, longcat_flash and doge are not
+decorated either: they are refused as models without experts modules.
 """
 
 

@@ -74,7 +74,7 @@ def test_a_share_of_what_is_free(olmoe_store, monkeypatch):
 
 
 def test_memory_is_that_of_this_process_and_its_cgroup():
-    """Free memory is what the process's own cgroup leaves; the peak is not that of the parent, which has more."""
+    """Free memory is what the process's own cgroup leaves; the peak is not the parent's, which has more."""
     limit = MemoryLimit(2**30)
     if not limit.available:
         pytest.skip("no memory cgroup can be made here")

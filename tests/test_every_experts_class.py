@@ -1,6 +1,7 @@
 """Every experts class that transformers decorates, found by walking its source: none may be missed.
 
-When transformers moves, this test is meant to fail loudly: adapt the code or tighten the bound on the version.
+When transformers moves, this test is meant to fail loudly: adapt the code or tighten the bound on the
+version.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from melinoe.store.manifest import Store
 from melinoe.store.record_file import write_layer
 
 EXPERTS, HIDDEN, TOKENS, TOP_K = 8, 32, 11, 3
-# of the largest value of grouped_mm; bfloat16: both round to 8 bits at the same places, sums may run otherwise
+# of the largest value of grouped_mm; bfloat16: both round to 8 bits at the same places, sums may run
+# otherwise
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7}
 # decorated classes in transformers 5.23
 KNOWN = [

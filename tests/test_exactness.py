@@ -69,7 +69,7 @@ def test_paged_equals_resident_in_every_family(family, dtype, tmp_path):
 @pytest.mark.parametrize("slots", [8, 3, 0])
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_generate_equal_resident(olmoe, olmoe_store, tmp_path, way, slots):
-    """Against stock transformers; test_families_table.py has every family against our own resident function."""
+    """Against stock transformers; test_families_table.py compares with our own resident function."""
     stock = AutoModelForCausalLM.from_pretrained(olmoe).eval()
     other = save_checkpoint(tmp_path / "assistant", "olmoe", seed=1)
     paged = melinoe.load(olmoe_store, slots=slots)

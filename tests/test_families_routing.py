@@ -157,7 +157,7 @@ def test_probabilities_by_hand():
 
 @pytest.mark.parametrize("family", UNDECORATED)
 def test_describing_an_undecorated_model_changes_nothing(family, tmp_path):
-    """Until it is switched to our function, the model computes as transformers wrote it, and saves as it loaded."""
+    """Until it is switched to our function, the model computes and saves as transformers wrote it."""
     model = opened(family, tmp_path / "model")
     with torch.no_grad():
         before = model(**batch()).logits

@@ -92,7 +92,7 @@ def by_hand(
     seed=st.integers(0, 2**31),
 )
 def test_round_trip(name, dtype, rows, columns, scale, outliers, transposed, seed):
-    """|w - w'| <= |scale| / 2, and the rounding of w' to the model's dtype; the bytes are the documented ones."""
+    """|w - w'| <= |scale| / 2 and rounding to the model's dtype; the bytes are the documented ones."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * scale
     if outliers:

@@ -1,4 +1,4 @@
-"""In-place stores: the same tokens from the checkpoint's own bytes, and every change of a shard is refused."""
+"""In-place stores: the same tokens from the checkpoint's own bytes; every change of a shard is refused."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_shard_overwritten_in_the_middle_of_a_generation(shards):
 
 @pytest.mark.parametrize("length", [None, 0], ids=["overwritten", "truncated"])
 def test_resident_weights_do_not_change_with_their_file(shards, length):
-    """All experts in slots, so that no read would notice: the tokens stay those of the checkpoint that was opened."""
+    """All experts in slots, so that no read would notice: the tokens stay those of the opened checkpoint."""
     folder, store = shards
     model = melinoe.load(store, slots=8)
     expected = greedy(model)
@@ -314,7 +314,7 @@ def test_a_read_error_names_expert_and_shard(shards, monkeypatch):
 
 
 def test_layers_that_the_model_does_not_have(sharded, tmp_path, capfd):
-    """Layers that predict several tokens stand in published checkpoints: not loaded, not copied, not mentioned."""
+    """Layers that predict several tokens stand in published checkpoints: neither loaded nor mentioned."""
     from safetensors.torch import save_file
 
     folder = shutil.copytree(sharded, tmp_path / "model")

@@ -85,7 +85,7 @@ def test_a_call_inside_a_call_is_refused(olmoe_store, expected, monkeypatch):
 
 
 def interrupt(monkeypatch, where, at, late=None):
-    """Raises KeyboardInterrupt at the `at`-th call of one function, after what the function does; `calls` counts."""
+    """Raises KeyboardInterrupt after the `at`-th call of one function; `calls` counts."""
     owner, name = where
     real, calls = getattr(owner, name), [0]
 
@@ -174,7 +174,7 @@ def test_two_models_take_turns(olmoe_store, expected, tmp_path):
 
 
 def test_a_fork_is_refused(olmoe_store, expected):
-    """Slots are shared with a forked process (a server that loads before it forks): each would read into the other's."""
+    """Slots are shared with a forked process (a server that loads before it forks)."""
     model = melinoe.load(olmoe_store, slots=3)
     readable, writable = os.pipe()
     child = os.fork()

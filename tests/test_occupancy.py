@@ -1,4 +1,4 @@
-"""The caches that the loss can be taken against: the runtime's own policy, LRU, and what the token before asked for."""
+"""The caches that the loss can be taken against: the runtime's policy, LRU, what the last token asked for."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def test_lru_occupancy_fills_the_slots_and_orders_by_rate(gamma):
 
 
 def test_lru_occupancy_by_hand():
-    # two experts with rates a and a/2 share one slot: 1 - x^2 + 1 - x = 1 with x = exp(-a T / 2), so x = 0.618...
+    # two experts with rates a and a/2 share one slot: 1 - x^2 + 1 - x = 1 with x = exp(-a T / 2), so x =
+    # 0.618...
     hot = (
         torch.tensor([[[1.0, 0.5], [0, 0]]], dtype=torch.float64) * 1e6
     )  # so that the thin even rate is nothing

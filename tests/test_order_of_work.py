@@ -111,7 +111,7 @@ def test_a_prompt_reads_an_expert_at_most_once(olmoe_store, monkeypatch, slots):
 
 
 def test_long_prompts_go_through_in_chunks(tiny_store, monkeypatch):
-    """So that the work space holds what the budget says; every chunk is a prefill, and tokens are the same."""
+    """The work space holds what the budget says; every chunk is a prefill, and tokens are the same."""
     from melinoe.runtime import generation
 
     tokenizer = load_tokenizer("tiny")

@@ -1,4 +1,4 @@
-"""Tuning with paged experts: the gradients, losses and adapters of the resident run, whatever is in the slots."""
+"""Tuning with paged experts: gradients, losses and adapters of the resident run, whatever is in the slots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from melinoe.tuning.tune import plan_memory, tune
 
 SHORT = {"max_steps": 3, "batch_tokens": 128, "max_length": 32, "rank": 4, "progress": False}
 SHORT |= {"learning_rate": 5e-4, "router_learning_rate": 2e-3}
-# gates; transposed, interleaved, with biases; sigmoid scores, correction bias, a dense first layer; no gates; inputs scaled
+# gates; transposed, interleaved, with biases; sigmoid scores, correction bias, a dense first layer; no gates;
+# inputs scaled
 FAMILIES = ("olmoe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "llama4")
 WEIGHTS = "adapter_model.safetensors"
 
@@ -73,8 +74,11 @@ def losses(folder):
 
 
 def assert_same_run(one, other, rtol=1e-6, weights=2e-5):
-    """Losses to float32's rounding (the log keeps six decimals); of the adapter's tensors, in shares of their largest
-    value: AdamW makes whole steps of gradients that are nothing but rounding."""
+    """Losses to float32's rounding (the log keeps six decimals).
+
+    The adapter's tensors differ by shares of their largest value: AdamW makes whole steps of gradients that
+    are nothing but rounding.
+    """
     torch.testing.assert_close(
         torch.tensor(losses(one)), torch.tensor(losses(other)), rtol=rtol, atol=2e-6, check_dtype=False
     )
@@ -326,7 +330,8 @@ def killed(self, *args, **options):
             os.kill(os.getpid(), signal.SIGKILL)
         yield served
 ExpertPager.serve = killed
-tune(sys.argv[1], sys.argv[2], sys.argv[3], memory=int(sys.argv[4]), max_steps=3, batch_tokens=128, max_length=32, rank=4,
+tune(sys.argv[1], sys.argv[2], sys.argv[3], memory=int(sys.argv[4]), max_steps=3, batch_tokens=128,
+     max_length=32, rank=4,
      progress=False, checkpoint_steps=1, learning_rate=5e-4, router_learning_rate=2e-3)
 """
 
@@ -381,7 +386,7 @@ def rounded_checkpoint(base, store_path, target):
 
 @pytest.mark.parametrize(("family", "name"), [("olmoe", "int4"), ("gpt_oss", "int8")])
 def test_a_rounded_base(tmp_path, checkpoints, data, family, name):
-    """Tuned on a packed store, in memory or paged, is tuned on the rounded weights; the adapter then fits both bases."""
+    """Tuned on a packed store is tuned on the rounded weights; the adapter then fits both bases."""
     base, store = checkpoints(family), tmp_path / "store"
     melinoe.convert(base, store, format=name, progress=False)
     rounded = rounded_checkpoint(base, store, tmp_path / "rounded")
@@ -415,7 +420,7 @@ def test_a_rounded_base(tmp_path, checkpoints, data, family, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["auto", "int8", "int4"])
 def test_on_a_gpu(tmp_path, checkpoints, data, name):
-    """What `tune` does on one consumer card: a frozen base in memory or paged from the host, rounded or not."""
+    """What `tune` does on one consumer card: the base in memory or paged from the host, rounded or not."""
     base, store = checkpoints("olmoe"), tmp_path / "store"
     melinoe.convert(base, store, format=name, progress=False)
     settings = SHORT | {"device": "cuda", "dtype": "float32"}

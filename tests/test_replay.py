@@ -49,7 +49,7 @@ def test_device_and_simulator_agree(olmoe, olmoe_store, policy, slots, carry_ove
 
 
 def test_prediction_is_read_once_and_counted(olmoe_store):
-    """Predicted experts that the prompt did not touch are preloaded; the bytes add up; nothing is read twice."""
+    """Predicted experts that the prompt did not touch are preloaded; bytes add up; nothing is read twice."""
     model = melinoe.load(olmoe_store, slots=4)
     context = model.melinoe_context
     scores = np.zeros((2, 8))

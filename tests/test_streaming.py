@@ -121,7 +121,7 @@ def save_fp8(folder: Path, family: str, block: int = 16, seed: int = 0) -> Path:
 
 
 def quantise_fp8(folder: Path, block: int) -> Path:
-    """Every linear layer but the head in float8 with one float32 scale for each block, as DeepSeek-V3 is published."""
+    """Every linear layer but the head in float8, a float32 scale for each block, as DeepSeek-V3 has it."""
     tensors, quantised = load_file(folder / "model.safetensors"), {}
     for name, value in tensors.items():
         linear = name.endswith("proj.weight") or (".w" in name and name.endswith(".weight"))
@@ -138,7 +138,8 @@ def quantise_fp8(folder: Path, block: int) -> Path:
     save_file(quantised, folder / "model.safetensors", {"format": "pt"})
     text = json.loads((folder / "config.json").read_text())
     text["quantization_config"] = {
-        "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block], "activation_scheme": "dynamic",
+        "quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [block, block],
+        "activation_scheme": "dynamic",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(text))
     return folder
@@ -209,7 +210,7 @@ def test_a_quantised_checkpoint_is_converted_on_first_use(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("lost", ["experts.3.up_proj.weight_scale_inv", "o_proj.weight_scale_inv"])
 def test_a_lost_scale_is_refused(lost, tmp_path):
-    """Without its scale a weight would be other numbers, and of an expert all scales behind it would move up."""
+    """Without its scale a weight would be other numbers; an expert's later scales would all move up."""
     folder = save_fp8(tmp_path / "model", "deepseek_v3")
     tensors = load_file(folder / "model.safetensors")
     del tensors[next(name for name in tensors if name.endswith(lost))]
@@ -266,7 +267,7 @@ print(json.dumps({"above": status("VmHWM") - before}))
 
 @pytest.mark.parametrize("kind", ["olmoe", "mixtral", "gpt_oss", "fp8", "adapter"])
 def test_converting_holds_fewer_than_three_records(kind, tmp_path):
-    """Measured by the kernel: peak resident memory, mapped files included, of a checkpoint of about 100 MB."""
+    """The kernel's peak of resident memory, mapped files included, of a checkpoint of about 100 MB."""
     family = {"fp8": "deepseek_v3", "adapter": "olmoe"}.get(kind, kind)
     warm = save_checkpoint(tmp_path / "warm", family, torch.bfloat16)
     theirs = config(family)

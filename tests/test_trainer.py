@@ -1,4 +1,4 @@
-"""The trainer around the losses: parts of a step, checkpointing, evaluation, resuming, what is never saved."""
+"""The trainer around the losses: parts of a step, checkpointing, evaluation, resuming, what is not saved."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_accumulated_parts_are_one_large_batch(tmp_path, base, data, monkeypatch
 
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
-    """Through `accelerate launch`, which calls torchrun, over gloo; its own --cpu would start one process alone."""
+    """Through `accelerate launch`, which calls torchrun, over gloo; its --cpu would start one alone."""
     alone = tune(base, data, tmp_path / "one", accumulate=4, eval_steps=3, **SHORT, **EVERYTHING)
     settings = {
         **SHORT,

@@ -1,11 +1,15 @@
-"""Proves that a change of the code changed no result: fixed commands, run before and after it, digests compared.
+"""Proves that a change of the code changed no result.
+
+Fixed commands are run before and after it, and digests of their results are compared.
 
     python tools/same_results.py --write before.json                     # on the old code
-    python tools/same_results.py --against before.json                   # on the new code; exits with 1 on a difference
+    python tools/same_results.py --against before.json                   # on the new code; exits with 1 on a
+    difference
 
-Both run the melinoe that this interpreter imports; PYTHONPATH=OTHER/src chooses that of another checkout. The commands
-are those of the command line and the data are the embedded model and its workload; `--model` and `--data` add a second
-model (about five minutes for both on one core). Times, versions, random identifiers and paths are left out of what is compared.
+Both run the melinoe that this interpreter imports; PYTHONPATH=OTHER/src chooses that of another checkout. The
+commands are those of the command line and the data are the embedded model and its workload; `--model` and
+`--data` add a second model (about five minutes for both on one core). Times, versions, random identifiers and
+paths are left out of what is compared.
 """
 
 from __future__ import annotations

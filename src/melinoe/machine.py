@@ -27,7 +27,10 @@ def free_memory(device: torch.device | None = None) -> int:
 
 
 def _left_in_cgroups() -> Iterator[int]:
-    """What each memory cgroup above this process leaves; page cache that the kernel can take back counts as free."""
+    """What each memory cgroup above this process leaves.
+
+    Page cache that the kernel can take back counts as free.
+    """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):  # version 1
@@ -63,9 +66,9 @@ def peak_memory() -> int:
 def return_freed_memory() -> None:
     """Makes the C library give large blocks back to the system as soon as they are freed, from now on.
 
-    glibc learns from what is freed and soon keeps blocks of up to 32 MiB for itself; in the holes between what a forward pass
-    keeps and what it drops that was measured as 45 percent more than the activations (docs/log.md). No other library
-    and no other system is asked.
+    glibc learns from what is freed and soon keeps blocks of up to 32 MiB for itself; in the holes between
+    what a forward pass keeps and what it drops that was measured as 45 percent more than the activations
+    (docs/log.md). No other library and no other system is asked.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)

@@ -49,8 +49,8 @@ def _factor_names(layer: MoeLayer, projection: Projection) -> tuple[str, str]:
 def _peft_order(layer: MoeLayer, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(A [E, r, in], B [E, out, r]) as PEFT counts in and out, and back again.
 
-    It believes a class that transformers does not decorate (llama4's) not to be transposed, though it is: what goes in
-    is out to it, and its A is our B.
+    It believes a class that transformers does not decorate (llama4's) not to be transposed, though it is:
+    what goes in is out to it, and its A is our B.
     """
     return (b.mT, a.mT) if getattr(layer.experts, "weights_scale_input", False) else (a, b)
 

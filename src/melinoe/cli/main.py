@@ -117,7 +117,8 @@ def convert(
     }
     if as_json:
         return print_json(result)
-    saved = f", {store.record_format}: {format_bytes(plain - size)} less ({size / plain:.0%} of {format_bytes(plain)})"
+    less, share = format_bytes(plain - size), f"{size / plain:.0%} of {format_bytes(plain)}"
+    saved = f", {store.record_format}: {less} less ({share})"
     print(
         f"{target}: {records} records of {format_bytes(store.max_record_bytes)}, {format_bytes(size)} in all"
         + (saved if store.record_format != "auto" else "")

@@ -1,4 +1,7 @@
-"""What the verbs of the command line share: options that mean the same everywhere, and how a verb starts and answers."""
+"""What the verbs of the command line share.
+
+Options that mean the same everywhere, and how a verb starts and answers.
+"""
 
 from __future__ import annotations
 

@@ -50,8 +50,9 @@ def tune(
     distill: Annotated[
         float | None,
         typer.Option(
-            help="Share of the quality term that asks for the base model's own predictions, of prompts too: 0.8 halves "
-            "the price of locality on real text, for half as much time again per step; 0 if not given.",
+            help="Share of the quality term that asks for the base model's own predictions, of prompts too: "
+            "0.8 halves the price of locality on real text, for half as much time again per step; "
+            "0 if not given.",
             min=0,
             max=1,
         ),
@@ -145,8 +146,8 @@ def tune(
 ) -> None:
     """Fine-tune so that each sequence keeps to few experts; writes a PEFT adapter.
 
-    The same call again goes on with a run that was interrupted. Under `torchrun --nproc-per-node N -m melinoe tune ...` or
-    `accelerate launch -m melinoe tune ...` every process takes its part of each step.
+    The same call again goes on with a run that was interrupted. Under `torchrun --nproc-per-node N -m melinoe
+    tune ...` or `accelerate launch -m melinoe tune ...` every process takes its part of each step.
     """
     given: dict[str, Any] = {
         "model": model,
@@ -205,7 +206,8 @@ def tune(
     if sweep is not None:
         if resume or memory is not None or "eval_data" in settings:
             raise MelinoeError(
-                "--resume, --eval-data, --memory: not with --sweep, which goes on and measures by itself, in memory"
+                "--resume, --eval-data, --memory: not with --sweep, which goes on and measures by itself, "
+                "in memory"
             )
         return run_sweep(
             settings["model"],

@@ -11,8 +11,9 @@ from melinoe.cli.options import print_json
 Memory = Annotated[
     str | None,
     typer.Option(
-        help="What tuning itself must fit in, such as 8GiB or 80%: experts are then read from disk for every pass, the"
-        " losses stay the same. Not the memory that the result will run in: that is --deploy-memory."
+        help="What tuning itself must fit in, such as 8GiB or 80%: experts are then read from disk for every"
+        " pass, the losses stay the same. Not the memory that the result will run in: that is"
+        " --deploy-memory."
     ),
 ]
 DryRun = Annotated[

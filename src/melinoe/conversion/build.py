@@ -1,4 +1,6 @@
-"""A store while it is being built: in TARGET.partial, renamed when complete, so that no half store ever loads.
+"""A store while it is being built: in TARGET.partial, renamed when complete.
+
+No half store ever loads.
 
 What an interrupted call has finished is kept in convert-state.json, and counts for the same source only.
 """
@@ -125,7 +127,10 @@ def finish(
 
 
 def _fingerprint(folder: Path) -> str:
-    """The routing fingerprint of a store that has none yet; transformers opens it by our plug-in (runtime.quantizer)."""
+    """The routing fingerprint of a store that has none yet.
+
+    transformers opens the store by our plug-in (runtime.quantizer).
+    """
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = {**config.quantization_config, "slots": 0}
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)

@@ -39,7 +39,7 @@ DEQUANTISABLE = ("fp8", "mxfp4")  # what transformers turns back into plain weig
 
 
 def dequantizer(config: Any) -> Any:
-    """transformers' HfQuantizer that turns a quantised checkpoint into plain weights; None: it is not quantised.
+    """transformers' HfQuantizer that turns a quantised checkpoint into plain weights; None for a plain one.
 
     Raises:
         MelinoeError: quantised in a format that we cannot stream.
@@ -71,7 +71,8 @@ def plan(
         quantizer: what `dequantizer` gave for the checkpoint.
 
     Returns:
-        {expert parameter: its sources}, {other tensor of the model: its name there, "" where it is not taken as it is}.
+        {expert parameter: its sources}, {other tensor of the model: its name there, "" where it is not taken
+        as it is}.
 
     Raises:
         MelinoeError: the checkpoint lacks tensors of an expert parameter.
@@ -210,7 +211,8 @@ def per_expert(group: list[str], num_experts: int) -> bool:
 def check_counts(shards: Shards, target: str, names: dict[str, list[str]], num_experts: int) -> None:
     """Refuses groups that are neither one tensor for each expert nor one tensor of all experts.
 
-    The position in a group is the expert's number: with a tensor missing, experts would be mistaken for others.
+    The position in a group is the expert's number: with a tensor missing, experts would be mistaken for
+    others.
     """
     for group in names.values():
         rows = shards.entries[group[0]].shape[0]

@@ -37,7 +37,7 @@ class Tuning:
 
 @torch.no_grad()
 def open_tuning(folder: str | Path, model: nn.Module, shards: Shards, rest: dict[str, str]) -> Tuning:
-    """Opens an adapter for the checkpoint whose skeleton is `model`; the skeleton's routers get their weights.
+    """Opens an adapter for the checkpoint whose skeleton is `model`; fills the skeleton's routers.
 
     Args:
         rest: {name in the checkpoint: name in the model}, from `checkpoint.plan`.

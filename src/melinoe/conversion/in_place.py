@@ -47,7 +47,8 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
         target: folder to make; an in-place store that stands there is replaced.
 
     Raises:
-        NotInPlaceError: the experts are transposed, interleaved, quantised or of another dtype in the checkpoint.
+        NotInPlaceError: the experts are transposed, interleaved, quantised or of another dtype in the
+            checkpoint.
         MelinoeError: no such model, a dense model, or a target in the way.
     """
     folder, target = local_folder(resolve_model(source)), Path(target)
@@ -136,7 +137,7 @@ def _layers(model: nn.Module, shards: Shards, expert_plan: dict[str, Sources]) -
 def _pieces(
     model: nn.Module, shards: Shards, target: str, sources: Sources, num_experts: int
 ) -> list[list[tuple[Path, int, int]]]:
-    """For each expert of one parameter: (file, byte offset, bytes) of its pieces, in the parameter's order."""
+    """For each expert of one parameter: (file, byte offset, bytes) of its pieces, in order."""
     converter, names = sources
     checkpoint.check_counts(shards, target, names, num_experts)
     dtype, groups = model.get_parameter(target).dtype, list(names.values())
@@ -150,8 +151,8 @@ def _pieces(
             raise _not(f"{target} has another shape there")
         order = [0]
     else:
-        order = _order(model, target, converter, [(p, entries[i], g) for i, (p, g) in enumerate(names.items())],
-                       num_experts)  # fmt: skip
+        patterns = [(p, entries[i], g) for i, (p, g) in enumerate(names.items())]
+        order = _order(model, target, converter, patterns, num_experts)
     result: list[list[tuple[Path, int, int]]] = []
     for expert in range(num_experts):
         one = []

@@ -1,4 +1,7 @@
-"""Data sets of the Hugging Face Hub, through the optional `datasets` library: `owner/name` or `owner/name:config`."""
+"""Data sets of the Hugging Face Hub, through the optional `datasets` library.
+
+A data set is named `owner/name` or `owner/name:config`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def read(source: str, split: str, limit: int | None = None) -> Iterable[dict[str
         import datasets
     except ImportError:
         raise MelinoeError(
-            f"{source} is no file or folder here, and without the package datasets it cannot be sought on the Hub",
+            f"{source} is no file or folder here, and without the package datasets it cannot be sought on the"
+            " Hub",
             next_step="check the path, or: pip install 'melinoe-moe[data]'",
         ) from None
     name, _, config = source.partition(":")

@@ -1,9 +1,10 @@
 """Text rows: what tune, trace, evaluate and demo read.
 
-A data set is a .jsonl file, a folder with train.jsonl, valid.jsonl and test.jsonl, the id of one on the Hugging Face Hub
-(hub_data.py), or `tiny`, the embedded workload. Each line holds `messages`, or `prompt` and `completion` (under this or another known pair of
-names), or `text`; the kind is detected line by line. Encoding uses
-the tokenizer's chat template where it has one, so that a model is tuned on what it will be asked.
+A data set is a .jsonl file, a folder with train.jsonl, valid.jsonl and test.jsonl, the id of one on the
+Hugging Face Hub (hub_data.py), or `tiny`, the embedded workload. Each line holds `messages`, or `prompt` and
+`completion` (under this or another known pair of names), or `text`; the kind is detected line by line.
+Encoding uses the tokenizer's chat template where it has one, so that a model is tuned on what it will be
+asked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from melinoe.data import hub as hub_data
 from melinoe.errors import MelinoeError
 
 SPLITS = ("train", "valid", "test")
-# names under which well-known data sets hold prompt and completion, and what is put below the prompt if it is there
+# names under which well-known data sets hold prompt and completion, and what is put below the prompt if it is
+# there
 PAIRS = (
     ("prompt", "completion", ()),
     ("question", "answer", ()),  # GSM8K
@@ -29,7 +31,10 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `messages` is the conversation before the completion; `kind`: the columns it was read from."""
+    """One example.
+
+    `messages` is the conversation before the completion, `kind` the columns that it was read from.
+    """
 
     messages: tuple[dict[str, str], ...]
     completion: str
@@ -94,7 +99,8 @@ def read_rows(path: str | Path, split: str = "train", limit: int | None = None) 
     """Rows of a file, or of one split of a folder or of a data set on the Hub.
 
     Args:
-        path: a .jsonl file (then `split` is not looked at), a folder of train/valid/test.jsonl, a Hub id, or `tiny`.
+        path: a .jsonl file (then `split` is not looked at), a folder of train/valid/test.jsonl, a Hub id, or
+            `tiny`.
         split: which part of a folder or data set.
         limit: at most this many rows, from the start.
 

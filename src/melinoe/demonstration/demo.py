@@ -265,7 +265,8 @@ class _Demo:
                 row.pop("per_sequence", None)
         ratio = pairs["tuned / control"]
         self.stages.note(
-            f"loads per token, tuned / control: {ratio['ratio']:.3f} (95% interval {ratio['low']:.3f} to {ratio['high']:.3f})"
+            f"loads per token, tuned / control: {ratio['ratio']:.3f}"
+            f" (95% interval {ratio['low']:.3f} to {ratio['high']:.3f})"
         )
         return {"results": results, "pairs": pairs}
 

@@ -1,4 +1,6 @@
-"""One contestant of the speed table, in a process of its own: `python -m melinoe.demonstration.run_contestant TASK.json`.
+"""One contestant of the speed table, in a process of its own.
+
+It is started as `python -m melinoe.demonstration.run_contestant TASK.json`.
 
 Every request starts cold and greedy with a fixed number of tokens, so that contestants do the same
 work; a second pass over the same prompts keeps the slots between requests. Prints one JSON object.

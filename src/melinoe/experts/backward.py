@@ -1,22 +1,22 @@
 """A layer's routed experts as one differentiable function: what `tuning_experts` computes with.
 
-The experts' own weights are frozen, and come one expert after the other from where they are: the module's parameters, or the
-pager's slots. A slot is overwritten as soon as its expert has been served, so nothing of it may wait for the backward
-pass: that asks the pager again, and every expert is read at most once per pass.
+The experts' own weights are frozen, and come one expert after the other from where they are: the module's
+parameters, or the pager's slots. A slot is overwritten as soon as its expert has been served, so nothing of
+it may wait for the backward pass: that asks the pager again, and every expert is read at most once per pass.
 
-What is kept per routed row are the up projection's output and x A^T of both projections. The rows that went in are
-gathered again from the hidden states, which most routers keep anyway, and the gate is computed again. The experts' outputs are
-not kept either: the gradient of a routing weight, <g, y>, is <g W + scale (g B) A, act> + <g, bias>, and its first
-factor is what the backward pass needs for the gate in any case.
+What is kept per routed row are the up projection's output and x A^T of both projections. The rows that went
+in are gathered again from the hidden states, which most routers keep anyway, and the gate is computed again.
+The experts' outputs are not kept either: the gradient of a routing weight, <g, y>, is <g W + scale (g B) A,
+act> + <g, bias>, and its first factor is what the backward pass needs for the gate in any case.
 
-Each pass over paged experts begins with those that the pass before has left in the slots, so of E experts in C slots a step
-reads 2 (E - C) per layer, and 3 (E - C) with gradient checkpointing. The policy sees each pass as a prompt of one
-token that asks for all experts of the batch, padding included; the statistics count it as training, apart from
-prefill and decoding. Products and sums are the same for resident and paged experts, in the same order; paged
-weights of another dtype are converted to that of the rows at each use.
+Each pass over paged experts begins with those that the pass before has left in the slots, so of E experts in
+C slots a step reads 2 (E - C) per layer, and 3 (E - C) with gradient checkpointing. The policy sees each pass
+as a prompt of one token that asks for all experts of the batch, padding included; the statistics count it as
+training, apart from prefill and decoding. Products and sums are the same for resident and paged experts, in
+the same order; paged weights of another dtype are converted to that of the rows at each use.
 
-Shape suffixes: T tokens, K experts per token, N = T * K routed rows sorted by expert, H hidden, I inner (what the up
-projection gives), E experts, R rank, O and I of a weight its outputs and inputs.
+Shape suffixes: T tokens, K experts per token, N = T * K routed rows sorted by expert, H hidden, I inner (what
+the up projection gives), E experts, R rank, O and I of a weight its outputs and inputs.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def field_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 class _Experts:
     """One layer's experts as a pass needs them: rows and weights of one after the other.
 
-    Holds no tensor of the batch: this waits for the backward pass beside what autograd keeps or, with gradient
-    checkpointing, drops.
+    Holds no tensor of the batch: this waits for the backward pass beside what autograd keeps or, with
+    gradient checkpointing, drops.
     """
 
     def __init__(self, module: Any, names: tuple[str, str], ends: list[int], scale: float) -> None:
@@ -104,7 +104,13 @@ class _Experts:
             out.add_(bias)
 
     def back(
-        self, g: torch.Tensor, views: Views, side: int, a_RI: torch.Tensor, g_inner: torch.Tensor, out: torch.Tensor
+        self,
+        g: torch.Tensor,
+        views: Views,
+        side: int,
+        a_RI: torch.Tensor,
+        g_inner: torch.Tensor,
+        out: torch.Tensor,
     ) -> None:  # fmt: skip
         """out = g W + g_inner A, the gradient of a projection's input."""
         torch.mm(g, self.weight_OI(views, side, g.dtype), out=out)

@@ -116,7 +116,8 @@ def fold_expert(
 ) -> None:
     """Adds one expert's factors to its weight in place, W += (alpha / r) B A, summed in float32.
 
-    Some output rows at a time: a record may be hundreds of MiB, and float32 sums of all of it several records.
+    Some output rows at a time: a record may be hundreds of MiB, and float32 sums of all of it several
+    records.
     """
     a_ERI, b_EOR = low_rank.factors(projection)
     a_RI, b_OR = a_ERI[expert].float(), b_EOR[expert].float()

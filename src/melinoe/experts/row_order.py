@@ -1,4 +1,6 @@
-"""Tokens to rows sorted by expert, and the experts' outputs back to tokens; both with a backward pass of their own.
+"""Tokens to rows sorted by expert, and the experts' outputs back to tokens.
+
+Both have a backward pass of their own.
 
 Shape suffixes: T tokens, K experts per token, N = T * K rows sorted by expert, H hidden.
 """
@@ -16,8 +18,8 @@ from torch.nn import functional as F
 class Order:
     """Which row of N stands for which choice of a token.
 
-    token_N: the token of each row. place_TK: the row of each choice. ends: for every expert the row behind its last;
-    rows behind the last expert's belong to none (expert-parallel sentinels) and give nothing.
+    token_N: the token of each row. place_TK: the row of each choice. ends: for every expert the row behind
+    its last; rows behind the last expert's belong to none (expert-parallel sentinels) and give nothing.
     """
 
     token_N: torch.Tensor

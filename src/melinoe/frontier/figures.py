@@ -50,8 +50,8 @@ def _draw(axes: Any, result: dict[str, Any], data: str) -> None:
         axes.axvline(1 + loss, color="#bbb", lw=0.9, ls="--", zorder=0)
         axes.axhline(1 / times, color="#bbb", lw=0.9, ls="--", zorder=0)
         axes.annotate(
-            f"{times} times fewer", (1, 1 / times), xycoords=("axes fraction", "data"), fontsize=8, color=GREY,
-            ha="right", va="bottom",
+            f"{times} times fewer", (1, 1 / times), xycoords=("axes fraction", "data"), fontsize=8,
+            color=GREY, ha="right", va="bottom",
         )  # fmt: skip
         axes.annotate(
             f"+{loss:.0%}", (1 + loss, 0), xycoords=("data", "axes fraction"), fontsize=8, color=GREY,
@@ -124,8 +124,8 @@ def _names(axes: Any, result: dict[str, Any], data: str) -> None:
         best = max(sides, key=lambda offset: min(room(offset), 11))  # the first of those with room enough
         taken.append((x + best[0], y + best[1]))
         axes.annotate(
-            point["name"], place, xytext=best, textcoords="offset points", fontsize=8, ha="center", va="center",
-            color=colours[point["curve"]],
+            point["name"], place, xytext=best, textcoords="offset points", fontsize=8, ha="center",
+            va="center", color=colours[point["curve"]],
         )  # fmt: skip
 
 
@@ -152,8 +152,9 @@ def budgets(result: dict[str, Any], data: str) -> str:
         for ratio, point in sorted(ends, key=lambda end: end[0]):
             lowest = max(ratio, lowest + NAME_HEIGHT / height)
             axes.annotate(
-                point["name"], (len(sizes) - 1, ratio), xytext=(len(sizes) - 0.9, lowest), fontsize=8, va="center",
-                color=colours[point["curve"]], arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#bbb"},
+                point["name"], (len(sizes) - 1, ratio), xytext=(len(sizes) - 0.9, lowest), fontsize=8,
+                va="center", color=colours[point["curve"]],
+                arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#bbb"},
             )  # fmt: skip
         axes.axhline(1, color="black", lw=1)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])

@@ -62,7 +62,9 @@ class Point:
 def read_sweep(
     source: str | Path | list[dict[str, Any]], common: dict[str, Any] | None = None
 ) -> tuple[list[Point], dict[str, Any]]:
-    """(points, what is measured) of a file, of a list of {"name", settings ...}, or the built-in list (`default`); control first.
+    """(points, what is measured) of a file, of a list of {"name", settings ...}, or of `default`.
+
+    The control comes first.
 
     Args:
         common: settings of all points, over the file's own common ones, under those of each point.

@@ -45,7 +45,7 @@ class Job:
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
-    """Does what is left to do; returns the measurements, {"tuned", "code", "predictor", "data": {name: ...}}."""
+    """Does what is left to do; returns {"tuned", "code", "predictor", "data": {name: measurements}}."""
     from melinoe.frontier.measuring import Measuring, fit, measure
     from melinoe.measure.trace import open_model
 

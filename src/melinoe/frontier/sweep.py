@@ -72,8 +72,8 @@ def sweep(
 
     Returns:
         What result.json holds: {"format", "version", "settings", "machine", "base", "points": [{"name",
-        "curve", "settings", "tuned", "held_out": {"perplexity", "loads", "static", "load_entropy", "to_control",
-        "seeds", ...}, "out_of_domain": the same}]}; docs/sweep.md describes it.
+        "curve", "settings", "tuned", "held_out": {"perplexity", "loads", "static", "load_entropy",
+        "to_control", "seeds", ...}, "out_of_domain": the same}]}; docs/sweep.md describes it.
 
     Raises:
         MelinoeError: a bad sweep, settings, model or data, or a point that failed; finished ones are kept.
@@ -183,7 +183,8 @@ def _pool(
 ) -> dict[str, Any]:
     """Several seeds as one: sums of sums over the same sequences; entropies are means over seeds.
 
-    Of several origins also each by itself, unless rows were left out as too long: then nobody says which are whose.
+    Of several origins also each by itself, unless rows were left out as too long: then nobody says which are
+    whose.
     """
     mine, others = pooled([one["sums"] for one in own]), pooled([one["sums"] for one in control])
     layers = [sum(values) / len(own) for values in zip(*(one["load_entropy"] for one in own), strict=True)]

@@ -154,9 +154,9 @@ def document(result: dict[str, Any]) -> str:
     settings, machine = result["settings"], result["machine"]
     parts = [
         f"## Frontier: {settings['model']}",
-        f"{machine['processor']}, {machine['cores']} cores; Python {machine['python']}, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, melinoe {machine['melinoe']}; seeds "
-        f"{', '.join(map(str, settings['seeds']))}; {result['seconds']:.0f} s of this call.",
+        f"{machine['processor']}, {machine['cores']} cores; Python {machine['python']}, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}, melinoe {machine['melinoe']}; "
+        f"seeds {', '.join(map(str, settings['seeds']))}; {result['seconds']:.0f} s of this call.",
     ]
     for data, title in (("held_out", "Held-out rows"), ("out_of_domain", "Out of domain")):
         if data not in result["base"]:
@@ -169,8 +169,8 @@ def document(result: dict[str, Any]) -> str:
         parts += [markdown(by_origin)] if by_origin else []
         parts.append(markdown(seeds_table(result, data)))
     parts.append(
-        "Ratios below 1 are better. Intervals: 95 percent, paired bootstrap over sequences, seeds pooled. own, shared: "
-        "hits of the best fixed set of each sequence and of the one best set for all; balance: entropy of the load over "
-        "experts, 1 is even."
+        "Ratios below 1 are better. Intervals: 95 percent, paired bootstrap over sequences, seeds pooled. "
+        "own, shared: hits of the best fixed set of each sequence and of the one best set for all; "
+        "balance: entropy of the load over experts, 1 is even."
     )
     return "\n\n".join(parts) + "\n"

@@ -18,7 +18,8 @@ def straight_through_requests(requests_TE: torch.Tensor, probabilities_TE: torch
     """r(t): forward the router's own selection, backward the probabilities p_f, over all E experts (Eq. 4).
 
     Args:
-        requests_TE: [..., E] 1 where the router asked for an expert (melinoe.models.router_tap.requests), no gradient.
+        requests_TE: [..., E] 1 where the router asked for an expert (melinoe.models.router_tap.requests), no
+            gradient.
         probabilities_TE: [..., E] p_f, with gradient.
     """
     return requests_TE.detach() + (probabilities_TE - probabilities_TE.detach())
@@ -31,7 +32,8 @@ def boundary_surrogate(
 
     Through p_f the loss moves experts in proportion to their probability: most of all the first choice,
     which is the dearest one to change. What decides about a transfer is who stands on which side of the
-    boundary between the K-th and the next expert, and there a swap costs the least. So the gradient is that of
+    boundary between the K-th and the next expert, and there a swap costs the least. So the gradient is that
+    of
 
         sigmoid((l_i - theta) / temperature),  theta such that they sum to K,
 
@@ -136,8 +138,8 @@ def soft_cache_misses(
         scored_BS: [B, S] bool, the tokens whose misses count (scored_positions).
         capacity: C slots, at least top_k.
         gamma: how slowly the cache forgets; 0 like LRU, 1 like LFU.
-        cache: what stands in the place of c(t) in the product (occupancy.py): "plain", the paper's; "clipped",
-            "lru", "counts", "previous".
+        cache: what stands in the place of c(t) in the product (occupancy.py): "plain", the paper's;
+            "clipped", "lru", "counts", "previous".
         segment_ids: [B, S] the document of each token of a packed row; each starts an empty cache.
         detach_cache: no gradient through the past requests inside c(t) (an ablation).
 
@@ -165,8 +167,8 @@ def simulated_misses(
 ) -> torch.Tensor:
     """[L] experts per scored token that the runtime's default policy would not hold: a number for people.
 
-    The C experts of the largest decayed counts are taken for resident; the policy itself (routing.policies) admits
-    an expert only when it is asked for, which makes next to no difference.
+    The C experts of the largest decayed counts are taken for resident; the policy itself (routing.policies)
+    admits an expert only when it is asked for, which makes next to no difference.
     """
     requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS, segment_ids)
     if not bool(scored_NS.any()):

@@ -1,8 +1,8 @@
 """The quality term of tuning: the data's next token, the base model's own prediction of it, or some of both.
 
-Asking for the base model's distribution (distillation) says of every token what the data says of one sample: less noise
-in the gradient, so more room for the cache's. It costs one more forward pass, of the model without its factors
-and with its old routers; no second model is loaded.
+Asking for the base model's distribution (distillation) says of every token what the data says of one sample:
+less noise in the gradient, so more room for the cache's. It costs one more forward pass, of the model without
+its factors and with its old routers; no second model is loaded.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def logits_at(model: nn.Module, batch: dict[str, torch.Tensor], chosen_BS: torch.Tensor) -> torch.Tensor:
     """[N, V] logits of the chosen positions alone, in order.
 
-    The output layer sees only these: with short answers it would otherwise be a third of a small model's work.
-    Labels are not passed, because several models then add their load-balancing loss, which fights locality.
+    The output layer sees only these: with short answers it would otherwise be a third of a small model's
+    work. Labels are not passed, because several models then add their load-balancing loss, which fights
+    locality.
     """
     ids_BS = batch["input_ids"]
     rows_N = chosen_BS.reshape(-1).nonzero()[:, 0]
@@ -106,7 +107,8 @@ def likelihood(
 ) -> Likelihood:
     """One forward pass with gradient, and with `distill` one of the base model without.
 
-    The base model goes first: what listens to the routers afterwards (RouterTap) must hear the tuned ones alone.
+    The base model goes first: what listens to the routers afterwards (RouterTap) must hear the tuned ones
+    alone.
 
     Args:
         batch: input_ids, attention_mask [B, S], prompt_lengths [B].

@@ -8,8 +8,8 @@ the same requests to [..., S, E] values, the state before token t is served:
     clipped    min(c(t), 1): a slot holds an expert once; the clip is in the loss alone, not in c(t)
     lru        Che's approximation of LRU: 1 - exp(-a T), a the fading rate of requests, T such that all
                experts together fill C slots (Che, Tung and Wang 2002)
-    counts     the runtime's own policy: the C experts of the largest decayed counts (routing.policies), softly
-    previous   what the token before asked for: ReMoE's reward, and no cache at all
+    counts     the runtime's own policy: the C experts of the largest decayed counts (routing.policies),
+    softly previous   what the token before asked for: ReMoE's reward, and no cache at all
 
 Shape suffixes: N caches, S positions, E experts.
 """
@@ -84,7 +84,7 @@ def cache_states(
 
 
 def policy_counts(requests_NSE: torch.Tensor, chunk: int = CHUNK) -> torch.Tensor:
-    """[..., S, E] what the runtime's default policy thinks of each expert before token t, without a prediction."""
+    """[..., S, E] what the default policy, without a prediction, thinks of each expert before token t."""
     slow = decayed_counts(requests_NSE, DECAY, chunk=chunk)
     return slow + RECENCY_WEIGHT * decayed_counts(requests_NSE, RECENCY_DECAY, chunk=chunk)
 

@@ -1,9 +1,9 @@
 """Finds the experts and the routers of any transformers model.
 
-transformers decorates nearly every experts class (`use_experts_implementation`; melinoe.models.undecorated has
-the others) and records every router (`_can_record_outputs["router_logits"]`), so no table of model names is
-needed. Everything above this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules; dense
-layers are not counted. router_tap.py listens to the routers that are found here.
+transformers decorates nearly every experts class (`use_experts_implementation`; melinoe.models.undecorated
+has the others) and records every router (`_can_record_outputs["router_logits"]`), so no table of model names
+is needed. Everything above this file speaks of "MoE layer 0, 1, ..." in the order of the model's modules;
+dense layers are not counted. router_tap.py listens to the routers that are found here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def is_experts(module: nn.Module) -> bool:
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of every experts module, in module order.
 
-    Experts that transformers does not decorate are given the decorator's attributes on the way: they compute as before.
+    Experts that transformers does not decorate are given the decorator's attributes on the way: they compute
+    as before.
     """
     undecorated.decorate(model)
     return [(name, module) for name, module in model.named_modules() if is_experts(module)]

@@ -32,7 +32,8 @@ class ShardFiles:
     """The open shards of an in-place store.
 
     Raises:
-        MelinoeError: a shard is not the one that was indexed: exchanged between the check of the store and now.
+        MelinoeError: a shard is not the one that was indexed: exchanged between the check of the store and
+            now.
     """
 
     def __init__(self, store: Store) -> None:

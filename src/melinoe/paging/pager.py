@@ -38,7 +38,8 @@ class ExpertPager:
         slots: per layer, 0 or more.
         policy: decides what stays; made for the same number of layers, experts and slots.
         staging: records that stream what is not kept, shared by all layers.
-        reader: what moves records; None: from disk into host memory. A DeviceReader puts the slots on its device.
+        reader: what moves records; None: from disk into host memory. A DeviceReader puts the slots on its
+            device.
         packed: slots hold packed records, expanded at each use; for a store whose records are packed.
     """
 
@@ -120,12 +121,14 @@ class ExpertPager:
             training: count the call as one of tuning, not as prefill or decoding.
 
         Raises:
-            MelinoeError: a record could not be read, or this process is a fork of the one that loaded the model.
+            MelinoeError: a record could not be read, or this process is a fork of the one that loaded the
+                model.
         """
         if os.getpid() != self._process:  # it shares the slots with its parent, and has none of the threads
             raise MelinoeError(
                 "an offloaded model cannot be used in a fork of the process that loaded it",
-                next_step="load it in every process (multiprocessing: start method spawn, or load after the fork)",
+                next_step="load it in every process (multiprocessing: start method spawn, or load after the"
+                " fork)",
             )
         with self._lock:
             assert not self._inside, "a call inside a call would overwrite what the outer one uses"

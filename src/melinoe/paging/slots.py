@@ -30,8 +30,8 @@ class RecordBuffer:
     def __init__(self, count: int, record_bytes: int, device: torch.device | None = None) -> None:
         self.count, self.record_bytes = count, record_bytes
         if device is None or device.type == "cpu":
-            # shared with forked children, who must not use it (ExpertPager refuses): private pages that are copied
-            # on a fork while the disk writes to them can be lost (man 2 open, O_DIRECT)
+            # shared with forked children, who must not use it (ExpertPager refuses): private pages that are
+            # copied on a fork while the disk writes to them can be lost (man 2 open, O_DIRECT)
             memory = mmap.mmap(-1, max(1, count) * record_bytes)
             self.tensor = torch.frombuffer(memory, dtype=torch.uint8).view(-1, record_bytes)
         else:

@@ -1,8 +1,8 @@
 """What the pager counts. A request is one expert asked for by one layer in one call.
 
 Hit rate = hits / requests while decoding, cumulative, cold misses included. Loads are records read,
-apart for prefill (misses of the prompt), preload (predicted, not asked for by the prompt) and decode. Passes of
-tuning, forward and backward, are counted by themselves.
+apart for prefill (misses of the prompt), preload (predicted, not asked for by the prompt) and decode. Passes
+of tuning, forward and backward, are counted by themselves.
 """
 
 from __future__ import annotations

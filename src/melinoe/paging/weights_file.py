@@ -1,4 +1,6 @@
-"""An open file that weights are read from: past the page cache, and never unnoticed after somebody wrote to it.
+"""An open file that weights are read from, past the page cache.
+
+That somebody wrote to it never goes unnoticed.
 
 What is open stays readable when the file is deleted or another is renamed over it; only writing into the same
 file could change what an expert is in the middle of a generation.
@@ -26,7 +28,9 @@ class WeightsFile:
         self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
 
     def read(self, destination: memoryview, offset: int) -> None:
-        """Fills `destination` from `offset` on. Where `direct`, address, offset and length are multiples of 4 KiB.
+        """Fills `destination` from `offset` on.
+
+        Where `direct`, address, offset and length are multiples of 4 KiB.
 
         Raises:
             OSError: it cannot be read, or it ends before.

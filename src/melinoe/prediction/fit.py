@@ -137,8 +137,8 @@ def fit_predictor(
         loss (nats per request, held out) and loss_global (that of the global frequencies); recall_predictor
         beside recall_global (one fixed ranking), recall_prefill (ranked by the prompt's own routing: the free
         rival) and recall_oracle (the best fixed set of each sequence: the bound); slots, num_sequences,
-        num_held_out, seconds; prior_tokens, horizon: what the scores are worth to the policy, and for how many
-        decoded tokens (`routing.policies.Strength`): as many as the sequences had on average.
+        num_held_out, seconds; prior_tokens, horizon: what the scores are worth to the policy, and for how
+        many decoded tokens (`routing.policies.Strength`): as many as the sequences had on average.
 
     Raises:
         MelinoeError: a trace of another model, or fewer than 10 sequences with decoded tokens.

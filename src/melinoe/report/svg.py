@@ -17,7 +17,8 @@ def use_matplotlib() -> None:
     matplotlib.use("svg")
     matplotlib.rcParams.update(
         {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.constrained_layout.use": True}
+         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+         "figure.constrained_layout.use": True}
     )  # fmt: skip
 
 

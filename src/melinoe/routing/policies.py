@@ -42,7 +42,8 @@ FADE = 0.95  # per token behind the horizon of a prediction
 class Strength:
     """What a prediction is worth.
 
-    tokens: how many tokens of evidence it counts as. horizon: for how many decoded tokens; behind that it fades.
+    tokens: how many tokens of evidence it counts as. horizon: for how many decoded tokens; behind that it
+    fades.
     """
 
     tokens: float = 50.0
@@ -75,8 +76,8 @@ class Policy:
 
         Args:
             scores: [L, E] how often decoding will ask for each expert, per token; None: no prediction.
-            strength: what the prediction is worth (`Predictor.strength`); None: the usual guess. Only decayed counts
-                look at it.
+            strength: what the prediction is worth (`Predictor.strength`); None: the usual guess. Only decayed
+                counts look at it.
         """
         shape = (self.num_layers, self.num_experts)
         if scores is not None and scores.shape != shape:
@@ -196,8 +197,8 @@ class DecayedCounts(Policy):
 
     The slow counts know the sequence, the fast ones the phrase; the prediction counts like that many
     tokens seen before. A prompt is evidence like any other tokens, so prediction, prefill and decoding
-    are one state and one rule. A prediction is of answers as long as those that the predictor was fitted to; what
-    comes behind them it does not know, and there it fades.
+    are one state and one rule. A prediction is of answers as long as those that the predictor was fitted to;
+    what comes behind them it does not know, and there it fades.
 
     Trust keeps a prediction that fails (a prompt of another kind than the predictor was fitted to) from
     doing harm. It is the probability that the prediction beats an even guess: it starts at 0.88, and its

@@ -91,9 +91,9 @@ def strip(model: nn.Module) -> None:
 def unmap(model: nn.Module) -> None:
     """Gives weights on the CPU memory of their own, at the start of a cache line.
 
-    from_pretrained maps them from the file. That may be overwritten by its owner while it is in use; what is mapped
-    would change with it, or end the process where the file became shorter. And matrix libraries may round by
-    where weights lie (see `loader.align`).
+    from_pretrained maps them from the file. That may be overwritten by its owner while it is in use; what is
+    mapped would change with it, or end the process where the file became shorter. And matrix libraries may
+    round by where weights lie (see `loader.align`).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
@@ -139,7 +139,10 @@ def attach(model: Any, store: Store, settings: Any) -> None:
 
 
 def _refuse_to_move(self: Any, function: Any, *rest: Any) -> Any:
-    """In place of `nn.Module._apply`, which to(), half(), cuda() and others of this model or one around it call."""
+    """In place of `nn.Module._apply`, which to(), half(), cuda() and others call.
+
+    They may be called on this model or on one around it.
+    """
     weight = next(self.parameters())
     moved = function(weight.new_empty(0))
     if (moved.dtype, moved.device) != (weight.dtype, weight.device):

@@ -38,12 +38,16 @@ class Budget:
         return (
             f"resident {format_bytes(self.resident_bytes)} + KV cache {format_bytes(self.cache_bytes)}"
             f" + work {format_bytes(self.work_bytes)} + staging {format_bytes(self.staging_bytes)}"
-            f" + {self.slots} slots per layer {format_bytes(self.slot_bytes)} = {format_bytes(self.total_bytes)}"
+            f" + {self.slots} slots per layer {format_bytes(self.slot_bytes)}"
+            f" = {format_bytes(self.total_bytes)}"
         )
 
 
 def _cache_bytes_per_token(model: nn.Module) -> int:
-    """At most, of one sequence: as if every layer had full attention (hybrids and sliding windows need less)."""
+    """Bytes of one sequence at most.
+
+    Counted as if every layer had full attention: hybrids and sliding windows need less.
+    """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

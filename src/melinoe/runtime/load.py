@@ -53,10 +53,10 @@ def load(
         policy: decay (default), lru, lfu or static.
         device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
         dtype: only the store's own.
-        slots_format: of a store converted with `format`: packed (slots hold records as they are stored, expanded
-            at each use) or expanded (to full size when they arrive); None: expanded.
-        context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text works,
-            and takes more memory than was asked for.
+        slots_format: of a store converted with `format`: packed (slots hold records as they are stored,
+            expanded at each use) or expanded (to full size when they arrive); None: expanded.
+        context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text
+            works, and takes more memory than was asked for.
 
     Returns:
         A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
@@ -106,8 +106,8 @@ def load_for_tuning(
         slots_format: packed or expanded, as for `load`.
 
     Returns:
-        The model, frozen, in eval mode. Its policy is least recently used: what a forward pass has asked for is asked
-        again by its backward pass, so there is no better use of a slot in between.
+        The model, frozen, in eval mode. Its policy is least recently used: what a forward pass has asked for
+        is asked again by its backward pass, so there is no better use of a slot in between.
 
     Raises:
         MelinoeError: see `open_store`.

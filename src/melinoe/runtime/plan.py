@@ -40,16 +40,17 @@ def plan(
     """Where the bytes of a budget go, and how fast decoding can be at best.
 
     Args:
-        source: a store or a checkpoint. Its config is read, and of a store or a checkpoint that can be read in place
-            some experts, to measure. The weights of a Hub id are not fetched.
+        source: a store or a checkpoint. Its config is read, and of a store or a checkpoint that can be read
+            in place some experts, to measure. The weights of a Hub id are not fetched.
         memory, slots: as for `melinoe.load`.
         context: tokens of KV cache to set aside.
         slots_format: packed or expanded, as for `melinoe.load`.
         measure_seconds: how long to read records for the bandwidth; 0: not at all.
 
     Returns:
-        {"budget": {...}, "num_experts", "experts_per_token", "record_bytes", "records_per_token", "bytes_per_token", "bandwidth" (bytes per second, or
-        None), "not_measured" (why there is no bandwidth, or None), "ceiling_tokens_per_second": {hit rate: tok/s}}.
+        {"budget": {...}, "num_experts", "experts_per_token", "record_bytes", "records_per_token",
+        "bytes_per_token", "bandwidth" (bytes per second, or None), "not_measured" (why there is no bandwidth,
+        or None), "ceiling_tokens_per_second": {hit rate: tok/s}}.
         The ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
 
     Raises:
@@ -105,7 +106,7 @@ def plan(
 
 
 def deployed_slots(source: str | Path, memory: int | str, device: str = "cpu") -> int:
-    """C for tuning: the records per layer that `generate --memory` will have, and at least the K of one token.
+    """C for tuning: the records per layer that `generate --memory` will have, at least the K of one token.
 
     Raises:
         MelinoeError: as for `plan`.
@@ -115,7 +116,10 @@ def deployed_slots(source: str | Path, memory: int | str, device: str = "cpu") -
 
 
 def _store_of(folder: Path, scratch: Path) -> tuple[Store | None, str | None]:
-    """The store of a model folder (an index of a checkpoint is made in `scratch`), or None and why there is none."""
+    """The store of a model folder, or None and why there is none.
+
+    The index of a checkpoint is made in `scratch`.
+    """
     if is_store(folder):
         return open_store(folder), None
     if not any(folder.glob("*.safetensors")):
@@ -155,8 +159,9 @@ def describe(result: dict[str, Any]) -> str:
     slots, experts = result["budget"]["slots"], result["num_experts"]
     lines = [
         result["budget"]["text"],
-        f"{slots} of {experts} experts of each layer in memory; a token asks for {result['records_per_token']} records"
-        f" of {format_bytes(result['record_bytes'])}, {format_bytes(result['bytes_per_token'])} if none is there",
+        f"{slots} of {experts} experts of each layer in memory; a token asks for"
+        f" {result['records_per_token']} records of {format_bytes(result['record_bytes'])},"
+        f" {format_bytes(result['bytes_per_token'])} if none is there",
     ]
     if result["bandwidth"]:
         lines.append(f"reading reaches {format_bytes(result['bandwidth'])}/s; at best, by hit rate:")

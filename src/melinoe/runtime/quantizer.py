@@ -30,9 +30,11 @@ class MelinoeConfig(QuantizationConfigMixin):
         policy: what decides who stays: decay, lru, lfu, static.
         predictor: path of a predictor, or None.
         slots_format: packed or expanded, for a store with packed records; None: the default.
-        context: tokens of KV cache that the budget sets aside; None: the model's, at most budget.DEFAULT_CONTEXT.
+        context: tokens of KV cache that the budget sets aside; None: the model's, at most
+            budget.DEFAULT_CONTEXT.
         extra_bytes: memory that the budget must leave for something else, such as an adapter.
-        any_dtype: the model may be opened in another dtype than the records have (tuning converts them at each use).
+        any_dtype: the model may be opened in another dtype than the records have (tuning converts them at
+            each use).
     """
 
     def __init__(

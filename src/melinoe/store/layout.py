@@ -1,7 +1,8 @@
 """The expert record: every tensor of one expert, contiguous, in one padded block of bytes.
 
-The layout follows from the experts module's own parameters (experts stand in dimension 0), so biases, transposed and gate-less experts need no special code. Fields start at multiples of 64
-bytes, records at multiples of 4 KiB: one read, or one copy, moves one expert.
+The layout follows from the experts module's own parameters (experts stand in dimension 0), so biases,
+transposed and gate-less experts need no special code. Fields start at multiples of 64 bytes, records at
+multiples of 4 KiB: one read, or one copy, moves one expert.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def per_expert(parameter: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """A parameter with one row per expert in dimension 0: [E, ...] as it is, dbrx's [E * F, H] as [E, F, H]."""
+    """A parameter with one row per expert in dimension 0.
+
+    [E, ...] stays as it is, dbrx's [E * F, H] becomes [E, F, H].
+    """
     if parameter.shape[0] == num_experts:
         return parameter
     assert parameter.shape[0] % num_experts == 0, (parameter.shape, num_experts)

@@ -38,7 +38,10 @@ MANIFEST = "melinoe.json"
 
 @dataclass(frozen=True)
 class Store:
-    """An opened store; nothing of the experts has been read. shards: of an in-place store, links in the folder."""
+    """An opened store; nothing of the experts has been read.
+
+    shards: of an in-place store, links in the folder.
+    """
 
     folder: Path
     fingerprint: str

@@ -134,7 +134,7 @@ def check_format(name: str) -> None:
 
 
 def packing_of(name: str, layout: RecordLayout, transposed: bool) -> Packing | None:
-    """How records of a layout are packed in a store format; None for `auto`, which leaves them as they are."""
+    """How records of a layout are packed in a store format; None for `auto`, which packs nothing."""
     return None if name == "auto" else Packing(name, transposed, layout)
 
 
@@ -194,7 +194,10 @@ def _quantise(
 def _dequantise(
     values: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, name: str, dimension: int
 ) -> None:
-    """values = codes * scale, a block at a time. A code fits every floating dtype, so only the product rounds."""
+    """values = codes * scale, a block at a time.
+
+    A code fits every floating dtype, so only the product rounds.
+    """
     step = max(1, _BLOCK // values[0].numel())
     half, length = codes.shape[dimension], values.shape[dimension]
     space = None

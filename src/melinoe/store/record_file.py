@@ -1,7 +1,7 @@
 """One MoE layer of a store: where its records are, and the file they are written to.
 
-A record file is ordinary safetensors, so any tool can read it: each record is one U8 tensor that includes its padding,
-and the header is padded with spaces, which puts every record on a 4 KiB boundary of the file.
+A record file is ordinary safetensors, so any tool can read it: each record is one U8 tensor that includes its
+padding, and the header is padded with spaces, which puts every record on a 4 KiB boundary of the file.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class StoredLayer:
     """One MoE layer on disk. layout: of a record as it is stored. checksums: CRC-32 of each record.
 
     packing: how the layout follows from the module's own; None: it is the module's own.
-    In place: `pieces` are (place in the record, bytes), the same for every expert of the layer, and `sources` says
-    for each expert where each piece stands: (number of the shard, byte offset). Checksums are of the pieces, one
-    after the other, and may not be known yet.
+    In place: `pieces` are (place in the record, bytes), the same for every expert of the layer, and `sources`
+    says for each expert where each piece stands: (number of the shard, byte offset). Checksums are of the
+    pieces, one after the other, and may not be known yet.
     """
 
     experts_name: str

@@ -121,7 +121,7 @@ class Shards:
         return _read(entry.path, entry.start, entry.nbytes).view(entry.dtype).view(entry.shape)
 
     def part(self, name: str, index: int, count: int) -> torch.Tensor:
-        """The part `index` of `count` equal ones of a tensor's first dimension; nothing else of it is read."""
+        """The part `index` of `count` equal ones of a tensor's first dimension; no other part is read."""
         entry = self.entries[name]
         nbytes = entry.nbytes // count
         data = _read(entry.path, entry.start + index * nbytes, nbytes)

@@ -1,9 +1,9 @@
 """The embedded workload: 24 kinds of text task with exact answers, made here and endless.
 
 A row is {"task", "prompt", "completion"}; the completion writes out its steps (those of `STEPWISE`;
-mental arithmetic has none) and ends in a line `answer: X`. A prompt belongs to exactly one split, decided by a hash of the prompt, so that no
-split ever sees another's prompts, whatever the seed. Standard library only: the generator runs
-inside training and in tests. Operand ranges are stated in each task's docstring.
+mental arithmetic has none) and ends in a line `answer: X`. A prompt belongs to exactly one split, decided by
+a hash of the prompt, so that no split ever sees another's prompts, whatever the seed. Standard library only:
+the generator runs inside training and in tests. Operand ranges are stated in each task's docstring.
 """
 
 from __future__ import annotations

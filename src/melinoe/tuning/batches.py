@@ -1,12 +1,13 @@
 """Rows to batches: a budget of tokens, rows of like length together, the order set by the seed.
 
-A step is a list of rows. It is computed in parts of at most `batch_tokens` padded tokens: one after the other where gradients
-are accumulated, side by side where several processes run. Part p of n is `rows[p::n]`, so that all
-parts are about as long. What a step's losses are divided by is counted over the whole step, here, so that a part
-needs to know nothing of the others.
+A step is a list of rows. It is computed in parts of at most `batch_tokens` padded tokens: one after the other
+where gradients are accumulated, side by side where several processes run. Part p of n is `rows[p::n]`, so
+that all parts are about as long. What a step's losses are divided by is counted over the whole step, here, so
+that a part needs to know nothing of the others.
 
-Rows are padded, not packed into one another: with rows of like length together a few percent of a batch are padding
-(`padding_share`), and no attention mask, position or state-space layer has to be told where a document ends.
+Rows are padded, not packed into one another: with rows of like length together a few percent of a batch are
+padding (`padding_share`), and no attention mask, position or state-space layer has to be told where a
+document ends.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many st
 def plan_batches(
     lengths: list[int], batch_tokens: int, num_steps: int, seed: int, parts: int = 1
 ) -> list[list[int]]:
-    """`num_steps` lists of row numbers; each part of one, padded to its longest row, has at most `batch_tokens` tokens.
+    """`num_steps` lists of row numbers.
+
+    Each part of one, padded to its longest row, has at most `batch_tokens` tokens.
 
     Every row comes once per pass over the data, and passes follow each other without a seam. Mixed pools keep
     short and long rows in every stretch of the run.
@@ -76,7 +79,10 @@ def padding_share(lengths: list[int], plan: list[list[int]], parts: int = 1) -> 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What a whole step holds, all parts together: real tokens, rows, completion tokens, tokens whose ranks are matched."""
+    """What a whole step holds, all parts together.
+
+    tokens: real ones, not padding. ranked: the tokens whose ranks are matched.
+    """
 
     tokens: int
     rows: int
@@ -87,8 +93,8 @@ class StepCounts:
 class Batches(torch.utils.data.Dataset):
     """Dataset of the batches that one process computes, in order, `accumulate` of them per step.
 
-    An item is padded right: {input_ids, attention_mask [B, S], prompt_lengths [B], ranked [B, S] bool (the tokens
-    whose ranks are matched), counts (StepCounts)}.
+    An item is padded right: {input_ids, attention_mask [B, S], prompt_lengths [B], ranked [B, S] bool (the
+    tokens whose ranks are matched), counts (StepCounts)}.
 
     Args:
         plan: of plan_batches, for accumulate * processes parts.

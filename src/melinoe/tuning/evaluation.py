@@ -1,7 +1,8 @@
 """Held-out rows while tuning runs: what the answers cost in likelihood, and what decoding them would load.
 
-Teacher-forced, as everywhere: a row read whole asks the same experts as one decoded token by token. The loads are those of
-the runtime's default policy at the tuned number of slots, each sequence from an empty cache, without a prediction.
+Teacher-forced, as everywhere: a row read whole asks the same experts as one decoded token by token. The loads
+are those of the runtime's default policy at the tuned number of slots, each sequence from an empty cache,
+without a prediction.
 """
 
 from __future__ import annotations
@@ -60,9 +61,12 @@ class Evaluation:
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, Any]:
-        """{"nll": nats per completion token, "perplexity", "hit_rate", "loads_per_token", "rows", "slots", "seconds"}.
+        """{"nll", "perplexity", "hit_rate", "loads_per_token", "rows", "slots", "seconds"}.
 
-        hit_rate and loads_per_token are of decoding, loads summed over layers; all None where not finite or nothing decoded.
+        nll is in nats per completion token.
+
+        hit_rate and loads_per_token are of decoding, loads summed over layers; all None where not finite or
+        nothing decoded.
         """
         started = time.monotonic()
         was_training = model.training

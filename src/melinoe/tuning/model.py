@@ -1,4 +1,7 @@
-"""The model that is tuned: opened resident or paged, frozen but for its routers and the experts' new factors."""
+"""The model that is tuned: opened resident or paged.
+
+It is frozen but for its routers and the experts' new factors.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Recipes: the settings of one tuning run in a YAML file, `melinoe tune --recipe FILE`.
 
-A flat mapping. Its keys are the fields of TuneSettings, and `model`, `data`, `eval_data`; comments say where the values
-come from and what they gave.
+A flat mapping. Its keys are the fields of TuneSettings, and `model`, `data`, `eval_data`; comments say where
+the values come from and what they gave.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Whether a run goes on where another was interrupted: the same settings, data and base model, and a checkpoint."""
+"""Whether a run goes on where another was interrupted.
+
+It does with the same settings, data and base model, and a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,9 @@ def run_identity(
 ) -> dict[str, Any]:
     """What a run must share with an interrupted one to go on with it.
 
-    Two processes may go on with what one accumulated in two parts: only the number of parts counts. Experts may have been
-    paged before and resident now; base_format says how they are rounded, which the fingerprint does not.
+    Two processes may go on with what one accumulated in two parts: only the number of parts counts. Experts
+    may have been paged before and resident now; base_format says how they are rounded, which the fingerprint
+    does not.
     """
     digest = hashlib.sha256(json.dumps([row.ids for row in encoded]).encode()).hexdigest()[:16]
     named = {name: value for name, value in settings.as_dict().items() if name not in FREE}

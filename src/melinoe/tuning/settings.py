@@ -15,8 +15,8 @@ class Objective:
     """What `--objective NAME` stands for.
 
     cache: what the requests are held against (occupancy.py).
-    gradient: the way back through r(t): "probabilities", p_f as in the paper, or "boundary", near the K-th choice.
-    lambda_cs, lambda_rm: weights where none are given.
+    gradient: the way back through r(t): "probabilities", p_f as in the paper, or "boundary", near the K-th
+    choice. lambda_cs, lambda_rm: weights where none are given.
     anchor: what keeps the router near the base's: "ranks", the paper's loss, or "divergence", KL(p_b, p_f).
     experts: whether the experts' low-rank factors are trained besides the routers.
     cooldown: share of the run over which the weights fall to nothing, where none is given.
@@ -43,8 +43,9 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-# Over the width of the hidden states: AdamW moves every weight by about its rate, and a sum over `width` of them by that
-# many times more, so what is right at one width is right at another after division. Measured at 128 and 192 (docs/log.md).
+# Over the width of the hidden states: AdamW moves every weight by about its rate, and a sum over `width` of
+# them by that many times more, so what is right at one width is right at another after division. Measured at
+# 128 and 192 (docs/log.md).
 LEARNING_RATE, ROUTER_LEARNING_RATE = 0.75, 0.38
 
 
@@ -56,15 +57,20 @@ class TuneSettings:
     lambda_cs, lambda_rm: weights of the cache simulation and the rank matching loss (Eq. 6); both 0 is
         the control, the same fine-tune without locality.
     objective: a name of OBJECTIVES; "paper" is Eq. 4 and 5 as printed.
-    distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution instead of
+    distill: 0 .. 1, share of the quality term that asks for the base model's own next-token distribution
+    instead of
         the data's next token; distill_prompt: on the prompt's tokens as well.
-    ramp, cooldown: the weights rise in a straight line over the first share of the run, and fall to nothing over the
+    ramp, cooldown: the weights rise in a straight line over the first share of the run, and fall to nothing
+    over the
         last (None: as the objective has it): what has become local stays so, and the answers recover.
-    balance: price on experts that all sequences ask for, in misses per request of one that is asked twice as often as
+    balance: price on experts that all sequences ask for, in misses per request of one that is asked twice as
+    often as
         the average; it turns concentration on one set for all into one set for each.
-    target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity), instead of a
+    target_hit_rate, max_quality_loss: what is wanted or may be paid (0.01: one percent of perplexity),
+    instead of a
         weight: lambda_cs is multiplied by a factor that control.py moves. One of the two.
-    relative: with the boundary gradient, multiply both weights by the square root of the likelihood loss of late, and more
+    relative: with the boundary gradient, multiply both weights by the square root of the likelihood loss of
+    late, and more
         where completions are short (losses.SCORED_TOKENS).
     temperature: width of that boundary, in standard deviations of a token's logits.
     slots: capacity C of the simulated cache per layer; None is max(K, E / 4).
@@ -72,15 +78,18 @@ class TuneSettings:
         margin is rho * 8 / E.
     rank_form: "sum" over pairs as in the paper, or "mean", whose weight carries over between models.
     rank_tokens: tokens per step and layer on which ranks are matched (0: all).
-    learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW); None: LEARNING_RATE and
+    learning_rate, router_learning_rate: of the experts' factors and of the routers (AdamW); None:
+    LEARNING_RATE and
         ROUTER_LEARNING_RATE over the model's width.
     rank, alpha: of the experts' low-rank factors.
     batch_tokens: padded tokens that a process holds at once; max_length: longer rows are left out.
-    accumulate: such batches per step and process. A step has batch_tokens * accumulate * processes, and its losses and
+    accumulate: such batches per step and process. A step has batch_tokens * accumulate * processes, and its
+    losses and
         gradients are those of one batch of that size.
-    gradient_checkpointing: compute each layer's inner values again in the backward pass instead of keeping them.
-    shard: divide the frozen weights among the processes instead of holding all of them in each.
-    eval_steps: every so many steps, and at the start and the end, measure on held-out rows (0: never); eval_rows: at
+    gradient_checkpointing: compute each layer's inner values again in the backward pass instead of keeping
+    them. shard: divide the frozen weights among the processes instead of holding all of them in each.
+    eval_steps: every so many steps, and at the start and the end, measure on held-out rows (0: never);
+    eval_rows: at
         most so many of them.
     time_limit_seconds: stop after this long, the schedule stretched to it.
     checkpoint_steps: an interrupted run resumes from the last multiple (0: never saved).
@@ -192,7 +201,10 @@ class TuneSettings:
 
     @property
     def distills_prompt(self) -> bool:
-        """Whether the logits of the prompt's tokens are needed; an aim for quality alone compares completions."""
+        """Whether the logits of the prompt's tokens are needed.
+
+        An aim for quality alone compares completions.
+        """
         return self.distill > 0 and self.distill_prompt
 
     def schedule(self, done: float) -> float:

@@ -25,9 +25,10 @@ from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step_means import Losses, StepMeans
 from melinoe.tuning.weight_control import Weight
 
-# Scored tokens of a step below which the boundary objective's weights grow in inverse proportion. With few tokens
-# the likelihood's gradient is mostly noise, which AdamW scales up to full steps, and the cache's is lost in it: T0 mix
-# alone (113 a step) gave 5 percent fewer loads where, together with GSM8K (312), it gave 21 (docs/log.md).
+# Scored tokens of a step below which the boundary objective's weights grow in inverse proportion. With few
+# tokens the likelihood's gradient is mostly noise, which AdamW scales up to full steps, and the cache's is
+# lost in it: T0 mix alone (113 a step) gave 5 percent fewer loads where, together with GSM8K (312), it gave
+# 21 (docs/log.md).
 SCORED_TOKENS = 400.0
 USAGE_MEMORY = 0.98  # per step, of the running load of each expert
 
@@ -133,11 +134,13 @@ class TuningLosses:
         }
 
     def _strength(self, scored_tokens: float) -> float:
-        """What both weights are multiplied by: 1 unless `relative`, and in the first step, which knows no level yet.
+        """What both weights are multiplied by.
 
-        The square root of the likelihood loss of late. Constant weights let misses alone govern a model that is nearly
-        certain of its answers (0.001 nats), weights in proportion to the loss leave it as it is; between a model of
-        2.3 nats and one of 0.001 the root held.
+        1 unless `relative`, and in the first step, which knows no level yet.
+
+        The square root of the likelihood loss of late. Constant weights let misses alone govern a model that
+        is nearly certain of its answers (0.001 nats), weights in proportion to the loss leave it as it is;
+        between a model of 2.3 nats and one of 0.001 the root held.
         """
         if not self.settings.relative or self.settings.form.gradient != "boundary":
             return 1.0
@@ -151,8 +154,10 @@ class TuningLosses:
         mask_BS: torch.Tensor,
         scored_BS: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
-        """(Eq. 4 over all layers, the share of requests that the runtime would miss, Losses.asked); equal layers in one
-        call."""
+        """(Eq. 4 over all layers, the share of requests that the runtime would miss, Losses.asked).
+
+        Equal layers are computed in one call.
+        """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, layer in enumerate(self.layers):
             groups.setdefault((layer.num_experts, self.capacities[index]), []).append(index)
@@ -188,10 +193,11 @@ class TuningLosses:
         return total, missed / (len(self.layers) * self.top_k), asked
 
     def _price_of_load(self, requests_LNE: torch.Tensor, members: list[int]) -> torch.Tensor:
-        """What the experts that everybody asks for cost more, and the others less, per scored token (N of them).
+        """What the experts that everybody asks for cost more, and the others less, per scored token.
 
-        price(e) = balance (E/K f(e) - 1), f the share of late tokens that asked for e, over all sequences. Misses alone
-        are cheapest when all sequences share the same experts; with a price on those each keeps to its own.
+        price(e) = balance (E/K f(e) - 1), f the share of late tokens that asked for e, over all sequences.
+        Misses alone are cheapest when all sequences share the same experts; with a price on those each keeps
+        to its own.
         """
         usage_LE = torch.stack([self.usage[index] for index in members])
         price_LE = self.settings.balance * (usage_LE * requests_LNE.shape[-1] / self.top_k - 1)

@@ -23,14 +23,17 @@ _COUNTS = ("tokens", "scored", "divergence_tokens")
 
 @dataclass
 class Losses:
-    """What one part of a step gave. total is what is minimised: its sum over the parts is the loss of the step. The others are
-    means for people, except that the sum of `rank` over the parts is the mean of the step.
+    """What one part of a step gave.
 
-    nll: nats per completion token; misses: of the loss's own cache, per layer and decoded token (0 .. K); hit_rate: what
-    the runtime's policy would find in the slots; rank: the anchor's loss per token; divergence: nats per token
-    away from the base model, where it is asked; base_nll: the base's on the same batch, likewise.
-    tokens, scored, divergence_tokens: how many completion tokens, scored tokens and compared tokens the means are over.
-    asked: by layer, [E] how many scored tokens asked for each expert, where `balance` needs it.
+    total is what is minimised: its sum over the parts is the loss of the step. The others are means for
+    people, except that the sum of `rank` over the parts is the mean of the step.
+
+    nll: nats per completion token; misses: of the loss's own cache, per layer and decoded token (0 .. K);
+    hit_rate: what the runtime's policy would find in the slots; rank: the anchor's loss per token;
+    divergence: nats per token away from the base model, where it is asked; base_nll: the base's on the same
+    batch, likewise. tokens, scored, divergence_tokens: how many completion tokens, scored tokens and compared
+    tokens the means are over. asked: by layer, [E] how many scored tokens asked for each expert, where
+    `balance` needs it.
     """
 
     total: torch.Tensor
@@ -48,8 +51,11 @@ class Losses:
 
 @dataclass
 class StepMeans:
-    """Of a whole step. values: the fields of Losses, None where not finite or not asked for. asked: by layer, [E] share of
-    scored tokens. seconds: since the run began, on the first process's clock."""
+    """Means of a whole step.
+
+    values: the fields of Losses, None where not finite or not asked for. asked: by layer, [E] share of scored
+    tokens. seconds: since the run began, on the first process's clock.
+    """
 
     values: dict[str, float | None]
     tokens: int

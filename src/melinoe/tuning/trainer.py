@@ -1,8 +1,8 @@
 """The training loop of `tune`: transformers' Trainer with the losses of Eq. 6.
 
-Trainer runs the loop, over gradients that accumulate and over several processes; ours are the losses, the two learning
-rates, the planned batches, and a checkpoint of what is trained. What a run shares with the next one lies in one folder:
-losses.jsonl, evaluations.jsonl and checkpoint/.
+Trainer runs the loop, over gradients that accumulate and over several processes; ours are the losses, the two
+learning rates, the planned batches, and a checkpoint of what is trained. What a run shares with the next one
+lies in one folder: losses.jsonl, evaluations.jsonl and checkpoint/.
 """
 
 from __future__ import annotations
@@ -93,7 +93,10 @@ class LocalityTrainer(Trainer):
     # ------------------------------------------------------------ what a step is
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """The planned batches of this process, in order; one item is one batch (a resumed run skips by batch sampler)."""
+        """The planned batches of this process, in order.
+
+        One item is one batch, because a resumed run skips by the batch sampler.
+        """
         order = [[index] for index in range(len(self.train_dataset))]
         return torch.utils.data.DataLoader(
             self.train_dataset, batch_sampler=order, collate_fn=lambda items: items[0]

@@ -49,27 +49,30 @@ def tune(
 
     Args:
         model: checkpoint folder, store, Hub id or `tiny`; opened, never written.
-        data: a .jsonl file, a folder with train.jsonl, the Hub id of a data set, or `tiny` (melinoe.data.rows).
+        data: a .jsonl file, a folder with train.jsonl, the Hub id of a data set, or `tiny`
+            (melinoe.data.rows).
         output_dir: the adapter folder to write; apply it with `--adapter` or fold it in with `merge`.
-        memory: bytes, "4GiB" or "80%" that one process must fit in (the interpreter not counted): the experts stay on disk
-            and are read for every pass, forward and backward. The losses are those of the resident run, and a run that
-            was interrupted may go on with another budget. None: everything in memory.
+        memory: bytes, "4GiB" or "80%" that one process must fit in (the interpreter not counted): the experts
+            stay on disk and are read for every pass, forward and backward. The losses are those of the
+            resident run, and a run that was interrupted may go on with another budget. None: everything in
+            memory.
         eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
-        resume: there must be an interrupted run to go on with. Without it, one with the same settings and data is gone
-            on with as well, and any other starts anew.
+        resume: there must be an interrupted run to go on with. Without it, one with the same settings and
+            data is gone on with as well, and any other starts anew.
         overwrite: replace what stands in `output_dir`, and do not resume an interrupted run.
         progress: a live line on stderr.
         settings: the fields of TuneSettings.
 
     Returns:
         {"output_dir", "steps", "seconds", "tokens", "nll", "misses", "rank", "total", "skipped_steps",
-        "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)}; losses are
-        means over the last tenth of the run. With `eval_steps` also "held_out", the last record of evaluations.jsonl;
-        with paged experts "paged": {"slots" per layer, "slots_format", "loads", "hits", "bytes_read"}.
+        "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)};
+        losses are means over the last tenth of the run. With `eval_steps` also "held_out", the last record of
+        evaluations.jsonl; with paged experts "paged": {"slots" per layer, "slots_format", "loads", "hits",
+        "bytes_read"}.
 
     Raises:
-        MelinoeError: settings out of range, a dense model, no usable rows, nothing to resume where that was asked, a
-            budget that is too small, or an output folder that holds something else.
+        MelinoeError: settings out of range, a dense model, no usable rows, nothing to resume where that was
+            asked, a budget that is too small, or an output folder that holds something else.
         KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
     """
     chosen = _settings(settings)

@@ -1,10 +1,11 @@
 """Turns what people want to pay into the weight of the cache loss: a target instead of a lambda.
 
-Dual ascent on one multiplier: while the aim is missed the weight grows, while there is room it falls, in steps that
-scale with the length of the run. Two aims:
+Dual ascent on one multiplier: while the aim is missed the weight grows, while there is room it falls, in
+steps that scale with the length of the run. Two aims:
 
-    target hit rate        the weight grows until the runtime's policy finds that share of requests in the slots
-    largest quality loss   the weight grows until the perplexity is that much above the base model's on the same batches
+    target hit rate        the weight grows until the runtime's policy finds that share of requests in the
+    slots largest quality loss   the weight grows until the perplexity is that much above the base model's on
+    the same batches
 
 Both are watched on training batches, as running means. The second takes the base model for what quality would
 be without locality, and training rows for unseen ones: it holds for short runs, in which a row comes once.
@@ -26,7 +27,8 @@ class Weight:
     """The multiplier of the cache loss's weight, and what it is steered by.
 
     target_hit_rate: 0 .. 1, or None. max_quality_loss: largest relative rise of perplexity, or None.
-    max_steps: of the run. factor: the multiplier now. seen: running mean of what is steered; None before the first step.
+    max_steps: of the run. factor: the multiplier now. seen: running mean of what is steered; None before the
+    first step.
     """
 
     target_hit_rate: float | None

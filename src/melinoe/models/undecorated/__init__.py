@@ -1,8 +1,8 @@
 """Experts that transformers does not decorate for its ExpertsInterface: one file for each family.
 
 `decorate` says about such experts what transformers' decorator would have said, which changes nothing in what
-the model computes; `take_over` makes them call an experts function as decorated classes do; `routing_of` reads
-what their routers return. A family's file says in which facts it differs from every decorated class.
+the model computes; `take_over` makes them call an experts function as decorated classes do; `routing_of`
+reads what their routers return. A family's file says in which facts it differs from every decorated class.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def is_undecorated(model: nn.Module) -> bool:
 
 
 def has_flat_experts(model: nn.Module) -> bool:
-    """Whether all experts of a layer lie in one [E * F, H] matrix (dbrx), where PEFT cannot name one of them."""
+    """Whether all experts of a layer lie in one [E * F, H] matrix (dbrx); PEFT cannot name one of them."""
     return any(_class_name(module) == "DbrxExpertGLU" for module in model.modules())
 
 
@@ -71,9 +71,9 @@ def routing_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a router decided, from what it returned: (logits [T, E], weights [T, K], indices [T, K]).
 
-    Decorated families return all three. Of the others a family's own function makes the choice again, by the same
-    operation on the same values as the model does behind the router, without gradient: what autograd saved here,
-    gradient checkpointing would miss in its second pass, to which nobody listens.
+    Decorated families return all three. Of the others a family's own function makes the choice again, by the
+    same operation on the same values as the model does behind the router, without gradient: what autograd
+    saved here, gradient checkpointing would miss in its second pass, to which nobody listens.
 
     Args:
         logits_index: where the logits stand in a decorated family's output, as transformers records them.

@@ -1,8 +1,9 @@
 """What one step keeps for its backward pass, in bytes, counted on a model without weights.
 
-The model runs on the meta device, which knows shapes and computes nothing, and autograd tells what it would save. Two parts
-are not run but counted by what our own functions save: the experts, and everything from the logits on.
-Families differ in everything else (attention, state spaces, shared experts), and so nothing is assumed of it.
+The model runs on the meta device, which knows shapes and computes nothing, and autograd tells what it would
+save. Two parts are not run but counted by what our own functions save: the experts, and everything from the
+logits on. Families differ in everything else (attention, state spaces, shared experts), and so nothing is
+assumed of it.
 """
 
 from __future__ import annotations
@@ -38,8 +39,12 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes. kept: saved for the backward pass; checkpointed: the same with gradient checkpointing, each decoder layer's
-    input and one layer's own; transient: what the largest experts layer needs besides while it runs backward."""
+    """Bytes of one batch.
+
+    kept: what is saved for the backward pass. checkpointed: the same with gradient checkpointing, each
+    decoder layer's input and one layer's own. transient: what the largest experts layer needs besides while
+    it runs backward.
+    """
 
     kept: int
     checkpointed: int
@@ -82,7 +87,10 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
 
 
 def _experts_bytes(module: Any, rank: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(saved, besides while running backward) bytes per routed row; the hidden states are counted with the rest."""
+    """(saved, besides while running backward) bytes per routed row.
+
+    The hidden states are counted with the rest.
+    """
     (size_in, up), (_, size_out) = projection_size(module, "up"), projection_size(module, "down")
     saved = (up + 2 * rank) * dtype.itemsize + 2 * 8  # and the order of the rows
     scaled = getattr(module, "weights_scale_input", False)  # llama4 keeps rows, multiplied and not

@@ -1,7 +1,7 @@
-"""How much memory a tuning run needs, and how many experts fit beside it: `tune --dry-run` and `tune --memory`.
+"""How much memory a tuning run needs, and how many experts fit beside it.
 
-Everything is counted from shapes on the meta device; no weight is read. As elsewhere (docs/decisions/0004), the interpreter
-and its libraries are not part of the number.
+`tune --dry-run` and `tune --memory` ask here. Everything is counted from shapes on the meta device; no weight
+is read. As elsewhere (docs/decisions/0004), the interpreter and its libraries are not part of the number.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ class RunMemory:
     """Bytes of one run by purpose; the paged one without slots.
 
     A resident run may take more for a while: transformers maps the file of weights while it converts them.
-    resident: weights that are not experts'. experts: their weights, in the dtype of the computation; paged: what streams
-    them. trained: routers in float32 and their frozen copies, low-rank factors. gradients, optimizer: of what is trained.
-    activations: what is kept for the backward pass of the largest batch, and what computing it takes besides.
+    resident: weights that are not experts'. experts: their weights, in the dtype of the computation; paged:
+    what streams them. trained: routers in float32 and their frozen copies, low-rank factors. gradients,
+    optimizer: of what is trained. activations: what is kept for the backward pass of the largest batch, and
+    what computing it takes besides.
     """
 
     resident: int
@@ -58,8 +59,8 @@ class RunMemory:
 class TuningMemory:
     """What a run needs with its experts in memory and with its experts paged, without and with checkpointing.
 
-    slot: bytes of one slot in every layer; packed_slot: the same for packed records, None where there are none.
-    checkpointed: what the run was set to; a budget is divided for that.
+    slot: bytes of one slot in every layer; packed_slot: the same for packed records, None where there are
+    none. checkpointed: what the run was set to; a budget is divided for that.
     """
 
     resident: RunMemory
@@ -79,8 +80,8 @@ class TuningMemory:
     def slots(self, memory: int | str) -> tuple[int, str | None]:
         """(slots per layer, slots format) for a budget; all experts at most, and 0 is enough.
 
-        Packed records stay packed in the slots unless all experts fit as they are computed with: a step asks for nearly
-        all of them, so what counts is how many are there.
+        Packed records stay packed in the slots unless all experts fit as they are computed with: a step asks
+        for nearly all of them, so what counts is how many are there.
 
         Raises:
             MelinoeError: not even streaming every expert fits.
@@ -158,7 +159,10 @@ def device_of(settings: TuneSettings) -> str:
 
 
 def compute_dtype(settings: TuneSettings, device: str) -> torch.dtype | None:
-    """What a run computes in: float32 on a CPU unless told otherwise; elsewhere the checkpoint's own dtype (None)."""
+    """What a run computes in, unless told otherwise.
+
+    float32 on a CPU; elsewhere the checkpoint's own dtype (None).
+    """
     dtype = settings.dtype or ("float32" if device == "cpu" else "auto")
     return torch.float32 if dtype == "float32" else None
 
@@ -206,7 +210,8 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     found = count(model, layers, batch, settings)
     for paged in (False, True):
         besides = found.transient + (record if paged and own != dtype else 0)
-        # AdamW's own temporaries: of one tensor on a CPU, of all on an accelerator; by then the activations are gone
+        # AdamW's own temporaries: of one tensor on a CPU, of all on an accelerator; by then the activations
+        # are gone
         step = moving if device != "cpu" else 2 * factors // max(1, 4 * len(layers))
         for checkpointed in (False, True):
             kept = found.checkpointed if checkpointed else found.kept
@@ -231,7 +236,10 @@ def _factor_bytes(layer: MoeLayer, rank: int) -> int:
 
 
 def _slot_bytes(store: Store | None, layers: list[MoeLayer]) -> tuple[int, int | None, int]:
-    """(one slot in every layer, the same packed, what streams records); of a checkpoint as an in-place store would have it."""
+    """(one slot in every layer, the same packed, what streams records), in bytes.
+
+    Of a checkpoint as an in-place store would have it.
+    """
     if store is None:
         sizes = [RecordLayout.of(layer.experts).record_bytes for layer in layers]
         read = READER_THREADS * min(BUFFER_BYTES, max(sizes) + 2 * RECORD_ALIGNMENT)

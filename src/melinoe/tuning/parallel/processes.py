@@ -1,7 +1,7 @@
 """The processes of one run, as `accelerate launch` or `torchrun` started them: one where nobody did.
 
-All of them read the same data, plan the same steps and hold the same weights; each takes its part of a step's rows. The first
-one writes files and speaks.
+All of them read the same data, plan the same steps and hold the same weights; each takes its part of a step's
+rows. The first one writes files and speaks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Processes:
 
     @classmethod
     def join(cls, device: str) -> Processes:
-        """Meets the others, where there are any: they are told apart by the environment that the launcher set.
+        """Meets the others, where there are any; the launcher's environment tells them apart.
 
         Args:
             device: "cpu" (then they talk over gloo) or "cuda".
@@ -40,8 +40,10 @@ class Processes:
         for wanted in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
             if os.environ.get(f"ACCELERATE_USE_{wanted}", "false").lower() == "true":
                 raise MelinoeError(
-                    f"tune does not run under accelerate's {wanted}, which would divide what is trained as well",
-                    next_step="launch with a plain multi-GPU configuration; --shard divides the frozen weights",
+                    f"tune does not run under accelerate's {wanted}, which would divide what is trained as"
+                    " well",
+                    next_step="launch with a plain multi-GPU configuration; --shard divides the frozen"
+                    " weights",
                 )
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
@@ -63,7 +65,10 @@ class Processes:
         return total.to(values.device)
 
     def ask_first(self, question: Callable[[], T]) -> T:
-        """What `question` returns in the first process, which alone calls it; its MelinoeError is raised in all."""
+        """What `question` returns in the first process, which alone calls it.
+
+        Its MelinoeError is raised in all.
+        """
         if self.count == 1:
             return question()
         answer: list[tuple[T | None, MelinoeError | None]] = [(None, None)]

@@ -1,8 +1,11 @@
-"""`tune --shard`: each process keeps its share of the frozen weights and has the others' sent when a layer needs them.
+"""`tune --shard`: each process keeps its share of the frozen weights.
 
-torch's FSDP2 over what is frozen alone. What is trained, a few percent of the model, stays whole in every process, where
-DistributedDataParallel averages its gradients; so the adapter, the checkpoint and the losses are those of an unsharded run, and
-nothing has to be gathered before it can be saved. (accelerate's own FSDP would shard the trained tensors too.)
+The others' shares are sent to it when a layer needs them.
+
+torch's FSDP2 over what is frozen alone. What is trained, a few percent of the model, stays whole in every
+process, where DistributedDataParallel averages its gradients; so the adapter, the checkpoint and the losses
+are those of an unsharded run, and nothing has to be gathered before it can be saved. (accelerate's own FSDP
+would shard the trained tensors too.)
 """
 
 from __future__ import annotations

@@ -8,19 +8,11 @@ import torch
 
 from melinoe.data.rows import Row, encode
 from melinoe.errors import MelinoeError
-from melinoe.measure.trace import length_batches, trace
+from melinoe.measure.trace import trace
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap
 from melinoe.routing.trace import Trace
 from text_model import model_and_tokenizer, rows, save
-
-
-def test_batches_hold_every_sequence_once_and_similar_lengths():
-    lengths = [5, 100, 7, 90, 6, 1]
-    batches = length_batches(lengths, tokens=200)
-    assert batches == [[1, 3], [2, 4, 0, 5]]
-    assert length_batches(lengths, batch_size=4) == [[1, 3, 2, 4], [0, 5]]
-    assert length_batches([500], tokens=100) == [[0]]
 
 
 def test_trace_equals_decoding_token_by_token():

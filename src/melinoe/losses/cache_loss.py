@@ -63,7 +63,7 @@ def scored_positions(mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor) -> t
     """[B, S] bool: the inputs that decoding processes, positions P .. n-2 of the real tokens of a row.
 
     The prompt (P tokens) only warms the cache, and the last token is never fed back. A completion of one
-    token leaves nothing to score.
+    token leaves nothing to score. (likelihood.next_token_positions begins one position earlier, with reason.)
     """
     real_BS = mask_BS.bool()
     position_BS = real_BS.long().cumsum(1) - 1

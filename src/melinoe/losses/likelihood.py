@@ -37,7 +37,11 @@ class Likelihood:
 def next_token_positions(
     mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([B, S] positions that predict a real token, [B, S] those that predict a completion token)."""
+    """([B, S] positions that predict a real token, [B, S] those that predict a completion token).
+
+    These are not cache_loss.scored_positions, though they look alike: a likelihood counts the position that predicts the
+    first completion token, which is the prompt's last, while the loads of decoding begin when that token is fed.
+    """
     mask_BS = mask_BS.bool()
     position_BS = mask_BS.long().cumsum(1) - 1
     follows_BS = mask_BS & mask_BS.roll(-1, 1)
@@ -77,6 +81,21 @@ def logits_at(model: nn.Module, batch: dict[str, torch.Tensor], chosen_BS: torch
             handle.remove()
     logits_NV = logits.reshape(-1, logits.shape[-1])
     return logits_NV if hooked else logits_NV[rows_N]
+
+
+@torch.no_grad()
+def sequence_nll(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B] float64: negative log-likelihood of each row's completion, nats, summed over its tokens.
+
+    Args:
+        batch: input_ids, attention_mask [B, S] padded right, prompt_lengths [B].
+    """
+    _, completion_BS = next_token_positions(batch["attention_mask"], batch["prompt_lengths"])
+    targets_N = batch["input_ids"].roll(-1, 1)[completion_BS]
+    logits_NV = logits_at(model, batch, completion_BS).float()
+    sizes = completion_BS.sum(1).tolist()
+    rows = zip(logits_NV.split(sizes), targets_N.split(sizes), strict=True)
+    return torch.stack([F.cross_entropy(*row, reduction="sum") for row in rows]).double()
 
 
 @contextmanager

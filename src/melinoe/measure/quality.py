@@ -16,34 +16,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded, Row, encode_rows
 from melinoe.errors import MelinoeError
-from melinoe.measure.trace import TOKENS_PER_BATCH, data_rows, length_batches, open_model, pad_right, track
+from melinoe.losses.likelihood import sequence_nll
+from melinoe.measure.trace import TOKENS_PER_BATCH, data_rows, open_model, track
 
 METRICS = ("perplexity", "exact_match", "rouge_l")
 GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given
 MAX_LOGITS = 2**27  # elements of one [B, S, V] block: half a GiB in float32
 
 
-@torch.no_grad()
 def completion_nll(
-    model: Any, sequences: list[Encoded], batch_size: int | None = None, pad: int = 0, progress: bool = True
+    model: Any,
+    sequences: list[Encoded],
+    batch_size: int | None = None,
+    pad_token_id: int = 0,
+    progress: bool = True,
 ) -> np.ndarray:
     """[S] float64: negative log-likelihood of each completion, nats, summed over its tokens and end token."""
     result = np.zeros(len(sequences))
     budget = max(1, min(TOKENS_PER_BATCH, MAX_LOGITS // model.config.get_text_config().vocab_size))
-    for batch in track(
-        length_batches([len(sequence.ids) for sequence in sequences], batch_size, budget),
-        "likelihood",
-        progress,
-    ):
-        ids, mask = pad_right([sequences[position].ids for position in batch], pad, model.device)
-        logits_BSV = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], use_cache=False).logits
-        for row, position in enumerate(batch):
-            first, end = sequences[position].prompt_length, len(sequences[position].ids)
-            logits_NV = logits_BSV[row, first - 1 : end - 1].float()
-            loss = torch.nn.functional.cross_entropy(logits_NV, ids[row, first:end], reduction="sum")
-            result[position] = float(loss)
+    batches = length_batches([len(sequence.ids) for sequence in sequences], budget, batch_size)
+    for positions in track(batches, "likelihood", progress):
+        rows = [sequences[position] for position in positions]
+        ids, mask = pad([row.ids for row in rows], pad_token_id, device=model.device)
+        lengths = torch.tensor([row.prompt_length for row in rows], device=model.device)
+        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        result[positions] = sequence_nll(model, batch).cpu().numpy()
     return result
 
 
@@ -58,23 +58,21 @@ def greedy_completions(
 ) -> list[str]:
     """The text that greedy decoding appends to each prompt, up to the end token."""
     result = [""] * len(prompts)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    batches = length_batches([len(prompt) for prompt in prompts], batch_size or GENERATION_BATCH)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    lengths = [len(prompt) for prompt in prompts]
+    batches = length_batches(lengths, TOKENS_PER_BATCH, batch_size or GENERATION_BATCH)
     for batch in track(batches, "completions", progress):
-        width = max(len(prompts[position]) for position in batch)
-        padding = [width - len(prompts[position]) for position in batch]
-        ids = [[pad] * left + prompts[position] for left, position in zip(padding, batch, strict=True)]
-        mask = [[0] * left + [1] * (width - left) for left in padding]
+        ids, mask = pad([prompts[position] for position in batch], padding, "left", model.device)
         output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=pad,
+            pad_token_id=padding,
         )
         for position, text in zip(
-            batch, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True), strict=True
+            batch, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True
         ):
             result[position] = text
     return result

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded, Row, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
@@ -58,24 +59,6 @@ def data_rows(data: Any, split: str, limit: int | None) -> list[Row]:
     return read_rows(data, split, limit) if isinstance(data, str | Path) else list(data)[:limit]
 
 
-def length_batches(
-    lengths: list[int], batch_size: int | None = None, tokens: int = TOKENS_PER_BATCH
-) -> list[list[int]]:
-    """Positions in batches of similar length, longest first (so that a lack of memory shows at once).
-
-    Args:
-        lengths: of each sequence.
-        batch_size: sequences per batch; None: as many as keep the padded batch within `tokens`.
-    """
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    batches = []
-    while order:
-        size = batch_size or max(1, tokens // lengths[order[0]])
-        batches.append(order[:size])
-        order = order[size:]
-    return batches
-
-
 def track(batches: list[list[int]], title: str, show: bool) -> Iterator[list[int]]:
     """The batches, with a progress bar over their sequences on stderr."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -86,32 +69,26 @@ def track(batches: list[list[int]], title: str, show: bool) -> Iterator[list[int
             bar.advance(task, len(batch))
 
 
-def pad_right(rows: list[list[int]], pad: int, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both [B, S] int64, from token ids of different lengths."""
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids.to(device), mask.to(device)
-
-
 @torch.no_grad()
 def read_routing(
-    model: Any, sequences: list[Encoded], batch_size: int | None = None, pad: int = 0, progress: bool = True
+    model: Any,
+    sequences: list[Encoded],
+    batch_size: int | None = None,
+    pad_token_id: int = 0,
+    progress: bool = True,
 ) -> list[np.ndarray]:
     """The experts that each sequence asked for: [n - 1, L, K] int16 each (the last token is never fed)."""
     layers = moe_layers(model)
     backbone = model.base_model  # the logits are not needed
     result: list[np.ndarray] = [np.empty(0)] * len(sequences)
-    batches = length_batches([len(sequence.ids) - 1 for sequence in sequences], batch_size)
-    for batch in track(batches, "tracing", progress):
+    lengths = [len(sequence.ids) - 1 for sequence in sequences]
+    for batch in track(length_batches(lengths, TOKENS_PER_BATCH, batch_size), "tracing", progress):
         fed = [sequences[position].ids[:-1] for position in batch]
-        ids, mask = pad_right(fed, pad, next(model.parameters()).device)
+        ids, mask = pad(fed, pad_token_id, device=next(model.parameters()).device)
         with RouterTap(layers) as tap:
             backbone(input_ids=ids, attention_mask=mask, use_cache=False)
-        chosen = tap.indices().reshape(len(layers), *ids.shape, -1).permute(1, 2, 0, 3)  # [B, S, L, K]
-        chosen = chosen.to("cpu", torch.int16).numpy()
-        for row, (position, tokens) in enumerate(zip(batch, fed, strict=True)):
-            result[position] = chosen[row, : len(tokens)].copy()
+        for position, chosen in zip(batch, tap.by_sequence(ids.shape, map(len, fed)), strict=True):
+            result[position] = chosen
     return result
 
 

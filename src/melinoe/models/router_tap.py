@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -62,6 +64,17 @@ class RouterTap:
         """[L, T, K] integer: the experts asked for, layer by layer."""
         assert len(self.records) == len(self.layers), (len(self.records), len(self.layers))
         return torch.stack([record.indices for record in self.records])
+
+    def by_sequence(self, shape: Sequence[int], lengths: Iterable[int]) -> list[np.ndarray]:
+        """The experts that each sequence of a batch asked for: [n, L, K] int16 each, on the host.
+
+        Args:
+            shape: (B, S) of the batch, padded on the right.
+            lengths: n of each sequence: so many of its positions are read back.
+        """
+        chosen = self.indices().reshape(len(self.layers), *shape, -1).permute(1, 2, 0, 3)  # [B, S, L, K]
+        rows = chosen.to("cpu", torch.int16).numpy()
+        return [row[:length].copy() for row, length in zip(rows, lengths, strict=True)]
 
 
 def score_kind(record: RouterRecord) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded
 
 POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many steps
@@ -46,22 +47,11 @@ def plan_batches(
         while len(waiting) < pool_rows:
             waiting += random.permutation(len(lengths)).tolist()
         pool, waiting = waiting[:pool_rows], waiting[pool_rows:]
-        cut = _cut(sorted(pool, key=lambda row: lengths[row]), lengths, batch_tokens, parts)
+        cut = length_batches(lengths, batch_tokens, positions=reversed(pool), parts=parts)
         if len(cut[-1]) < parts:  # a part must not be empty; there are more rows in the pool than these
             waiting = cut.pop() + waiting
         steps += [cut[i] for i in random.permutation(len(cut))]
     return steps[:num_steps]
-
-
-def _cut(rows: list[int], lengths: list[int], batch_tokens: int, parts: int) -> list[list[int]]:
-    """Rows in order of length, from the longest, into as few full steps as fit."""
-    steps: list[list[int]] = []
-    rows = rows[::-1]
-    while rows:
-        count = parts * max(1, batch_tokens // lengths[rows[0]])
-        steps.append(rows[:count])
-        rows = rows[count:]
-    return steps
 
 
 def part_of(rows: list[int], part: int, parts: int) -> list[int]:
@@ -149,14 +139,3 @@ class Batches(torch.utils.data.Dataset):
             ranked = torch.ones(tokens, dtype=torch.bool)
         completion = tokens - sum(row.prompt_length for row in rows)
         return list(ranked.split(sizes)), StepCounts(tokens, len(rows), completion, int(ranked.sum()))
-
-
-def pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, mask), both [B, S] int64, padded right."""
-    size = max(map(len, rows))
-    ids = torch.full((len(rows), size), pad_token_id)
-    mask = torch.zeros(len(rows), size, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, : len(row)] = torch.tensor(row)
-        mask[number, : len(row)] = 1
-    return ids, mask

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded
-from melinoe.losses.likelihood import likelihood
+from melinoe.losses.likelihood import sequence_nll
 from melinoe.models.layers import MoeLayer
 from melinoe.models.router_tap import RouterTap
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
-from melinoe.tuning.batches import pad
 from melinoe.tuning.parallel.processes import Processes
 
 POLICY = "decay"
@@ -48,12 +48,8 @@ class Evaluation:
     ) -> None:
         self.num_rows, self.layers, self.slots = len(encoded), layers, slots
         self.pad_token_id, self.processes = pad_token_id, processes
-        waiting = sorted(encoded, key=lambda row: -len(row.ids))
-        batches: list[list[Encoded]] = []
-        while waiting:
-            size = max(1, batch_tokens // len(waiting[0].ids))
-            batches.append(waiting[:size])
-            waiting = waiting[size:]
+        cut = length_batches([len(row.ids) for row in encoded], batch_tokens)
+        batches = [[encoded[position] for position in positions] for positions in cut]
         self.batches = batches[processes.index :: processes.count]
         # a sharded layer needs every process at every pass: whoever has fewer batches repeats one
         self.idle = -(-len(batches) // processes.count) - len(self.batches)
@@ -92,15 +88,13 @@ class Evaluation:
 
     def _batch(self, model: nn.Module, rows: list[Encoded]) -> np.ndarray:
         device = next(model.parameters()).device
-        ids, mask = (tensor.to(device) for tensor in pad([row.ids for row in rows], self.pad_token_id))
+        ids, mask = pad([row.ids for row in rows], self.pad_token_id, device=device)
         lengths = torch.tensor([row.prompt_length for row in rows], device=device)
         batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
         with RouterTap(self.layers) as tap:
-            found = likelihood(model, batch, self.layers, [], distill=False, distill_prompt=False)
-        chosen = tap.indices().reshape(len(self.layers), *ids.shape, -1).permute(1, 2, 0, 3)  # [B, S, L, K]
-        chosen = chosen.to("cpu", torch.int16).numpy()
+            nll = float(sequence_nll(model, batch).sum())
         trace = from_sequences(
-            [chosen[number, : len(row.ids) - 1] for number, row in enumerate(rows)],
+            tap.by_sequence(ids.shape, [len(row.ids) - 1 for row in rows]),
             [row.ids for row in rows],
             [row.prompt_length for row in rows],
             num_experts=self.layers[0].num_experts,
@@ -108,4 +102,5 @@ class Evaluation:
         (result,) = simulate(trace, POLICY, self.slots, per_sequence=True)["results"]
         counted = result["per_sequence"]
         numbers = [counted[name].sum() for name in ("hits", "loads", "tokens")]
-        return np.array([float(found.nll), found.tokens, *numbers], dtype=np.float64)
+        completion = sum(len(row.ids) - row.prompt_length for row in rows)
+        return np.array([nll, completion, *numbers], dtype=np.float64)

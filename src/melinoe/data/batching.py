@@ -1,0 +1,60 @@
+"""Token sequences side by side: cut into batches of like length, padded to rectangles.
+
+One rule for tuning, traces and quality. What a batch costs is its rectangle, so sequences of like length go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+
+
+def length_batches(
+    lengths: Sequence[int],
+    tokens: int,
+    batch_size: int | None = None,
+    *,
+    positions: Iterable[int] | None = None,
+    parts: int = 1,
+) -> list[list[int]]:
+    """Positions in batches of like length, longest first (so that a lack of memory shows at once).
+
+    It is not what plans the steps of a run (tuning.batches.plan_batches): that one mixes pools of rows by the seed, so
+    that short and long rows stand in every stretch of the run, and only cuts a pool by this rule.
+
+    Args:
+        lengths: tokens of each sequence.
+        tokens: that a batch, padded to its longest sequence, may hold; one sequence is always allowed.
+        batch_size: sequences per batch, whatever they hold; None: as many as `tokens` allows.
+        positions: which sequences, in the order of those that are equally long; None: all.
+        parts: that a batch is computed in, each of which may hold `tokens`.
+    """
+    order = sorted(range(len(lengths)) if positions is None else positions, key=lambda one: -lengths[one])
+    batches, start = [], 0
+    while start < len(order):
+        size = batch_size or parts * max(1, tokens // lengths[order[start]])
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def pad(
+    rows: Sequence[Sequence[int]],
+    pad_token_id: int,
+    side: Literal["left", "right"] = "right",
+    device: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both [B, S] int64; mask is 1 for real tokens.
+
+    Args:
+        side: right where sequences are read whole; left where each is continued by generation.
+    """
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad_token_id), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[number, place] = torch.tensor(row)
+        mask[number, place] = 1
+    return ids.to(device), mask.to(device)

@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from melinoe.config import parse_bytes
 from melinoe.demonstration.contestants import drop_page_cache
 from melinoe.demonstration.limited_process import MemoryLimit
+from melinoe.files import whole_file
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, HEADS, VOCABULARY = 2048, 1024, 64, 8, 16, 50304
 
@@ -93,9 +94,8 @@ def write_checkpoint(folder: Path, num_layers: int) -> int:
                 for name in ("model.embed_tokens", "lm_head")
             } | {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}
         if tensors is not None:
-            partial = shard.with_suffix(".partial")
-            save_file(tensors, partial, metadata={"format": "pt"})
-            partial.rename(shard)
+            with whole_file(shard) as partial:
+                save_file(tensors, partial, metadata={"format": "pt"})
             print(f"wrote {shard.name}", flush=True)
             del tensors
             gc.collect()

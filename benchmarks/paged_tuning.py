@@ -29,6 +29,7 @@ from typing import Any
 from melinoe.config import format_bytes
 from melinoe.conversion.convert import convert
 from melinoe.demonstration.limited_process import MemoryLimit
+from melinoe.files import whole_folder
 from melinoe.models.folder import resolve_model
 
 PROCESS_BYTES = 2**29  # python, torch and transformers, which a budget does not count
@@ -116,10 +117,9 @@ def write_checkpoint(folder: Path, like: str, hidden: int, inner: int, experts: 
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(source).save_pretrained(partial)
-    partial.rename(folder)
+    with whole_folder(folder) as new:
+        model.save_pretrained(new)
+        AutoTokenizer.from_pretrained(source).save_pretrained(new)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from melinoe.files import whole_file, whole_folder
 from melinoe.tiny.workload import STEPWISE, TASKS, rows
 from tiny import evaluate, experts
 from tiny.batches import Batch, batches
@@ -96,28 +96,18 @@ def make_optimizer(model: torch.nn.Module, peak: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Put the files of `source` in place of those in `target`, each at once, the weights last."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir(), key=lambda p: p.suffix == ".safetensors"):
-        os.replace(path, target / path.name)
-    shutil.rmtree(source)
-
-
 def export(model: Any, tokenizer: Any, report: dict[str, Any], folder: Path) -> None:
     """Weights in bfloat16, tokenizer and report, as from_pretrained reads them."""
     from transformers import OlmoeForCausalLM
 
-    stage = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(stage, ignore_errors=True)
     copy = OlmoeForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(stage)
-    tokenizer.save_pretrained(str(stage))
-    (stage / "train_report.json").write_text(json.dumps(report, indent=1) + "\n")
-    for path in stage.iterdir():
-        path.chmod(0o644)
-    replace_folder(stage, folder)
+    with whole_folder(folder) as new:
+        copy.to(torch.bfloat16).save_pretrained(new)
+        tokenizer.save_pretrained(str(new))
+        (new / "train_report.json").write_text(json.dumps(report, indent=1) + "\n")
+        for path in new.iterdir():
+            path.chmod(0o644)
 
 
 def save_checkpoint(model: Any, optimizer: torch.optim.AdamW, state: dict[str, Any], folder: Path) -> None:
@@ -126,10 +116,8 @@ def save_checkpoint(model: Any, optimizer: torch.optim.AdamW, state: dict[str, A
     for name, p in model.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{name}"] = optimizer.state[p][key]
-    folder.mkdir(parents=True, exist_ok=True)
-    stage = folder / "checkpoint.writing"
-    save_file(tensors, stage, metadata={"state": json.dumps(state)})
-    os.replace(stage, folder / "checkpoint.safetensors")
+    with whole_file(folder / "checkpoint.safetensors") as partial:
+        save_file(tensors, partial, metadata={"state": json.dumps(state)})
 
 
 def load_checkpoint(model: Any, optimizer: torch.optim.AdamW, folder: Path) -> dict[str, Any]:

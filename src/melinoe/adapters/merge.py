@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from melinoe.adapters.peft_folder import apply_adapter, replace_folder
+from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import fold_low_rank
+from melinoe.files import whole_folder
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint, moe_layers
 
@@ -55,20 +55,17 @@ def merge(
         fold_low_rank(layer.experts)
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     network.set_experts_implementation("eager")  # our function's name means nothing to others
-    network.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-    _keep_generation_config(model, partial)
-    result = {
+    with whole_folder(output) as new:
+        network.save_pretrained(new)
+        AutoTokenizer.from_pretrained(model).save_pretrained(new)
+        _keep_generation_config(model, new)
+    return {
         "output_dir": str(output),
         "fingerprint": fingerprint(network),
         "dtype": str(network.dtype).removeprefix("torch."),
-        "bytes": sum(file.stat().st_size for file in partial.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
     }
-    replace_folder(partial, output)
-    return result
 
 
 def _keep_generation_config(model: str | Path, folder: Path) -> None:

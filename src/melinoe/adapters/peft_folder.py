@@ -32,6 +32,7 @@ import melinoe
 from melinoe.errors import MelinoeError
 from melinoe.experts import forward as experts
 from melinoe.experts.low_rank import LowRankExperts, Projection, projection_parameter
+from melinoe.files import whole_folder
 from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
 
 FORMAT_VERSION = 1
@@ -107,8 +108,7 @@ def write_adapter(
 ) -> dict[str, Any]:
     """Writes the adapter of a tuned model (routers changed, `low_rank` on every experts module).
 
-    The folder appears complete or not at all: it is built in FOLDER.new and renamed. An existing folder
-    is replaced.
+    The folder appears complete or not at all. An existing folder is replaced.
 
     Args:
         base: name or path of the checkpoint that was tuned.
@@ -147,26 +147,13 @@ def write_adapter(
             "python": platform.python_version(),
         },
     }
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file(tensors, new / WEIGHTS, {"format": "pt"})
-    (new / CONFIG).write_text(json.dumps(_peft_config(model, layers, base), indent=2) + "\n")
-    (new / CARD).write_text(json.dumps(card, indent=2) + "\n")
-    for file in keep:
-        shutil.copyfile(file, new / file.name)
-    replace_folder(new, folder)
+    with whole_folder(folder) as new:
+        save_file(tensors, new / WEIGHTS, {"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(_peft_config(model, layers, base), indent=2) + "\n")
+        (new / CARD).write_text(json.dumps(card, indent=2) + "\n")
+        for file in keep:
+            shutil.copyfile(file, new / file.name)
     return card
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; what stood there is removed after the new one is in place."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(frozen=True)

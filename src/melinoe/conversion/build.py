@@ -1,4 +1,4 @@
-"""A store while it is being built: in TARGET.partial, renamed when complete.
+"""A store while it is being built: in TARGET.partial, renamed when complete (melinoe.files).
 
 No half store ever loads.
 
@@ -7,13 +7,9 @@ What an interrupted call has finished is kept in convert-state.json, and counts 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from melinoe.conversion.fold_adapter import Tuning
-from melinoe.errors import MelinoeError
+from melinoe.files import empty, put_folder, write_json
 from melinoe.models.layers import fingerprint
 from melinoe.store.manifest import Store, write_manifest
 from melinoe.store.record_file import StoredLayer, layer_from_json, layer_to_json
@@ -29,30 +25,6 @@ from melinoe.store.shards import Shards, Stamp
 
 STATE = "convert-state.json"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-
-
-@contextmanager
-def partial_folder(target: Path) -> Iterator[Path]:
-    """The folder a store is built in, held by one process at a time."""
-    partial = target.with_name(target.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield partial
-    except BlockingIOError:
-        raise MelinoeError(f"another process is converting into {target}", next_step="wait for it") from None
-    finally:
-        os.close(descriptor)
-
-
-def empty(folder: Path) -> None:
-    """Removes what stands in a folder; of links the links alone."""
-    for leftover in folder.iterdir():
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
 
 
 class BuildState:
@@ -85,9 +57,7 @@ class BuildState:
     def finished(self, index: int, layer: StoredLayer) -> None:
         self.layers[index] = layer
         layers = {str(key): layer_to_json(value) for key, value in self.layers.items()}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"source": self.source, "store_id": self.store_id, "layers": layers}))
-        temporary.replace(self.path)
+        write_json(self.path, {"source": self.source, "store_id": self.store_id, "layers": layers})
 
 
 def copy_small_files(folder: Path, partial: Path) -> None:
@@ -109,7 +79,7 @@ def finish(
     known: str,
     shards: tuple[Stamp, ...] = (),
 ) -> None:
-    """Writes the manifest and renames.
+    """Writes the manifest and puts the store in its place.
 
     Args:
         known: the fingerprint; "" where the routers are not stored as they are: then it is computed by
@@ -121,9 +91,7 @@ def finish(
     store = Store(partial, known, store_id, tuple(layers), source, shards)
     write_manifest(store, {"transformers_version": transformers.__version__})
     (partial / STATE).unlink(missing_ok=True)
-    if target.exists():
-        target.rmdir()  # an empty folder that was there before
-    partial.rename(target)
+    put_folder(partial, target, replace=bool(shards))  # an index is made again whenever a shard has changed
 
 
 def _fingerprint(folder: Path) -> str:

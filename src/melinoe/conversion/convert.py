@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from melinoe.config import format_bytes
 from melinoe.conversion import checkpoint
-from melinoe.conversion.build import BuildState, copy_small_files, finish, partial_folder
+from melinoe.conversion.build import BuildState, copy_small_files, finish
 from melinoe.conversion.fold_adapter import Tuning, open_tuning
 from melinoe.conversion.resident import write_rest
 from melinoe.errors import MelinoeError
+from melinoe.files import partial_folder
 from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import experts_modules, fingerprint, moe_layers
 from melinoe.store.layout import RecordLayout

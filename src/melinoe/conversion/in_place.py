@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -25,9 +24,10 @@ import torch
 from torch import nn
 
 from melinoe.conversion import checkpoint
-from melinoe.conversion.build import copy_small_files, empty, finish, partial_folder
+from melinoe.conversion.build import copy_small_files, finish
 from melinoe.conversion.checkpoint import Shards, Sources
 from melinoe.errors import MelinoeError
+from melinoe.files import empty, partial_folder, write_json
 from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import experts_modules, fingerprint, moe_layers
 from melinoe.store.layout import RecordLayout, torch_dtype
@@ -75,11 +75,6 @@ def index_in_place(source: str | Path, target: str | Path) -> Store:
         if index.is_file():
             (partial / index.name).write_bytes(index.read_bytes())
         copy_small_files(folder, partial)
-        if is_in_place(target):  # moved away in one step: a store is there whole or not at all
-            old = target.with_name(target.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            shutil.rmtree(old)
         finish(partial, target, layers, uuid.uuid4().hex, str(source), known, tuple(shards.stamps))
     return open_store(target)
 
@@ -251,9 +246,7 @@ def checked_records(store: Store) -> tuple[list[str], bool]:
         path = store.folder / MANIFEST
         manifest = json.loads(path.read_text())
         manifest["layers"] = [layer_to_json(layer) for layer in layers]
-        partial = path.with_name(MANIFEST + ".partial")
-        partial.write_text(json.dumps(manifest))
-        partial.replace(path)
+        write_json(path, manifest)
     return damaged, known
 
 

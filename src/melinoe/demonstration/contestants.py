@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from melinoe.demonstration.limited_process import Contestant, MemoryLimit, run_c
 from melinoe.demonstration.peers import write_disk_offload
 from melinoe.demonstration.widen import widen
 from melinoe.errors import MelinoeError
+from melinoe.files import to_disk
 from melinoe.runtime.load import load_resident, load_tokenizer
 from melinoe.runtime.plan import record_bandwidth
 from melinoe.store.manifest import open_store
@@ -166,9 +166,5 @@ def drop_page_cache(folder: Path) -> None:
     """Takes every file below `folder` out of the page cache, so that no contestant starts warm."""
     for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+            with path.open("rb") as file:
+                to_disk(file)

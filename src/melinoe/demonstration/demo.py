@@ -28,6 +28,7 @@ from melinoe.demonstration import contestants as speed
 from melinoe.demonstration.report import write_report
 from melinoe.demonstration.table import print_table
 from melinoe.errors import MelinoeError, missing_extra
+from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.prediction.fit import Predictor
 from melinoe.report.setting import data_folder, machine, mixture_shape
@@ -90,9 +91,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="melinoe-demo-") as scratch:
         run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape)
         result = run.run()
-    partial = output / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=1, default=float))
-    partial.replace(output / "result.json")
+    write_json(output / "result.json", result, indent=1, default=float)
     write_report(result, output / "report.html")
     print_table(result)
     print(f"report: {output / 'report.html'}   numbers: {output / 'result.json'}")

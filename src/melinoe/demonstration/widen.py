@@ -8,7 +8,6 @@ another order): compare a widened model with the widened resident one, never wit
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from melinoe.errors import MelinoeError
+from melinoe.files import whole_folder
 from melinoe.models.layers import experts_modules
 from melinoe.runtime.load import load_resident
 
@@ -52,16 +52,12 @@ def widen(source: str | Path, target: Path, record_bytes: int, seed: int = 0) ->
     config = model.config.get_text_config()
     name = next(name for name in _WIDTH_NAMES if getattr(config, name, None) == old)
     setattr(config, name, width)
-    target.mkdir(parents=True)
-    try:
-        model.save_pretrained(target)
-        tokenizer.save_pretrained(target)
-        with torch.device("meta"):  # the config must describe what was written
-            skeleton = AutoModelForCausalLM.from_config(model.config)
-        assert experts_modules(skeleton)[0][1].down_proj.shape == modules[0][1].down_proj.shape
-    except BaseException:
-        shutil.rmtree(target)
-        raise
+    with torch.device("meta"):  # the config must describe what is written
+        skeleton = AutoModelForCausalLM.from_config(model.config)
+    assert experts_modules(skeleton)[0][1].down_proj.shape == modules[0][1].down_proj.shape
+    with whole_folder(target) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
     return width
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from melinoe.data.rows import read_rows, resolve_data
 from melinoe.errors import MelinoeError
+from melinoe.files import write_text
 
 Item = TypeVar("Item")
 
@@ -87,7 +88,4 @@ def _lines(source: Path, split: str) -> list[str]:
 
 def write_split(target: Path, split: str, rows: list[str]) -> None:
     """Writes target/SPLIT.jsonl, whole or not at all."""
-    target.mkdir(parents=True, exist_ok=True)
-    partial = target / f"{split}.partial"
-    partial.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    partial.replace(target / f"{split}.jsonl")
+    write_text(target / f"{split}.jsonl", "\n".join(rows) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from melinoe.files import write_text
 from melinoe.frontier import figures
 from melinoe.frontier.table import (
     document,
@@ -21,7 +22,7 @@ TITLES = {"held_out": "Held-out rows", "out_of_domain": "Out of domain"}
 
 def write_frontier(result: dict[str, Any], output: Path) -> None:
     """Writes both files from what result.json holds."""
-    (output / "table.md").write_text(document(result), encoding="utf-8")
+    write_text(output / "table.md", document(result))
     use_matplotlib()
     policy, slots = reference(result)
     parts = [

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.errors import MelinoeError
+from melinoe.files import whole_file
 from melinoe.frontier.sources import tuning_code
 
 JOB, CODE = "job.json", "tuned-by"
@@ -73,11 +74,10 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         result["data"] = {
             name: measure(opened, Path(data), what, predictor) for name, data in job.data.items()
         }
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(result, default=float))
-        if not job.keep_merged:
-            shutil.rmtree(merged, ignore_errors=True)
-        partial.replace(output)
+        with whole_file(output) as partial:
+            partial.write_text(json.dumps(result, default=float))
+            if not job.keep_merged:
+                shutil.rmtree(merged, ignore_errors=True)
     return result
 
 

@@ -11,7 +11,6 @@ A change of the code is not in the hash: such a run is named, and a new output f
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import melinoe
 from melinoe.errors import MelinoeError, missing_extra
+from melinoe.files import write_json
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
 from melinoe.frontier.measuring import Measuring, compare, only, pooled, summary
 from melinoe.frontier.page import write_frontier
@@ -121,9 +121,7 @@ def sweep(
         **_tables(runs, chosen, {name: origins[name] for name in held_out}),
         "seconds": stages.seconds,
     }
-    partial = output / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=1, default=float))
-    partial.replace(output / "result.json")
+    write_json(output / "result.json", result, indent=1, default=float)
     write_frontier(result, output)
     return result
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from melinoe.errors import MelinoeError
+from melinoe.files import whole_file
 from melinoe.models.layers import fingerprint as model_fingerprint
 from melinoe.prediction.features import num_features, prompt_features
 from melinoe.routing.policies import Strength
@@ -79,8 +78,6 @@ class Predictor(nn.Module):
 
     def save(self, path: str | Path, report: dict[str, Any] | None = None) -> Path:
         """Writes one safetensors file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -91,16 +88,10 @@ class Predictor(nn.Module):
             "horizon": repr(self.strength.horizon),
             "report": json.dumps(report or {}, sort_keys=True),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-        os.close(handle)
-        try:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary, metadata
-            )
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return path
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> Predictor:

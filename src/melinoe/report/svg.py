@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from melinoe.files import write_text
+
 
 def use_matplotlib() -> None:
     """Sets the style; called once by whoever writes a page."""
@@ -47,6 +49,4 @@ def write_page(template: str, path: Path, **values: Any) -> None:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     ).render(**values)
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)

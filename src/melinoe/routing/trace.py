@@ -11,8 +11,6 @@ everything else is JSON in its metadata. Numpy only: a trace is read without tor
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from melinoe.errors import MelinoeError
+from melinoe.files import whole_file
 from melinoe.routing.policies import DECODE, PREFILL, Call
 
 FORMAT, VERSION = "melinoe-trace", "1"
@@ -150,9 +149,7 @@ class Trace:
         return self.request_counts(phase) / np.maximum(lengths, 1)[:, None, None].astype(np.float32)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the file whole or not at all (a temporary file beside it, then a rename)."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes the file, whole or not at all."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -162,14 +159,9 @@ class Trace:
             "settings": json.dumps(self.settings, sort_keys=True),
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return path
+        with whole_file(path) as partial:
+            save_file(tensors, partial, metadata)
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Trace:

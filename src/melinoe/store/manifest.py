@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.errors import MelinoeError
+from melinoe.files import write_json
 from melinoe.store.record_file import (
     FORMAT,
     FORMAT_VERSION,
@@ -102,9 +103,7 @@ def write_manifest(store: Store, extra: dict[str, Any]) -> None:
         ),
         "layers": [layer_to_json(layer) for layer in store.layers],
     }
-    partial = store.folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(manifest, indent=None if store.shards else 1))
-    partial.replace(store.folder / MANIFEST)
+    write_json(store.folder / MANIFEST, manifest, indent=None if store.shards else 1)
 
 
 def _index_crc(store: Store) -> int:

@@ -7,7 +7,6 @@ padding, and the header is padded with spaces, which puts every record on a 4 Ki
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.config import RECORD_ALIGNMENT
+from melinoe.files import to_disk, whole_file
 from melinoe.store.layout import RecordLayout
 from melinoe.store.packing import Packing
 
@@ -94,20 +94,15 @@ def write_layer(
     """
     header = _header(store_id, layer, num_experts, layout.record_bytes)
     path = folder / record_file_name(layer)
-    partial = path.with_suffix(".partial")
     checksums = []
-    with partial.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         file.write(header)
         for record in records:
             assert len(record) == layout.record_bytes
             checksums.append(zlib.crc32(record))
             file.write(record)
-        file.flush()
-        os.fsync(file.fileno())
-        # what has been written must not sit in the page cache and pass for speed later
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    assert len(checksums) == num_experts, (len(checksums), num_experts)
-    partial.replace(path)
+        to_disk(file)
+        assert len(checksums) == num_experts, (len(checksums), num_experts)
     return StoredLayer(
         experts_name, path.name, num_experts, layout, len(header), tuple(checksums), packing=packing
     )

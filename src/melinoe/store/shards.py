@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from melinoe.errors import MelinoeError
+from melinoe.files import to_disk, whole_file
 
 # the format's names of dtypes
 DTYPES = {
@@ -152,7 +153,9 @@ def write_file(
     described: dict[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, torch.Tensor]],
 ) -> None:
-    """Writes a safetensors file one tensor at a time; `save_file` would hold all of them twice.
+    """Writes a safetensors file, whole or not at all, one tensor at a time.
+
+    `save_file` would hold all of them twice.
 
     Args:
         described: dtype and shape of every tensor, in the order of the file: larger elements first, so
@@ -168,16 +171,14 @@ def write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     length = -(-(8 + len(text)) // 64) * 64 - 8
     written = []
-    with path.open("wb") as file:
+    with whole_file(path) as partial, partial.open("wb") as file:
         file.write(struct.pack("<Q", length) + text.ljust(length))
         for name, tensor in tensors:
             assert (tensor.dtype, tuple(tensor.shape)) == described[name], (name, tensor.dtype, tensor.shape)
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
             written.append(name)
-        file.flush()
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    assert written == list(described), "a tensor is missing, or they came in another order"
+        to_disk(file)
+        assert written == list(described), "a tensor is missing, or they came in another order"
 
 
 def file_order(

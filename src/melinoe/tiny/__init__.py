@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
+
+from melinoe.files import empty, partial_folder, put_folder
 
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 12000, 600, 4000
 DATA_SEED = 0
@@ -36,12 +36,11 @@ def data_path(cache_folder: str | Path | None = None) -> Path:
     folder = root / f"tiny-data-{digest.hexdigest()}"
     if folder.is_dir():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix="tiny-data-", suffix=".writing", dir=root))
-    stage.chmod(0o755)
-    write_splits(stage, TRAIN_ROWS, VALID_ROWS, TEST_ROWS, DATA_SEED)
-    try:
-        stage.rename(folder)
-    except OSError:  # another process was first
-        shutil.rmtree(stage)
+    with partial_folder(folder, wait=True) as partial:
+        if folder.is_dir():  # another process has made it meanwhile
+            partial.rmdir()
+            return folder
+        empty(partial)
+        write_splits(partial, TRAIN_ROWS, VALID_ROWS, TEST_ROWS, DATA_SEED)
+        put_folder(partial, folder)
     return folder

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerState
 
-from melinoe.adapters.peft_folder import replace_folder
+from melinoe.files import whole_folder
 
 CHECKPOINT, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
@@ -30,17 +30,15 @@ def save(
     memory: dict[str, str],
 ) -> None:
     """Writes FOLDER/checkpoint. memory: strings that come back from `load_weights`."""
-    new = folder / (CHECKPOINT + ".new")
-    new.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trained.items():
         tensors[name] = parameter
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"{key}:{name}": value for key, value in moments.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(tensors, new / WEIGHTS, memory)
-    state.save_to_json(str(new / STATE))
-    replace_folder(new, folder / CHECKPOINT)
+    with whole_folder(folder / CHECKPOINT) as new:
+        save_file(tensors, new / WEIGHTS, memory)
+        state.save_to_json(str(new / STATE))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from melinoe.adapters.peft_folder import write_adapter
 from melinoe.data.rows import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
+from melinoe.files import partial_of
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.tuning.batches import Batches, padding_share, plan_batches
@@ -97,7 +98,7 @@ def tune(
         shard_frozen(network, processes)
     if processes.count > 1:
         average_trained_alone(network)
-    work = output.with_name(output.name + ".partial")
+    work = partial_of(output)
     base_format = "auto" if pages is None else pages.record_format
     identity = run_identity(chosen, parts, base_fingerprint, encoded, base_format)
     restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))

@@ -1,0 +1,199 @@
+"""Files and folders that appear whole or not at all, whenever the process that writes them is killed.
+
+What is being written stands under another name beside its place and is renamed when it is complete:
+
+    a file                              NAME.xxxxxxxx.partial; each writer has a name of its own
+    a folder made in one go             NAME.new; the next call throws away what a killed one left
+    a folder that can be gone on with   NAME.partial; the next call finds what a killed one left
+
+One process at a time holds such a folder. A folder that replaces another changes places with it in one
+step where the system can (Linux, most file systems). Where it cannot, the old one becomes .NAME.old for a
+moment; the next call puts it back if the process was killed right then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from melinoe.errors import MelinoeError
+
+PARTIAL, NEW, OLD = ".partial", ".new", ".old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
+
+
+@contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """A name to write a file under; it becomes `path` when the block ends, and goes when the block fails.
+
+    The folder is made where it is missing. Of a link, what it points to is written.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a file of UTF-8 text, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path | str, value: Any, **style: Any) -> None:
+    """Writes a value as JSON, whole or not at all. style: of `json.dumps`."""
+    write_text(path, json.dumps(value, **style))
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Sees to it that what was written is on the disk, against a loss of power, and not in the page cache.
+
+    What stayed there would be read from memory later and pass for speed.
+    """
+    file.flush()
+    os.fsync(file.fileno())
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a folder that can be gone on with is built."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
+@contextmanager
+def partial_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
+    """FOLDER.partial, held by one process at a time, with what a call before has left in it.
+
+    `put_folder` gives it its name.
+
+    Args:
+        wait: for another process that holds it, instead of an error.
+
+    Raises:
+        MelinoeError: another process is at work there.
+    """
+    with _held(partial_of(folder), folder, wait) as partial:
+        yield partial
+
+
+@contextmanager
+def whole_folder(folder: Path | str) -> Iterator[Path]:
+    """An empty folder to fill; it takes the place of `folder` when the block ends, and goes when it fails.
+
+    Raises:
+        MelinoeError: another process is writing the same folder.
+    """
+    folder = Path(os.path.realpath(folder))
+    with _held(folder.with_name(folder.name + NEW), folder, wait=False) as new:
+        empty(new)
+        try:
+            yield new
+            put_folder(new, folder)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+
+
+def put_folder(new: Path, folder: Path, *, replace: bool = True) -> None:
+    """Renames `new` to `folder`; what stood there is removed after the new one is in place.
+
+    Raises:
+        OSError: there is something, other than an empty folder, and it is not to be replaced.
+    """
+    old = _recovered(folder)
+    if not (replace and folder.exists()):
+        new.rename(folder)
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, wait=True)  # it becomes `new`, and nobody may write there while it is removed
+        if _exchange(new, folder):
+            shutil.rmtree(new)
+        else:
+            folder.rename(old)
+            new.rename(folder)
+            shutil.rmtree(old)
+    finally:
+        os.close(descriptor)
+
+
+def _recovered(folder: Path) -> Path:
+    """Where the old folder stands for a moment; a call that was killed right then is mended first."""
+    old = folder.with_name(f".{folder.name}{OLD}")
+    if old.is_dir():
+        shutil.rmtree(old) if folder.exists() else old.rename(folder)
+    return old
+
+
+def empty(folder: Path) -> None:
+    """Removes what stands in a folder; of links the links alone."""
+    for leftover in folder.iterdir():
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+@contextmanager
+def _held(work: Path, folder: Path, wait: bool) -> Iterator[Path]:
+    """The folder `work`, made where it is missing, held by this process."""
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(work, os.O_RDONLY)
+        try:
+            _lock(descriptor, wait)
+            if not _stands_at(work, descriptor):  # whoever held it has given it its name meanwhile
+                continue
+            _recovered(folder)
+            yield work
+            return
+        except BlockingIOError:
+            raise MelinoeError(f"another process is writing {folder}", next_step="wait for it") from None
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: bool) -> None:
+    """Raises BlockingIOError where another process has it.
+
+    Some network file systems lock no folders: there, nobody does.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def _stands_at(path: Path, descriptor: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    return False
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Two names change places in one step; False where this system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux, or an old C library
+        return False
+    return rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0

@@ -64,9 +64,10 @@ def test_in_place_equals_converted_equals_resident(family, dtype, tmp_path):
     store = index_in_place(folder, tmp_path / "store")
     assert store.fingerprint == converted.fingerprint
     assert not list((tmp_path / "store").glob("experts-*"))
-    from melinoe.paging.slots import Reader, RecordBuffer
+    from melinoe.paging.disk_reader import DiskReader
+    from melinoe.paging.slots import RecordBuffer
 
-    reader = Reader(store)
+    reader = DiskReader(store)
     for index, layer in enumerate(store.layers):
         experts = stock.get_submodule(layer.experts_name)
         buffer = RecordBuffer(1, layer.layout.record_bytes)

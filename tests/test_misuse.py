@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import melinoe
 from families import batch, resident, save_checkpoint
 from melinoe.experts import forward as experts
-from melinoe.paging.slots import Reader
+from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.weights_file import WeightsFile
 from melinoe.runtime.load import reset_slots
 
@@ -105,7 +105,7 @@ def interrupt(monkeypatch, where, at, late=None):
 @pytest.mark.parametrize("at", [1, 3, 8, 13])
 @pytest.mark.parametrize(
     "where",
-    [(experts, "expert_output"), (Reader, "read")],
+    [(experts, "expert_output"), (DiskReader, "read")],
     ids=["in an expert", "behind the start of a read"],
 )
 def test_interrupted_and_used_again(olmoe_store, expected, slow_reads, monkeypatch, where, at):
@@ -128,7 +128,7 @@ def test_interrupted_twice(olmoe_store, expected, slow_reads, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             greedy(model, 2)
     with monkeypatch.context() as patch:
-        calls = interrupt(patch, (Reader, "drain"), 1)
+        calls = interrupt(patch, (DiskReader, "drain"), 1)
         with pytest.raises(KeyboardInterrupt):
             greedy(model, 1)
         assert calls[0] == 1

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 import melinoe
 from families import batch
 from melinoe.experts import forward as experts
-from melinoe.paging.slots import Reader
+from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.weights_file import WeightsFile
 from melinoe.routing.policies import DECODE
 from melinoe.runtime.generation import stream_generate
@@ -56,7 +56,7 @@ def test_hits_are_computed_while_misses_are_read(olmoe_store, monkeypatch):
     model(input_ids=torch.tensor([[5]]))  # two experts of each layer are in slots now
     resident = [set(one) for one in model.melinoe_context.pager.policy.resident]
     served, asked, gate = [], [], threading.Event()
-    real_output, real_start, real_read = experts.expert_output, Reader.read, WeightsFile.read
+    real_output, real_start, real_read = experts.expert_output, DiskReader.read, WeightsFile.read
 
     def output(module, hidden, weights, expert):
         served.append((int(module.melinoe_layer), expert))
@@ -75,7 +75,7 @@ def test_hits_are_computed_while_misses_are_read(olmoe_store, monkeypatch):
         real_read(self, destination, offset)
 
     monkeypatch.setattr(experts, "expert_output", output)
-    monkeypatch.setattr(Reader, "read", start)
+    monkeypatch.setattr(DiskReader, "read", start)
     monkeypatch.setattr(WeightsFile, "read", read)
     for index, layer in enumerate(model.model.layers):
         gate.clear()
@@ -93,13 +93,13 @@ def test_hits_are_computed_while_misses_are_read(olmoe_store, monkeypatch):
 def test_a_prompt_reads_an_expert_at_most_once(olmoe_store, monkeypatch, slots):
     """In each call; and what a prompt has left in the slots is not read again for the first token."""
     model = melinoe.load(olmoe_store, slots=slots)
-    reads, real = Counter(), Reader.read
+    reads, real = Counter(), DiskReader.read
 
     def read(self, layer, expert, destination):
         reads[layer, expert] += 1
         return real(self, layer, expert, destination)
 
-    monkeypatch.setattr(Reader, "read", read)
+    monkeypatch.setattr(DiskReader, "read", read)
     for seed in range(3):
         before = [set(one) for one in model.melinoe_context.pager.policy.resident]
         reads.clear()

@@ -159,7 +159,7 @@ def test_nothing_of_a_slot_waits_for_the_backward_pass(checkpoints, expected, sl
     loss = loss_of(model)
     pager = model.melinoe_context.pager
     pager.reset()
-    for buffer in [*(bank.buffer for bank in pager.banks), pager.staging]:
+    for buffer in [*(bank.buffer for bank in pager.banks), pager.staging.buffer]:
         buffer.tensor.fill_(0xFF)  # not a number, in float32
     loss.backward()
     assert_same_gradients(model, expected[0])

@@ -1,6 +1,6 @@
 """The tier between disk and an accelerator: records in pinned host memory, copied on a stream of their own.
 
-`DeviceReader` stands where `Reader` stands on a machine without an accelerator: it is asked for the same
+`DeviceReader` stands where `DiskReader` stands on a machine without an accelerator: it is asked for the same
 records and returns the same futures; only the destination is device memory and the future's result is an
 event. Ordering is by events alone, the host never waits for the device here:
 
@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from melinoe.machine import free_memory
-from melinoe.paging.slots import READER_THREADS, Reader, RecordBuffer
+from melinoe.paging.disk_reader import DiskReader
+from melinoe.paging.reader import READER_THREADS
+from melinoe.paging.slots import RecordBuffer
 from melinoe.store.manifest import Store
 
 HOST_SHARE = 0.8  # of the free host memory that the pinned store may take
@@ -51,7 +53,7 @@ class _Stream:
 
 
 class DeviceReader:
-    """Moves records into device memory; counts as `Reader` does, bytes over the bus.
+    """A `Reader` into device memory; counts as `DiskReader` does, bytes over the bus.
 
     Args:
         store: where the records are.
@@ -61,7 +63,7 @@ class DeviceReader:
 
     def __init__(self, store: Store, device: torch.device, pinned: bool | None = None) -> None:
         self.store, self.device = store, device
-        self._disk = Reader(store)
+        self._disk = DiskReader(store)
         self._stream = _Stream(device)
         self._lock = threading.Lock()
         self.bytes_read = 0
@@ -124,7 +126,7 @@ class DeviceReader:
             self._buffers.put(buffer)
 
     def drain(self) -> None:
-        """As `Reader.drain`. Copies on the stream may go on: later ones come behind them."""
+        """As every `Reader`. Copies on the stream may go on: later ones come behind them."""
         if not self.pinned:
             self._pool.shutdown(wait=True)
             self._pool = self._new_pool()

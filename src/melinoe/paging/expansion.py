@@ -1,8 +1,8 @@
 """Where packed records become weights: when they arrive in a slot, or each time a packed slot is used.
 
-`expanded` slots hold weights of full size; `ExpandingReader` stands where `Reader` stands, reads the packed
-record into a buffer of its own and expands it into the slot, on the reading threads. `packed` slots hold the
-record as it is on disk, so that the same memory holds two to four times the experts; `Scratch` expands one
+`expanded` slots hold weights of full size; `ExpandingReader` stands before another reader, has the packed
+record read into a buffer of its own and expands it into the slot, on threads of its own. `packed` slots hold
+the record as it is on disk, so that the same memory holds two to four times the experts; `Scratch` expands one
 when it is used. Both give the same bits (melinoe.store.packing says why).
 """
 
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from melinoe.errors import MelinoeError
-from melinoe.paging.device_reader import DeviceReader
-from melinoe.paging.slots import READER_THREADS, Reader, RecordBuffer
+from melinoe.paging.reader import READER_THREADS, Reader
+from melinoe.paging.slots import RecordBuffer
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store
 from melinoe.store.packing import Tensors
@@ -69,7 +69,7 @@ def expansion_bytes(store: Store, packed: bool) -> int:
 class Scratch:
     """One record of full size that packed ones are expanded into, one after the other."""
 
-    def __init__(self, store: Store, device: torch.device | None) -> None:
+    def __init__(self, store: Store, device: torch.device) -> None:
         layouts = [slot_layout(layer, False) for layer in store.layers]
         self.buffer = RecordBuffer(1, max(layout.record_bytes for layout in layouts), device)
         self._views = [layout.views(self.buffer.tensor[0, : layout.record_bytes]) for layout in layouts]
@@ -84,16 +84,16 @@ class Scratch:
 
 
 class ExpandingReader:
-    """Reads packed records and expands them into full-size destinations; counts packed bytes.
+    """A `Reader` that has packed records read and expands them to full size; counts packed bytes.
 
     Each of a few threads has a buffer for one packed record. On an accelerator the buffers are device memory
     and the expansion runs on a stream of its own: behind the slot's last use, and ahead of the next copy into
     the same buffer, by events alone.
     """
 
-    def __init__(self, reader: Reader | DeviceReader, store: Store, threads: int = READER_THREADS) -> None:
+    def __init__(self, reader: Reader, store: Store, threads: int = READER_THREADS) -> None:
         self.reader, self.store = reader, store
-        self.device = reader.device if isinstance(reader, DeviceReader) else torch.device("cpu")
+        self.device = reader.device
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.buffers = RecordBuffer(threads, store.max_record_bytes, self.device)
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -142,7 +142,6 @@ class ExpandingReader:
             self._free.put(index)
 
     def drain(self) -> None:
-        """As `Reader.drain`."""
         self._pool.shutdown(wait=True)
         self._pool = self._new_pool()
         self.reader.drain()

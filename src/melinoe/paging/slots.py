@@ -1,27 +1,16 @@
-"""Memory: slots that hold records, and the reader that fills them. Knows bytes, no policy.
-
-Reads bypass the page cache (O_DIRECT) where the file system allows it, and otherwise drop what they
-leave there; else the kernel would keep the whole store in memory and the budget would be a fiction.
-"""
+"""Memory that records are read into: each layer's slots, and staging records. Knows no policy."""
 
 from __future__ import annotations
 
 import mmap
-import threading
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from typing import Any
 
-import numpy as np
 import torch
 
-from melinoe.errors import MelinoeError
-from melinoe.paging.gather import ShardFiles
-from melinoe.paging.weights_file import WeightsFile
 from melinoe.store.layout import RecordLayout
-from melinoe.store.manifest import Store
 
 STAGING_RECORDS = 4  # records beside the slots; at least 2, so that one is read while another is used
-READER_THREADS = 4  # reads in flight; a disk needs several to reach its bandwidth
 
 
 class RecordBuffer:
@@ -57,7 +46,7 @@ class SlotBank:
 
     def clear(self) -> None:
         self.slot_of: dict[int, int] = {}
-        self.pending: dict[int, Future[None]] = {}
+        self.pending: dict[int, Future[Any]] = {}
         self._free = list(range(self._slots - 1, -1, -1))
 
     def place(self, expert: int, victim: int | None) -> int:
@@ -77,77 +66,36 @@ class SlotBank:
         self.slot_of[expert] = slot
         return slot
 
+    def record(self, slot: int) -> torch.Tensor:
+        """A slot, to be read into."""
+        return self.buffer.record(slot, self.buffer.record_bytes)
+
     def views(self, expert: int) -> dict[str, torch.Tensor]:
+        """The tensors of an expert that stands in a slot."""
         return self._views[self.slot_of[expert]]
 
 
-class Reader:
-    """Reads records of a store into memory, several at a time.
+class Staging:
+    """A few records beside the slots, shared by all layers: what is not kept passes through them.
 
-    `bytes_read` and `busy_seconds` (time in which at least one read was outstanding) give the bandwidth
-    that was reached.
+    Args:
+        layouts: of each layer's records.
     """
 
-    def __init__(self, store: Store, threads: int = READER_THREADS) -> None:
-        self.store = store
-        self._threads = threads
-        self._shards = ShardFiles(store) if store.shards else None
-        self._files = [] if store.shards else [WeightsFile(store.path(i)) for i in range(len(store.layers))]
-        self._pool = self._new_pool()
-        self._lock = threading.Lock()
-        self._outstanding, self._since = 0, 0.0
-        self.bytes_read, self.busy_seconds = 0, 0.0
+    def __init__(self, count: int, layouts: list[RecordLayout], device: torch.device | None = None) -> None:
+        assert count >= 2, count
+        self.count = count
+        self.buffer = RecordBuffer(count, max(layout.record_bytes for layout in layouts), device)
+        self._layouts = layouts
+        self._views = [
+            [layout.views(self.record(layer, index)) for index in range(count)]
+            for layer, layout in enumerate(layouts)
+        ]
 
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, thread_name_prefix="melinoe-read")
+    def record(self, layer: int, index: int) -> torch.Tensor:
+        """A staging record as one of this layer's, to be read into."""
+        return self.buffer.record(index, self._layouts[layer].record_bytes)
 
-    def read(self, layer: int, expert: int, destination: torch.Tensor) -> Future[None]:
-        """Starts reading one record into `destination` (page-aligned host memory, a record long, uint8)."""
-        with self._lock:
-            if self._outstanding == 0:
-                self._since = time.perf_counter()
-            self._outstanding += 1
-        return self._pool.submit(self._read, layer, expert, memoryview(destination.numpy()))
-
-    def _read(self, layer: int, expert: int, destination: memoryview) -> None:
-        done = 0
-        try:
-            if self._shards is not None:
-                done = self._shards.read(layer, expert, np.asarray(destination))
-            else:
-                file, stored = self._files[layer], self.store.layers[layer]
-                file.read(destination, stored.offset(expert))
-                file.check()
-                done = len(destination)
-        except OSError as error:
-            raise MelinoeError(
-                f"cannot read expert {expert} from {self.store.path(layer)}",
-                got=error,
-                next_step="check the disk, then: convert again",
-            ) from error
-        finally:
-            with self._lock:
-                self._outstanding -= 1
-                self.bytes_read += done
-                if self._outstanding == 0:
-                    self.busy_seconds += time.perf_counter() - self._since
-
-    def drain(self) -> None:
-        """Returns when no read is under way any more, also one whose future was lost to an exception."""
-        self._pool.shutdown(wait=True)
-        self._pool = self._new_pool()
-
-    def arrived(self, result: None) -> None:
-        """A record whose future is done is in host memory: there is nothing left to wait for."""
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=True)
-        self.__del__()
-
-    def __del__(self) -> None:
-        for file in getattr(self, "_files", []):
-            file.close()
-        self._files = []
-        shards = getattr(self, "_shards", None)
-        if shards is not None:
-            shards.close()
+    def views(self, layer: int, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of the expert that a staging record holds."""
+        return self._views[layer][index]

@@ -17,7 +17,7 @@ from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.forward_pass import PassContext
 from melinoe.paging.gather import buffer_bytes
 from melinoe.paging.pager import ExpertPager
-from melinoe.paging.slots import READER_THREADS
+from melinoe.paging.reader import READER_THREADS
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import make_policy
 from melinoe.runtime import budget

@@ -16,9 +16,11 @@ from melinoe.conversion.in_place import NotInPlaceError, index_in_place
 from melinoe.machine import usable_device
 from melinoe.models.folder import local_folder, resolve_model, skeleton
 from melinoe.models.layers import experts_modules, experts_per_token, moe_layers
+from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.gather import buffer_bytes
-from melinoe.paging.slots import READER_THREADS, Reader, RecordBuffer
+from melinoe.paging.reader import READER_THREADS
+from melinoe.paging.slots import RecordBuffer
 from melinoe.runtime import budget
 from melinoe.runtime.attach import strip
 from melinoe.store.layout import RecordLayout
@@ -138,7 +140,7 @@ def record_bandwidth(
     Args:
         group_sizes: how many records are asked for together, in turn: the misses of a layer.
     """
-    reader = Reader(store)
+    reader = DiskReader(store)
     buffer = RecordBuffer(max(group_sizes), store.max_record_bytes)
     generator, sizes = np.random.default_rng(seed), itertools.cycle(group_sizes)
     began = time.perf_counter()

@@ -23,7 +23,8 @@ from melinoe.models.layers import MoeLayer, moe_layers
 from melinoe.models.undecorated import has_flat_experts
 from melinoe.paging.expansion import expansion_bytes, slot_records
 from melinoe.paging.gather import BUFFER_BYTES, buffer_bytes
-from melinoe.paging.slots import READER_THREADS, STAGING_RECORDS
+from melinoe.paging.reader import READER_THREADS
+from melinoe.paging.slots import STAGING_RECORDS
 from melinoe.runtime.budget import given_bytes
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store

@@ -52,7 +52,7 @@ def test_moves_at_most_so_far_and_not_without_an_aim():
         {"target_hit_rate": 0.8, "lambda_cs": 0.0},
         {"objective": "fast"},
         {"distill": 1.5},
-        {"ramp": -0.1},
+        {"cooldown": -0.1},
     ],
 )
 def test_settings_are_checked(wrong):
@@ -72,9 +72,9 @@ def test_what_is_no_share_is_refused(text):
 
 
 def test_the_schedule_by_hand():
-    both = TuneSettings(ramp=0.2, cooldown=0.5)
-    assert [both.schedule(done) for done in (0.0, 0.1, 0.2, 0.5, 0.75, 1.0)] == [0, 0.5, 1, 1, 0.5, 0]
-    flat = TuneSettings(ramp=0.0, cooldown=0.0)
+    falling = TuneSettings(cooldown=0.5)
+    assert [falling.schedule(done) for done in (0.0, 0.2, 0.5, 0.75, 1.0)] == [1, 1, 1, 0.5, 0]
+    flat = TuneSettings(cooldown=0.0)
     assert [flat.schedule(done) for done in (0.0, 0.5, 1.0)] == [1, 1, 1]
 
 

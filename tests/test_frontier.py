@@ -33,7 +33,8 @@ from melinoe.measure.trace import trace
 from melinoe.routing.concentration import load_entropy
 from melinoe.routing.policies import DECODE
 from melinoe.routing.simulate import simulate
-from melinoe.tuning.settings import OBJECTIVES, TuneSettings
+from melinoe.tuning.objectives import OBJECTIVES
+from melinoe.tuning.settings import TuneSettings
 
 SWEEPS = sorted((Path(__file__).parents[1] / "benchmarks" / "sweeps").glob("*.yaml"))
 
@@ -106,7 +107,10 @@ def test_default_points_know_every_objective():
     [
         ([{"name": "a", "lambda": 1}], "point a: unknown settings; got lambda"),
         ([{"name": "a", "lambda_cs": -1}], "point a: tune: lambda_cs is out of range; got -1"),
-        ([{"name": "a", "max_steps": "many"}], "point a: a setting has the wrong type"),
+        (
+            [{"name": "a", "max_steps": "many"}],
+            "point a: tune: max_steps: a value of the wrong kind; got 'many'",
+        ),
         ([{"name": "a"}, {"name": "a"}], "two points of one name; got a"),
         ([{"lambda_cs": 1}], "point 1 has no name"),
         ([{"name": "a", "seed": 3}], "unknown settings; got seed"),

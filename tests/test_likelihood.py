@@ -15,7 +15,8 @@ from melinoe.losses.likelihood import as_base, likelihood, next_token_positions
 from melinoe.measure.trace import trace
 from melinoe.models.layers import moe_layers
 from melinoe.routing.policies import DECODE
-from melinoe.tuning.settings import OBJECTIVES, TuneSettings
+from melinoe.tuning.objectives import OBJECTIVES
+from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.tune import prepare_model, tune
 from text_model import model_and_tokenizer, rows
 

@@ -112,16 +112,6 @@ def test_rows_of_different_length_count_by_token():
     assert float(both) == pytest.approx(float(10 * first + 4 * second) / 14)
 
 
-def test_packed_documents_start_with_an_empty_cache():
-    hot, _ = random_requests((2, 1, 12), 6, 2)
-    segments = torch.tensor([[0] * 5 + [1] * 7])
-    scored = torch.ones(1, 12, dtype=torch.bool)
-    packed = soft_cache_misses(hot, torch.ones(1, 12), scored, 3, 2, segment_ids=segments)
-    apart = [soft_cache_misses(part, torch.ones(1, n), scored[:, :n], 3, 2)
-             for part, n in ((hot[:, :, :5], 5), (hot[:, :, 5:], 7))]  # fmt: skip
-    assert float(packed) == pytest.approx(float(5 * apart[0] + 7 * apart[1]) / 12)
-
-
 def test_scored_positions_are_what_decoding_processes():
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     scored = scored_positions(mask, torch.tensor([2, 3, 2]))
@@ -196,14 +186,6 @@ def test_gradient_by_finite_differences(gamma, clipped):
     )
 
 
-def test_detached_cache_has_no_gradient_through_the_past():
-    r = torch.rand(1, 1, 4, 3, dtype=torch.float64, requires_grad=True)
-    scored = torch.tensor([[False, False, False, True]])
-    soft_cache_misses(r, torch.ones(1, 4), scored, 2, 1, detach_cache=True).backward()
-    assert r.grad[..., :3, :].abs().sum() == 0
-    assert r.grad[..., 3, :].abs().sum() > 0
-
-
 # ------------------------------------------------------------------ rank matching
 
 
@@ -221,7 +203,6 @@ def test_rank_matching_by_hand():
     assert float(loss.detach()) == pytest.approx(0.05)
     loss.backward()
     assert tuned.grad.tolist() == [[-1.0, 1.0, 0.0]]
-    assert float(rank_matching(tuned, base, form="mean")) == pytest.approx(0.05 / 3)
 
 
 def test_ties_contribute_nothing():

@@ -26,7 +26,7 @@ from melinoe.tuning.tune import tune
 SHORT = {"max_steps": 6, "batch_tokens": 64, "max_length": 32, "rank": 4, "progress": False}
 SHORT |= {"learning_rate": 2e-3, "router_learning_rate": 1e-2}
 # everything that is averaged over a step, or remembered from one step to the next
-EVERYTHING = {"distill": 0.3, "balance": 0.5, "max_quality_loss": 0.01, "rank_tokens": 24, "ramp": 0.5}
+EVERYTHING = {"distill": 0.3, "balance": 0.5, "max_quality_loss": 0.01, "rank_tokens": 24}
 
 
 @pytest.fixture(scope="module")

@@ -253,7 +253,7 @@ def test_control_and_paper_objective_on_bfloat16_checkpoints(tmp_path, data, fam
     base = checkpoint(tmp_path / "base", family)
     common = SHORT | {"max_steps": 2}
     control = tune(base, data, tmp_path / "control", lambda_cs=0, lambda_rm=0, **common)
-    paper = tune(base, data, tmp_path / "paper", objective="paper", lambda_cs=0.5, rank_form="mean", **common)
+    paper = tune(base, data, tmp_path / "paper", objective="paper", lambda_cs=0.5, **common)
     assert control["total"] == pytest.approx(control["nll"], rel=0.2)
     assert paper["misses"] is not None
     merge(base, tmp_path / "paper", tmp_path / "merged")
@@ -311,7 +311,7 @@ def test_non_finite_step_is_skipped_and_never_saved(tmp_path, base, data, monkey
 
 
 def test_time_limit_ends_a_run_early(tmp_path, base, data):
-    result = tune(base, data, tmp_path / "a", **SHORT | {"max_steps": 10_000, "time_limit_seconds": 1.0})
+    result = tune(base, data, tmp_path / "a", **SHORT | {"max_steps": 10_000, "time_limit": 1.0})
     assert 0 < result["steps"] < 10_000
 
 

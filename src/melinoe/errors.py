@@ -8,6 +8,8 @@ Programming mistakes stay assertions and ordinary exceptions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class MelinoeError(ValueError):
     """A mistake that the user can mend.
@@ -44,3 +46,25 @@ def missing_extra(package: str, extra: str) -> MelinoeError:
         f"{package} is not installed",
         next_step=f"install it with: pip install 'melinoe-moe[{extra}]'",
     )
+
+
+def refuse_unknown(
+    given: Iterable[object], known: Iterable[str], what: str, allowed: Iterable[str] | None = None
+) -> None:
+    """Names that mean nothing are mistakes, never ignored.
+
+    Args:
+        given: the names that were given.
+        known: those that are accepted.
+        what: how the error begins, such as "tune: unknown settings".
+        allowed: those that the error names; None: all that are accepted.
+
+    Raises:
+        MelinoeError: one of the names is not known.
+    """
+    known = list(known)
+    unknown = sorted({str(name) for name in given} - set(known))
+    if unknown:
+        raise MelinoeError(
+            what, got=", ".join(unknown), allowed=", ".join(known if allowed is None else allowed)
+        )

@@ -27,22 +27,20 @@ AtOnce = Annotated[int | None, typer.Option(help="Sweep: processes side by side.
 
 
 def run_sweep(
-    model: str,
-    data: str,
-    output_dir: Path,
     points: str,
-    settings: dict[str, Any],
-    seeds: str,
+    arguments: dict[str, Any],
+    output_dir: Path,
+    options: dict[str, Any],
     overwrite: bool,
     as_json: bool,
-    **options: Any,
+    progress: bool,
 ) -> None:
     """Runs the sweep and says where the page is.
 
     Args:
-        data: a folder, or several separated by commas.
-        settings: of all points.
-        options: of `sweep`; None: its default.
+        arguments: of `tune`: model, data (a folder, or several separated by commas) and the settings of all
+            points.
+        options: those that only a sweep has, by name; None: the sweep's own default.
     """
     from melinoe.frontier.sweep import sweep as run
     from melinoe.frontier.table import sentences
@@ -52,17 +50,25 @@ def run_sweep(
             "--overwrite: a sweep keeps the points it has",
             next_step="choose another --output-dir to start anew",
         )
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise MelinoeError("not a list of seeds", got=seeds, allowed="0 or 0,1,2") from None
-    folders: list[str | Path] = [data] if Path(data).exists() else [*data.split(",")]
+    settings = dict(arguments)
+    model, data, seed = (settings.pop(name) for name in ("model", "data", "seed"))
     given = {name: value for name, value in options.items() if value is not None}
-    result = run(model, folders, output_dir, points, common=settings, seeds=numbers, **given)
+    seeds = _seeds(given.pop("seeds", str(seed)))
+    if "hold_out" in given:
+        given["hold_out_rows"] = given.pop("hold_out")
+    folders: list[str | Path] = [data] if Path(data).exists() else [*data.split(",")]
+    result = run(model, folders, output_dir, points, common=settings, seeds=seeds, progress=progress, **given)
     if as_json:
         return print_json(result)
     print("\n".join(sentences(result, "held_out")))
     print(f"page: {output_dir / 'frontier.html'}   table: {output_dir / 'table.md'}")
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise MelinoeError("not a list of seeds", got=text, allowed="0 or 0,1,2") from None
 
 
 def refuse_without_sweep(**options: Any) -> None:

@@ -16,12 +16,14 @@ with both lambdas 0 and no aim.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from melinoe.errors import MelinoeError
-from melinoe.tuning.settings import OBJECTIVES, TuneSettings
+from melinoe.errors import MelinoeError, refuse_unknown
+from melinoe.tuning.objectives import OBJECTIVES
+from melinoe.tuning.setting_field import under_todays_names
+from melinoe.tuning.settings import SETTINGS, TuneSettings
 
 CONTROL = "control"
 OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0, "balance": 0.0, "target_hit_rate": None, "max_quality_loss": None}
@@ -41,22 +43,12 @@ class Point:
         """The complete settings.
 
         Raises:
-            MelinoeError: unknown or impossible settings; the message names the point.
+            MelinoeError: impossible settings; the message names the point.
         """
-        known = {entry.name for entry in fields(TuneSettings)} - {"seed"}
-        unknown = sorted(set(self.settings) - known)
-        if unknown:
-            raise MelinoeError(
-                f"sweep, point {self.name}: unknown settings",
-                got=", ".join(unknown),
-                allowed=", ".join(sorted(known)),
-            )
         try:
             return TuneSettings(**self.settings, seed=seed)
         except MelinoeError as error:
             raise MelinoeError(f"sweep, point {self.name}: {error}") from None
-        except TypeError as error:  # a text where a number belongs
-            raise MelinoeError(f"sweep, point {self.name}: a setting has the wrong type", got=error) from None
 
 
 def read_sweep(
@@ -80,11 +72,11 @@ def read_sweep(
         raise MelinoeError(f"{source} is not a sweep", allowed="`points`, a list of {name, settings ...}")
     measuring = content.get("measure") or {}
     shared, given = content.get("common") or {}, content["points"]
-    _only(content, ("common", "measure", "points"), str(source))
+    refuse_unknown(content, ("common", "measure", "points"), f"{source}: unknown keys")
     if not all(isinstance(part, dict) for part in (shared, measuring, *given)):
         raise MelinoeError(f"{source} is not a sweep", allowed="{name, settings ...} for every point")
-    _only(measuring, MEASURED, f"{source}, measure")
-    common = {key: _number(key, value) for key, value in (shared | (common or {})).items()}
+    refuse_unknown(measuring, MEASURED, f"{source}, measure: unknown keys")
+    common = _settings(shared, f"{source}, common") | _settings(common or {}, "sweep")
     points = [_point(entry, common, number) for number, entry in enumerate(given, 1)]
     if all(point.name != CONTROL for point in points):
         points.insert(0, Point(CONTROL, CONTROL, {**common, **OFF}))
@@ -96,12 +88,6 @@ def read_sweep(
     for point in points:
         point.tune_settings(0)
     return points, measuring
-
-
-def _only(given: dict[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    unknown = sorted(set(map(str, given)) - set(allowed))
-    if unknown:
-        raise MelinoeError(f"{where}: unknown keys", got=", ".join(unknown), allowed=", ".join(allowed))
 
 
 def default_points() -> list[dict[str, Any]]:
@@ -136,18 +122,14 @@ def _point(entry: dict[str, Any], common: dict[str, Any], number: int) -> Point:
     name = entry.get("name")
     if not isinstance(name, str) or not name.strip():
         raise MelinoeError(f"sweep: point {number} has no name", got=name)
-    settings = common | {key: value for key, value in entry.items() if key not in ("name", "curve")}
-    settings = {key: _number(key, value) for key, value in settings.items()}
+    own = {key: value for key, value in entry.items() if key not in ("name", "curve")}
+    settings = common | _settings(own, f"sweep, point {name}")
     curve = entry.get("curve") or (CONTROL if name == CONTROL else None)
     return Point(name, str(curve or settings.get("objective") or TuneSettings().objective), settings)
 
 
-def _number(key: str, value: Any) -> Any:
-    """YAML 1.1 takes 5e-4 for a text."""
-    if not isinstance(value, str):
-        return value
-    kinds = {entry.name: str(entry.type) for entry in fields(TuneSettings)}
-    try:
-        return float(value) if "float" in kinds.get(key, "") else value
-    except ValueError:
-        return value
+def _settings(given: dict[str, Any], what: str) -> dict[str, Any]:
+    """Under today's names; a point has no seed of its own."""
+    return under_todays_names(
+        given, {name: about for name, about in SETTINGS.items() if name != "seed"}, what
+    )

@@ -1,7 +1,8 @@
-"""Which of our sources decide what tuning does, and their digest: so that a reused run of other code is named.
+"""Which of our sources decide what tuning does, and their digest: so that a reused run of other code is
+named.
 
-Read from the sources themselves, by the imports that stand in them: a list written by hand forgot the experts'
-backward pass for as long as it existed.
+Read from the sources themselves, by the imports that stand in them: a list written by hand forgot the
+experts' backward pass for as long as it existed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ TUNING = "melinoe.tuning.tune"
 
 
 def sources_of(module: str, package: Path | None = None) -> list[Path]:
-    """The files of the package that `module` needs, its own among them: what it imports, and what that imports.
+    """The files of the package that `module` needs, its own among them: what it imports, and what that
+    imports.
 
-    Imports inside functions count. So do the `__init__` files on the way, and `importlib.import_module("a.name")`.
+    Imports inside functions count. So do the `__init__` files on the way, and
+    `importlib.import_module("a.name")`.
 
     Args:
         module: full name, such as melinoe.tuning.tune.
@@ -43,7 +46,8 @@ def sources_of(module: str, package: Path | None = None) -> list[Path]:
 
 
 def tuning_code(package: Path | None = None) -> str:
-    """A digest of the names and contents of everything that `tune` runs of this package; other packages are not in it."""
+    """A digest of the names and contents of everything that `tune` runs of this package; other packages are
+    not in it."""
     package = package or Path(melinoe.__file__).parent
     digest = hashlib.sha256()
     for source in sources_of(TUNING, package):

@@ -4,7 +4,7 @@ A pure function of what the routers did; the trainer calls it once per step for 
 second loss of the method stands in rank_matching.py. Equation numbers are those of arXiv 2602.11192.
 
 Shape suffixes: L MoE layers, B sequences, S positions, T = B * S tokens, E experts, K experts per token,
-N rows that hold one cache each (a sequence, or one document of a packed sequence).
+N rows that hold one cache each (those sequences that have tokens).
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def scored_positions(mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor) -> t
     return real_BS & (position_BS >= prompt_lengths_B[:, None]) & (position_BS <= last_B1)
 
 
-def _one_row_per_cache(
-    mask_BS: torch.Tensor, segment_ids: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _one_row_per_cache(mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(source [N, S'], real [N, S']): where the tokens of each cache stand in B * S, without padding.
 
     `source` points at B * S (one past the end) where a row has ended.
@@ -82,13 +80,7 @@ def _one_row_per_cache(
     rows_BS = torch.arange(len(mask_BS), device=mask_BS.device)[:, None].expand_as(real_BS)
     tokens = real_BS.reshape(-1).nonzero()[:, 0]
     row_of_token = rows_BS.reshape(-1)[tokens]
-    if segment_ids is not None:  # a change of segment, like a change of row, starts an empty cache
-        segment = segment_ids.reshape(-1)[tokens]
-        starts = torch.ones_like(row_of_token)
-        starts[1:] = ((segment.diff() != 0) | (row_of_token.diff() != 0)).long()
-        row_of_token = starts.cumsum(0) - 1
-    else:
-        row_of_token = torch.unique_consecutive(row_of_token, return_inverse=True)[1]
+    row_of_token = torch.unique_consecutive(row_of_token, return_inverse=True)[1]
     lengths_N = torch.bincount(row_of_token)
     first_N = lengths_N.cumsum(0) - lengths_N
     position = torch.arange(len(tokens), device=tokens.device) - first_N[row_of_token]
@@ -102,11 +94,10 @@ def _caches(
     requests_LBSE: torch.Tensor,
     mask_BS: torch.Tensor,
     scored_BS: torch.Tensor,
-    segment_ids: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(requests [L, N, S', E], scored [N, S']): one row for each cache, without padding before its end."""
     batch, size, num_experts = requests_LBSE.shape[-3:]
-    source_NS, real_NS = _one_row_per_cache(mask_BS, segment_ids)
+    source_NS, real_NS = _one_row_per_cache(mask_BS)
     source = source_NS.clamp(max=batch * size - 1).reshape(-1)
     flat_LTE = requests_LBSE.reshape(-1, batch * size, num_experts)
     # what stands behind the end of a row comes after every scored token of it: it need not be zeroed
@@ -122,8 +113,6 @@ def soft_cache_misses(
     top_k: int,
     gamma: float = 0.9,
     cache: Cache = "plain",
-    segment_ids: torch.Tensor | None = None,
-    detach_cache: bool = False,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
     """L_cs: expected misses per layer and scored token against a soft cache of `capacity` slots (Eq. 4, 11).
@@ -140,19 +129,15 @@ def soft_cache_misses(
         gamma: how slowly the cache forgets; 0 like LRU, 1 like LFU.
         cache: what stands in the place of c(t) in the product (occupancy.py): "plain", the paper's;
             "clipped", "lru", "counts", "previous".
-        segment_ids: [B, S] the document of each token of a packed row; each starts an empty cache.
-        detach_cache: no gradient through the past requests inside c(t) (an ablation).
 
     Returns:
         A scalar, between 0 and K for all caches but the plain one; 0 where nothing is scored.
     """
     assert capacity >= top_k, (capacity, top_k)
-    requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS, segment_ids)
+    requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS)
     if not bool(scored_NS.any()):
         return requests_LBSE.sum() * 0.0
     held_LNSE = occupancy(requests_LNSE, cache, capacity, gamma, top_k, chunk)
-    if detach_cache:
-        held_LNSE = held_LNSE.detach()
     misses_LNS = (requests_LNSE * (1.0 - held_LNSE)).sum(-1)
     return misses_LNS[:, scored_NS].mean()
 
@@ -163,14 +148,13 @@ def simulated_misses(
     mask_BS: torch.Tensor,
     scored_BS: torch.Tensor,
     capacity: int,
-    segment_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[L] experts per scored token that the runtime's default policy would not hold: a number for people.
 
     The C experts of the largest decayed counts are taken for resident; the policy itself (routing.policies)
     admits an expert only when it is asked for, which makes next to no difference.
     """
-    requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS, segment_ids)
+    requests_LNSE, scored_NS = _caches(requests_LBSE, mask_BS, scored_BS)
     if not bool(scored_NS.any()):
         return requests_LNSE.new_zeros(len(requests_LNSE))
     absent_LNSE = 1.0 - resident_by_counts(requests_LNSE, capacity)

@@ -7,13 +7,11 @@ gradient needs only how often each expert stands on either side of an active pai
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 PAIR_ELEMENTS = 1 << 22  # entries of one [tokens, E, E] comparison; bounds the work space
-
-Form = Literal["sum", "mean"]
 
 
 class _ActivePairs(torch.autograd.Function):
@@ -45,19 +43,17 @@ def rank_matching(
     tuned_TE: torch.Tensor,
     base_TE: torch.Tensor,
     rho: float = 0.1,
-    form: Form = "sum",
     per_expert: bool = False,
 ) -> torch.Tensor:
     """L_rm = mean_t sum_{i,j} 1{p_b,i > p_b,j} relu(rho - (p_f,i - p_f,j)) (Eq. 5, 12).
 
     Not zero for an untouched router, and it grows with the square of E: a weight does not carry over
-    between models of different E unless `form` is "mean".
+    between models of different E. (As a mean over the E (E - 1) / 2 pairs it would be the same loss with another weight.)
 
     Args:
         tuned_TE: [..., E] p_f, with gradient.
         base_TE: [..., E] p_b of the frozen router, no gradient.
         rho: the margin by which the order is to hold.
-        form: "sum" as the paper has it, or "mean" over the E (E - 1) / 2 pairs.
         per_expert: the margin is rho * 8 / E instead of rho, in proportion to the size of a probability
             (8 experts: the paper's own margin at its smallest E).
 
@@ -71,5 +67,4 @@ def rank_matching(
     base = base_TE.detach().reshape(-1, num_experts).to(tuned.dtype)
     if len(tuned) == 0:
         return tuned.sum()
-    total = _ActivePairs.apply(tuned, base, rho * 8 / num_experts if per_expert else rho).mean()
-    return total / (num_experts * (num_experts - 1) / 2) if form == "mean" else total
+    return _ActivePairs.apply(tuned, base, rho * 8 / num_experts if per_expert else rho).mean()

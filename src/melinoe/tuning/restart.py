@@ -15,19 +15,9 @@ from typing import Any
 from melinoe.data.rows import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.tuning.checkpoint import CHECKPOINT, STATE, steps_done
-from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.settings import SETTINGS, TuneSettings
 
 RUN = "run.json"
-# settings that may change without changing the losses (of accumulate: what counts is the number of parts)
-FREE = (
-    "accumulate",
-    "device",
-    "shard",
-    "gradient_checkpointing",
-    "checkpoint_steps",
-    "eval_steps",
-    "eval_rows",
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ def run_identity(
     does not.
     """
     digest = hashlib.sha256(json.dumps([row.ids for row in encoded]).encode()).hexdigest()[:16]
-    named = {name: value for name, value in settings.as_dict().items() if name not in FREE}
+    named = {name: value for name, value in settings.as_dict().items() if SETTINGS[name].changes_losses}
     return {
         "settings": named,
         "parts": parts,

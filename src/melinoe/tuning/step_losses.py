@@ -180,7 +180,6 @@ class TuningLosses:
                 self.top_k,
                 self.settings.gamma,
                 cache=self.settings.form.cache,
-                detach_cache=self.settings.detach_cache,
             )
             if self.settings.balance > 0:
                 scored_T = scored_BS.reshape(-1)
@@ -225,7 +224,5 @@ class TuningLosses:
                 log_ratio_TE = base_TE.clamp_min(1e-20).log() - tuned_TE.clamp_min(1e-20).log()
                 total = total + (base_TE * log_ratio_TE).sum(-1).mean()
             else:
-                total = total + rank_matching(
-                    tuned_TE, base_TE, settings.rho, settings.rank_form, settings.rho_per_expert
-                )
+                total = total + rank_matching(tuned_TE, base_TE, settings.rho, settings.rho_per_expert)
         return total / len(self.layers)

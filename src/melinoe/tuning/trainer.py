@@ -140,8 +140,8 @@ class LocalityTrainer(Trainer):
         """How much of the run is over at `step`, 0 .. 1: by steps, or by time where that is scarcer."""
         settings = self.settings
         share = step / settings.max_steps
-        if settings.time_limit_seconds:
-            share = max(share, self.seconds / settings.time_limit_seconds)
+        if settings.time_limit:
+            share = max(share, self.seconds / settings.time_limit)
         return min(1.0, share)
 
     def _learning_rate_at(self, step: int) -> float:
@@ -239,7 +239,7 @@ class _Steps(TrainerCallback):
             record["weight_factor"] = round(trainer.losses.weight.factor, 5)
         record |= {"seconds": round(means.seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
         self._log(LOG, record)
-        limit = trainer.settings.time_limit_seconds
+        limit = trainer.settings.time_limit
         if limit is not None and means.seconds >= limit:
             control.should_training_stop = True
         last = control.should_training_stop or state.global_step >= trainer.settings.max_steps

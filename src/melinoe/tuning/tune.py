@@ -7,7 +7,6 @@ import logging
 import shutil
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def tune(
             asked, a budget that is too small, or an output folder that holds something else.
         KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
     """
-    chosen = _settings(settings)
+    chosen = TuneSettings.named(settings)
     if resume and overwrite:
         raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
     output = Path(output_dir)
@@ -177,18 +176,10 @@ def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningM
     Raises:
         MelinoeError: as for `tune`, the output folder apart.
     """
-    chosen = _settings(settings)
+    chosen = TuneSettings.named(settings)
     _, encoded, plan = _read(model, data, chosen, chosen.accumulate)
     batch = batch_shape(encoded, plan, chosen, chosen.accumulate)
     return memory_needed(model, chosen, batch, device_of(chosen))
-
-
-def _settings(given: dict[str, Any]) -> TuneSettings:
-    unknown = sorted(set(given) - {field.name for field in fields(TuneSettings)})
-    if unknown:
-        allowed = ", ".join(field.name for field in fields(TuneSettings))
-        raise MelinoeError("tune: unknown settings", got=", ".join(unknown), allowed=allowed)
-    return TuneSettings(**given)
 
 
 def _read(

@@ -7,6 +7,7 @@ import inspect
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from melinoe.cli.main import app
 from melinoe.errors import MelinoeError, refuse_unknown
@@ -33,9 +34,9 @@ def test_every_setting_is_an_option_or_for_recipes():
 
 
 def test_an_option_has_the_bounds_of_its_setting():
-    assert typer.testing.CliRunner().invoke(app, ["tune", "--rank", "0"]).exit_code == 2
-    assert typer.testing.CliRunner().invoke(app, ["tune", "--distill", "1.5"]).exit_code == 2
-    help = " ".join(typer.testing.CliRunner().invoke(app, ["tune", "--help"]).output.split())
+    assert CliRunner().invoke(app, ["tune", "--rank", "0"]).exit_code == 2
+    assert CliRunner().invoke(app, ["tune", "--distill", "1.5"]).exit_code == 2
+    help = " ".join(CliRunner().invoke(app, ["tune", "--help"]).output.split())
     assert "150] [x>=1]" in help and "the objective's] [x>=0]" in help
 
 

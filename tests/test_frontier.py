@@ -296,7 +296,8 @@ def test_no_source_of_tuning_is_forgotten(olmoe, data, tmp_path):
     """What a run really imports is in the list, paged experts and evaluation among it."""
     code = """
         import sys, melinoe
-        melinoe.tune(*sys.argv[1:4], memory="1GiB", eval_data=sys.argv[4], eval_steps=1, max_steps=1, progress=False)
+        more = {"memory": "1GiB", "eval_data": sys.argv[4], "eval_steps": 1, "max_steps": 1}
+        melinoe.tune(*sys.argv[1:4], progress=False, **more)
         print("\\n".join(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "melinoe"))
     """
     arguments = [olmoe, data, tmp_path / "a", data / "test.jsonl"]

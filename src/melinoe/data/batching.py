@@ -1,6 +1,7 @@
 """Token sequences side by side: cut into batches of like length, padded to rectangles.
 
-One rule for tuning, traces and quality. What a batch costs is its rectangle, so sequences of like length go together.
+One rule for tuning, traces and quality. What a batch costs is its rectangle, so sequences of like length go
+together.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def length_batches(
 ) -> list[list[int]]:
     """Positions in batches of like length, longest first (so that a lack of memory shows at once).
 
-    It is not what plans the steps of a run (tuning.batches.plan_batches): that one mixes pools of rows by the seed, so
-    that short and long rows stand in every stretch of the run, and only cuts a pool by this rule.
+    It is not what plans the steps of a run (tuning.batches.plan_batches): that one mixes pools of rows by the
+    seed, so that short and long rows stand in every stretch of the run, and only cuts a pool by this rule.
 
     Args:
         lengths: tokens of each sequence.

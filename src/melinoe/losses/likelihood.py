@@ -39,8 +39,9 @@ def next_token_positions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, S] positions that predict a real token, [B, S] those that predict a completion token).
 
-    These are not cache_loss.scored_positions, though they look alike: a likelihood counts the position that predicts the
-    first completion token, which is the prompt's last, while the loads of decoding begin when that token is fed.
+    These are not cache_loss.scored_positions, though they look alike: a likelihood counts the position that
+    predicts the first completion token, which is the prompt's last, while the loads of decoding begin when
+    that token is fed.
     """
     mask_BS = mask_BS.bool()
     position_BS = mask_BS.long().cumsum(1) - 1

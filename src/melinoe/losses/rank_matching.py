@@ -48,7 +48,8 @@ def rank_matching(
     """L_rm = mean_t sum_{i,j} 1{p_b,i > p_b,j} relu(rho - (p_f,i - p_f,j)) (Eq. 5, 12).
 
     Not zero for an untouched router, and it grows with the square of E: a weight does not carry over
-    between models of different E. (As a mean over the E (E - 1) / 2 pairs it would be the same loss with another weight.)
+    between models of different E. (As a mean over the E (E - 1) / 2 pairs it would be the same loss with
+    another weight.)
 
     Args:
         tuned_TE: [..., E] p_f, with gradient.

@@ -2,8 +2,8 @@
 
 `expanded` slots hold weights of full size; `ExpandingReader` stands before another reader, has the packed
 record read into a buffer of its own and expands it into the slot, on threads of its own. `packed` slots hold
-the record as it is on disk, so that the same memory holds two to four times the experts; `Scratch` expands one
-when it is used. Both give the same bits (melinoe.store.packing says why).
+the record as it is on disk, so that the same memory holds two to four times the experts; `Scratch` expands
+one when it is used. Both give the same bits (melinoe.store.packing says why).
 """
 
 from __future__ import annotations

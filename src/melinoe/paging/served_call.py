@@ -21,11 +21,11 @@ Views = dict[str, torch.Tensor]
 class ServedCall:
     """Carries out the policy's decision on one call.
 
-    `start` asks for the reads, all that can be asked for at once, in this order: misses that get a slot, misses
-    that pass through staging, as many as there are staging records, and preloads, which this call does not need.
-    A load into the slot of a hit waits until that hit has been computed. `next` then hands out the hits, those
-    that are still arriving last, and after them the misses as they land. What it handed out is in use until it is
-    called again.
+    `start` asks for the reads, all that can be asked for at once, in this order: misses that get a slot,
+    misses that pass through staging, as many as there are staging records, and preloads, which this call does
+    not need. A load into the slot of a hit waits until that hit has been computed. `next` then hands out the
+    hits, those that are still arriving last, and after them the misses as they land. What it handed out is in
+    use until it is called again.
 
     Args:
         bank: the layer's slots.
@@ -90,7 +90,8 @@ class ServedCall:
         return None
 
     def _release(self) -> None:
-        """What was handed out last is computed: its staging record, or the slot it loses, can be read into."""
+        """What was handed out last is computed: its staging record, or the slot it loses, can be read
+        into."""
         if self._in_use is None:
             return
         expert, index = self._in_use

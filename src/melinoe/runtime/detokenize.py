@@ -1,8 +1,8 @@
 """Text from tokens as they come: the pieces joined are what the tokenizer makes of all tokens at once.
 
-A tokenizer decodes a sequence, not a token: half a character has no text yet, a run of byte tokens may still turn out
-to be no character at all, and some decoders take a space back when punctuation follows. So the whole of a short window
-is decoded again with every token, and what a later token could still change is held back.
+A tokenizer decodes a sequence, not a token: half a character has no text yet, a run of byte tokens may still
+turn out to be no character at all, and some decoders take a space back when punctuation follows. So the whole
+of a short window is decoded again with every token, and what a later token could still change is held back.
 """
 
 from __future__ import annotations

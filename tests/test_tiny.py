@@ -279,7 +279,7 @@ def test_tokenizer_is_lossless_and_splits_digits_and_capitals(tokenizer, train_r
 
 
 def test_built_tokenizer_is_the_embedded_one(tokenizer) -> None:
-    from tiny.tokenizer import build_tokenizer
+    from tiny_training.tokenizer import build_tokenizer
 
     assert build_tokenizer().get_vocab() == tokenizer.get_vocab()
 
@@ -301,7 +301,7 @@ def test_chat_template_and_lengths(tokenizer, train_rows) -> None:
 def test_packing_keeps_every_row_once_and_apart(tokenizer, train_rows) -> None:
     import torch
 
-    from tiny.batches import batches, encode, pack
+    from tiny_training.batches import batches, encode, pack
 
     lengths = [len(ids) for ids, _ in encode(tokenizer, train_rows[:300])]
     groups = pack(lengths, 128)
@@ -320,8 +320,8 @@ def test_training_experts_agree_with_the_stock_ones() -> None:
     import torch
     from transformers import OlmoeForCausalLM
 
-    from tiny.experts import register
-    from tiny.train import make_config
+    from tiny_training.experts import register
+    from tiny_training.train import make_config
 
     results = []
     ids = torch.arange(3, 51).reshape(2, 24)
@@ -342,7 +342,7 @@ def test_embedded_model_loads_plainly_and_does_its_tasks(tokenizer) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tiny.evaluate import forced_match, generated_match
+    from tiny_training.evaluate import forced_match, generated_match
 
     files = [path for path in model_path().iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16_000_000

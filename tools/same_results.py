@@ -2,9 +2,8 @@
 
 Fixed commands are run before and after it, and digests of their results are compared.
 
-    python tools/same_results.py --write before.json                     # on the old code
-    python tools/same_results.py --against before.json                   # on the new code; exits with 1 on a
-    difference
+    python tools/same_results.py --write before.json      # on the old code
+    python tools/same_results.py --against before.json    # on the new code; exits with 1 on a difference
 
 Both run the melinoe that this interpreter imports; PYTHONPATH=OTHER/src chooses that of another checkout. The
 commands are those of the command line and the data are the embedded model and its workload; `--model` and

@@ -1,7 +1,7 @@
 """The embedded model and its data: what `melinoe demo` and the tests run on, without a download.
 
-The model was trained here (`train`) on text generated here (`workload`); both files say how.
-Importing this package loads no torch.
+The model was trained on text that `workload` generates, by the code in tools/tiny_training, which is no part
+of the package. Importing this package loads no torch.
 """
 
 from __future__ import annotations

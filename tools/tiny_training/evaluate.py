@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from melinoe.tiny.workload import answer
-from tiny.batches import encode
+from tiny_training.batches import encode
 
 Scores = dict[str, dict[str, float]]
 

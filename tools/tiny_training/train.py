@@ -1,14 +1,15 @@
-"""Train the embedded model, in two runs:
+"""Trains the embedded model, `--model tiny`, in two runs.
 
-    python -m tiny.train --output-dir D --minutes 85 --tasks stepwise --extra lookup,count,divide,compare
-    python -m tiny.train --output-dir E --steps 2000 --start-from D/model --peak-rate 1e-3 --seed 1
+    PYTHONPATH=tools python -m tiny_training.train --output-dir D --minutes 85 --tasks stepwise \\
+        --extra lookup,count,divide,compare
+    PYTHONPATH=tools python -m tiny_training.train --output-dir E --steps 2000 --start-from D/model \\
+        --peak-rate 1e-3 --seed 1
 
-A small OLMoE (6 layers, 32 experts, top-4, width 128) learns the workload from rows made on the
-fly: first the tasks with written steps, then all of them. A run is seeded; with `--steps` it is the
-same run every time, with `--minutes` the learning
-rate follows the clock. `--resume` continues from D/checkpoint; D/model always holds the latest
-weights in bfloat16 with tokenizer and train_report.json. `--evaluate` scores D/model by generation
-on rows of the test split. Progress goes to stderr, the final table to stdout.
+A small OLMoE (6 layers, 32 experts, top-4, width 128) learns the workload from rows made on the fly: first
+the tasks with written steps, then all of them. A run is seeded; with `--steps` it is the same run every time,
+with `--minutes` the learning rate follows the clock. `--resume` continues from D/checkpoint.safetensors;
+D/model always holds the latest weights in bfloat16 with tokenizer and train_report.json. `--evaluate` scores
+D/model by generation on rows of the test split. Progress goes to stderr, the final table to stdout.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from safetensors.torch import load_file, save_file
 
 from melinoe.files import whole_file, whole_folder
 from melinoe.tiny.workload import STEPWISE, TASKS, rows
-from tiny import evaluate, experts
-from tiny.batches import Batch, batches
-from tiny.tokenizer import build_tokenizer
+from tiny_training import evaluate, experts
+from tiny_training.batches import Batch, batches
+from tiny_training.tokenizer import build_tokenizer
 
 LINES, SIZE = 32, 128  # one step is 32 packed lines of 128 tokens
 PEAK_LEARNING_RATE = 3e-3
@@ -179,7 +180,7 @@ def train(options: argparse.Namespace) -> None:
             "tasks": options.tasks,
             "extra_tasks": extra,
             "before": before,
-            "command": "python -m tiny.train " + " ".join(sys.argv[1:]),
+            "command": "python -m tiny_training.train " + " ".join(sys.argv[1:]),
             "config": config.to_diff_dict(),
             "valid": scores,
         }
@@ -245,7 +246,11 @@ def score(folder: Path, rows_per_task: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m tiny_training.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output-dir", required=True)
     parser.add_argument("--minutes", type=float, help="length of the run on the clock")
     parser.add_argument("--steps", type=int, help="length of the run in steps (reproducible)")

@@ -1,0 +1,1 @@
+"""How the embedded model was made: its tokenizer, its batches, its training and its scores."""

@@ -10,8 +10,7 @@ import importlib
 from typing import Any
 
 from melinoe import _plugin
-
-__version__ = "0.1.0"
+from melinoe._version import __version__ as __version__
 
 _PUBLIC = {
     "MelinoeError": "melinoe.errors",

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import melinoe
+from melinoe._version import __version__
 from melinoe.errors import MelinoeError
 from melinoe.experts import forward as experts
 from melinoe.experts.low_rank import LowRankExperts, Projection, projection_parameter
@@ -141,7 +141,7 @@ def write_adapter(
         "settings": settings or {},
         "result": result or {},
         "versions": {
-            "melinoe": melinoe.__version__,
+            "melinoe": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "python": platform.python_version(),

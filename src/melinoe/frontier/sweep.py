@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import melinoe
+from melinoe._version import __version__
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.files import write_json
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
@@ -117,7 +117,7 @@ def sweep(
             **shape,
             **measuring.as_dict(),
         },
-        "machine": machine() | {"melinoe": melinoe.__version__},
+        "machine": machine() | {"melinoe": __version__},
         **_tables(runs, chosen, {name: origins[name] for name in held_out}),
         "seconds": stages.seconds,
     }

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, SCORE_KINDS, UNDECORATED, batch, save_checkpoint
+from family_configs import FIELDS
 from melinoe.data.rows import Encoded
 from melinoe.experts.forward import use
 from melinoe.measure.trace import read_routing
@@ -119,18 +120,16 @@ def test_choices_are_not_recomputed_from_logits(family, tmp_path):
     assert not torch.equal(requests(record.indices, 8), requests(largest, 8))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4", "dbrx", "glm4_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text", "dbrx", "glm4_moe"])
 def test_kind_of_a_router_that_takes_one_expert(family, tmp_path, monkeypatch):
     """With one expert per token there are no ratios: llama4's own checkpoints are of that kind."""
-    import families
-
-    name, fields = families.CONFIGS[family]
+    fields = FIELDS.get(family, {})
     one = {"num_experts_per_tok": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0}
     if family == "dbrx":
         one = {"ffn_config": {**fields["ffn_config"], "moe_top_k": 1, "moe_normalize_expert_weights": None}}
-    if family in ("llama4", "mixtral"):
+    if family in ("llama4_text", "mixtral"):
         one = {"num_experts_per_tok": 1}
-    monkeypatch.setitem(families.CONFIGS, family, (name, {**fields, **one}))
+    monkeypatch.setitem(FIELDS, family, {**fields, **one})
     model = opened(family, tmp_path / "model")
     with torch.no_grad(), RouterTap(moe_layers(model)) as tap:
         model(**batch())

@@ -114,7 +114,7 @@ def test_a_few_steps_of_every_family(family, tmp_path, data, trained):
     assert (reference - logits(before)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])  # both keep their weights transposed
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])  # both keep their weights transposed
 def test_peft_opens_the_adapter(family, tmp_path, data):
     peft = pytest.importorskip("peft")
     base = save_checkpoint(tmp_path / "base", family)

@@ -34,7 +34,7 @@ SOME_FAMILIES = (
     "deepseek_v3",
     "nemotron_h",
     "jamba",
-    "llama4",
+    "llama4_text",
     "dbrx",
 )
 

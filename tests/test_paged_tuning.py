@@ -32,7 +32,7 @@ SHORT = {"max_steps": 3, "batch_tokens": 128, "max_length": 32, "rank": 4, "prog
 SHORT |= {"learning_rate": 5e-4, "router_learning_rate": 2e-3}
 # gates; transposed, interleaved, with biases; sigmoid scores, correction bias, a dense first layer; no gates;
 # inputs scaled
-FAMILIES = ("olmoe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "llama4")
+FAMILIES = ("olmoe", "mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "llama4_text")
 WEIGHTS = "adapter_model.safetensors"
 
 

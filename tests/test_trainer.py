@@ -167,7 +167,8 @@ def test_a_part_that_is_not_finite_spoils_its_step_alone(tmp_path, base, data, m
 
 
 @pytest.mark.parametrize(
-    "family", ["olmoe", "phimoe", "deepseek_v3", "gpt_oss", "jamba", "gemma4", "minimax_m2", "llama4"]
+    "family",
+    ["olmoe", "phimoe", "deepseek_v3", "gpt_oss", "jamba", "gemma4_text", "minimax_m2", "llama4_text"],
 )
 def test_checkpointing_computes_again_and_changes_nothing(tmp_path, data, family, monkeypatch):
     """The routers run twice, the tap hears them once, and their logits carry a gradient."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from melinoe.routing.policies import DECODE, Call, Decision
+from melinoe.routing.calls import DECODE, Call, Decision, hit_rate, per
 
 
 @dataclass
@@ -54,17 +54,22 @@ class Statistics:
     @property
     def hit_rate(self) -> float | None:
         """Decode hits per decode request; None before anything was decoded."""
-        return self.decode_hits / self.decode_requests if self.decode_requests else None
+        return hit_rate(self.decode_hits, self.decode_requests - self.decode_hits)
 
     @property
     def loads_per_token(self) -> float | None:
         """Records read while decoding, per decoded token, all layers together."""
-        return self.decode_loads / self.decode_tokens if self.decode_tokens else None
+        return per(self.decode_loads, self.decode_tokens)
 
     @property
     def bytes_per_token(self) -> float | None:
         """Bytes read while decoding, per decoded token."""
-        return self.decode_bytes / self.decode_tokens if self.decode_tokens else None
+        return per(self.decode_bytes, self.decode_tokens)
+
+    def since(self, earlier: Statistics) -> Statistics:
+        """What was counted after `earlier`, a copy from then."""
+        names = [field.name for field in fields(self)]
+        return Statistics(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
 
     def reset(self) -> None:
         for field in fields(self):

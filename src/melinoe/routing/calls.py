@@ -49,6 +49,19 @@ def prefill_call(indices: np.ndarray) -> Call:
     return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), PREFILL)
 
 
+def per(count: float, of: float) -> float | None:
+    """`count` for each one of `of`; None where there are none."""
+    return count / of if of else None
+
+
+def hit_rate(hits: float, loads: float) -> float | None:
+    """Hits per expert that was asked for, first touches included; None where nothing was.
+
+    What was asked for and is no hit is a load: so for the device, the simulator and the tables alike.
+    """
+    return per(hits, hits + loads)
+
+
 @dataclass(frozen=True)
 class Load:
     """One record to read. `admit` False: through staging. `victim` None: into a free slot."""

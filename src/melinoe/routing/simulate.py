@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.errors import MelinoeError
+from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.paired import ratio_of_sums
 from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, Strength, make_policy
 from melinoe.routing.trace import Trace, as_trace
@@ -116,17 +117,17 @@ class _Contestant:
         columns = np.array(self.rows).reshape(-1, len(self.columns)).T
         sums = dict(zip(self.columns, columns.sum(1).tolist(), strict=True))
         tokens, requests = int(decoded.sum()), len(decoded)
+        loads = sums["loads"] + sums["prefill_loads"] + sums["preload_loads"]
         result: dict[str, Any] = {
             "policy": self.name,
             "slots": self.slots,
             "prediction": self.scores is not None and self.policy.uses_prediction,
-            "hit_rate": sums["hits"] / max(1, sums["hits"] + sums["loads"]),
-            "loads_per_token": sums["loads"] / max(1, tokens),
-            "prefill_loads_per_token": sums["prefill_loads"] / max(1, int(prompt.sum())),
-            "prefill_loads_per_sequence": sums["prefill_loads"] / max(1, requests),
-            "preload_loads_per_sequence": sums["preload_loads"] / max(1, requests),
-            "total_loads_per_token": (sums["loads"] + sums["prefill_loads"] + sums["preload_loads"])
-            / max(1, tokens),
+            "hit_rate": hit_rate(sums["hits"], sums["loads"]) or 0.0,
+            "loads_per_token": per(sums["loads"], tokens) or 0.0,
+            "prefill_loads_per_token": per(sums["prefill_loads"], int(prompt.sum())) or 0.0,
+            "prefill_loads_per_sequence": per(sums["prefill_loads"], requests) or 0.0,
+            "preload_loads_per_sequence": per(sums["preload_loads"], requests) or 0.0,
+            "total_loads_per_token": per(loads, tokens) or 0.0,
             "evictions": sums["evictions"],
             "num_tokens": tokens,
             "num_sequences": requests,

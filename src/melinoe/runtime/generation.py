@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from melinoe.config import format_bytes
 from melinoe.data.rows import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.machine import peak_memory
+from melinoe.paging.statistics import Statistics
 from melinoe.runtime.budget import PREFILL_CHUNK
 
 DEFAULT_NEW_TOKENS = 256
@@ -173,7 +174,7 @@ def stream_generate(
             tokens.queue.put(error)
 
     counters = getattr(getattr(model, "melinoe_context", None), "pager", None)
-    before = counters.statistics.to_json() if counters else None
+    before = replace(counters.statistics) if counters else None  # a copy
     thread = threading.Thread(target=work, name="melinoe-generate", daemon=True)
     began = time.perf_counter()
     first = 0.0
@@ -195,26 +196,24 @@ def stream_generate(
 
 
 def _statistics(
-    prompt: int, generated: int, ttft: float, seconds: float, model: Any, before: dict[str, Any] | None
+    prompt: int, generated: int, ttft: float, seconds: float, model: Any, before: Statistics | None
 ) -> GenerationStatistics:
     peak = peak_memory()
     if before is None:
         return GenerationStatistics(prompt, generated, ttft, seconds, peak)
-    after = model.melinoe_context.pager.statistics.to_json()
-    new = {name: after[name] - before[name] for name in after if isinstance(before[name], int)}
-    fed, asked = new["decode_tokens"], new["decode_requests"]
+    new = model.melinoe_context.pager.statistics.since(before)
     return GenerationStatistics(
         prompt,
         generated,
         ttft,
         seconds,
         peak,
-        hit_rate=new["decode_hits"] / asked if asked else None,
-        prefill_loads=new["prefill_loads"],
-        preload_loads=new["preload_loads"],
-        decode_loads=new["decode_loads"],
-        loads_per_token=new["decode_loads"] / fed if fed else None,
-        bytes_per_token=new["decode_bytes"] / fed if fed else None,
+        hit_rate=new.hit_rate,
+        prefill_loads=new.prefill_loads,
+        preload_loads=new.preload_loads,
+        decode_loads=new.decode_loads,
+        loads_per_token=new.loads_per_token,
+        bytes_per_token=new.bytes_per_token,
     )
 
 

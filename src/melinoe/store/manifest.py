@@ -28,9 +28,8 @@ from melinoe.store.record_file import (
     StoredLayer,
     layer_from_json,
     layer_to_json,
-    read_metadata,
 )
-from melinoe.store.shards import Stamp, check_stamp
+from melinoe.store.shards import Stamp, check_stamp, read_header
 
 PACKED_VERSION = 2  # of a store with packed records, which a reader of version 1 must refuse
 IN_PLACE_FORMAT = "melinoe-store-in-place"
@@ -169,7 +168,7 @@ def open_store(folder: Path | str) -> Store:
                 allowed=f"{layer.file_bytes} bytes",
                 next_step="convert again",
             )
-        metadata = read_metadata(path)
+        metadata = read_header(path, next_step="convert again").metadata
         if metadata.get("store_id") != store.store_id or metadata.get("layer") != str(index):
             raise MelinoeError(
                 f"record file {path} belongs to another store",

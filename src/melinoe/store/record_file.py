@@ -6,8 +6,6 @@ padding, and the header is padded with spaces, which puts every record on a 4 Ki
 
 from __future__ import annotations
 
-import json
-import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from melinoe.config import RECORD_ALIGNMENT
 from melinoe.files import to_disk, whole_file
 from melinoe.store.layout import RecordLayout
 from melinoe.store.packing import Packing
+from melinoe.store.shards import header_bytes
 
 FORMAT, FORMAT_VERSION = "melinoe-store", 1
 
@@ -71,9 +70,7 @@ def _header(store_id: str, layer: int, num_experts: int, record_bytes: int) -> b
             "shape": [record_bytes],
             "data_offsets": [start, start + record_bytes],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    total = -(-(8 + len(text)) // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-    return struct.pack("<Q", total - 8) + text.ljust(total - 8)
+    return header_bytes(entries, RECORD_ALIGNMENT)
 
 
 def write_layer(
@@ -135,18 +132,3 @@ def layer_from_json(data: dict[str, Any]) -> StoredLayer:
         tuple(tuple((shard, start) for shard, start in one) for one in data.get("sources", ())),
         Packing.from_json(data["packing"]) if "packing" in data else None,
     )
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The `__metadata__` of a safetensors file; empty where the header cannot be read."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            return {}
-        length = struct.unpack("<Q", start)[0]
-        if length > 100_000_000:
-            return {}
-        try:
-            return dict(json.loads(file.read(length)).get("__metadata__", {}))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return {}

@@ -55,11 +55,20 @@ class Stamp:
     header_crc: int
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], Stamp]:
-    """The tensors of a safetensors file, and what identifies the file.
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself. metadata: the strings beside the tensors."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    stamp: Stamp
+
+
+def read_header(path: Path, next_step: str = "fetch the checkpoint again") -> Header:
+    """The header of a safetensors file; no tensor is read.
 
     Raises:
-        MelinoeError: missing, truncated or damaged.
+        MelinoeError: missing, truncated or damaged; `next_step` is what helps then.
     """
     try:
         with path.open("rb") as file:
@@ -68,12 +77,19 @@ def read_header(path: Path) -> tuple[dict[str, Entry], Stamp]:
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
             text = file.read(length) if length <= _MAX_HEADER else b""
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", {}))
         entries = {name: _entry(path, 8 + length, status.st_size, data) for name, data in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MelinoeError(f"cannot read {path}", got=error, next_step="fetch the checkpoint again") from None
+        raise MelinoeError(f"cannot read {path}", got=error, next_step=next_step) from None
     stamp = Stamp(path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, zlib.crc32(text))
-    return entries, stamp
+    return Header(entries, metadata, stamp)
+
+
+def header_bytes(header: dict[str, Any], alignment: int) -> bytes:
+    """A header as it stands in the file; spaces bring what follows to a multiple of `alignment`."""
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = -(-(8 + len(text)) // alignment) * alignment - 8
+    return struct.pack("<Q", length) + text.ljust(length)
 
 
 def _entry(path: Path, data_start: int, size: int, data: dict[str, Any]) -> Entry:
@@ -106,9 +122,9 @@ class Shards:
         self.stamps: list[Stamp] = []
         self.entries: dict[str, Entry] = {}
         for file in self.files:
-            entries, stamp = read_header(file)
-            self.entries |= entries
-            self.stamps.append(stamp)
+            header = read_header(file)
+            self.entries |= header.entries
+            self.stamps.append(header.stamp)
 
     def names(self) -> list[str]:
         """All names; numbers inside them in natural order."""
@@ -168,11 +184,9 @@ def write_file(
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    length = -(-(8 + len(text)) // 64) * 64 - 8
     written = []
     with whole_file(path) as partial, partial.open("wb") as file:
-        file.write(struct.pack("<Q", length) + text.ljust(length))
+        file.write(header_bytes(header, 64))
         for name, tensor in tensors:
             assert (tensor.dtype, tuple(tensor.shape)) == described[name], (name, tensor.dtype, tensor.shape)
             file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
@@ -202,7 +216,7 @@ def check_stamp(folder: Path, stamp: Stamp) -> None:
         )
     status = path.stat()
     found = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if found != (stamp.size, stamp.mtime_ns, stamp.ctime_ns) or read_header(path)[1] != stamp:
+    if found != (stamp.size, stamp.mtime_ns, stamp.ctime_ns) or read_header(path).stamp != stamp:
         raise MelinoeError(
             f"the shard {path.resolve()} has changed since it was indexed",
             got=f"{status.st_size} bytes, written at {status.st_mtime_ns} ns",

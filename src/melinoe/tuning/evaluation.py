@@ -20,6 +20,7 @@ from melinoe.data.rows import Encoded
 from melinoe.losses.likelihood import sequence_nll
 from melinoe.models.layers import MoeLayer
 from melinoe.models.router_tap import RouterTap
+from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
 from melinoe.tuning.parallel.processes import Processes
@@ -79,8 +80,8 @@ class Evaluation:
         return {
             "nll": round(mean, 6) if finite else None,
             "perplexity": round(math.exp(min(mean, 700.0)), 6) if finite else None,
-            "hit_rate": round(hits / (hits + loads), 6) if hits + loads else None,
-            "loads_per_token": round(loads / decoded, 6) if decoded else None,
+            "hit_rate": _rounded(hit_rate(hits, loads)),
+            "loads_per_token": _rounded(per(loads, decoded)),
             "rows": self.num_rows,
             "slots": self.slots,
             "seconds": round(time.monotonic() - started, 3),
@@ -104,3 +105,7 @@ class Evaluation:
         numbers = [counted[name].sum() for name in ("hits", "loads", "tokens")]
         completion = sum(len(row.ids) - row.prompt_length for row in rows)
         return np.array([nll, completion, *numbers], dtype=np.float64)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

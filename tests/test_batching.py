@@ -19,11 +19,7 @@ def test_batches_by_hand():
     ]  # equal ones in this order
 
 
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=40),
-    st.integers(1, 200),
-    st.integers(1, 3),
-)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200), st.integers(1, 3))
 def test_every_sequence_comes_once_and_no_part_is_larger_than_allowed(lengths, tokens, parts):
     batches = length_batches(lengths, tokens, parts=parts)
     assert sorted(one for batch in batches for one in batch) == list(range(len(lengths)))

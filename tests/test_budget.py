@@ -32,13 +32,8 @@ def test_the_cache_of_every_family_is_not_larger_than_planned(family):
     per_token = (cached(12) - cached(4)) / 8
     planned = budget._cache_bytes_per_token(model)
     assert 0 < per_token <= planned
-    mixed = (
-        "qwen3_next",
-        "lfm2_moe",
-        "jamba",
-        "nemotron_h",
-        "llama4_text",
-    )  # layers without a cache, or with a window
+    # layers without a cache, or with a window
+    mixed = ("qwen3_next", "lfm2_moe", "jamba", "nemotron_h", "llama4_text")
     if family not in mixed:
         assert per_token == planned
 

@@ -34,14 +34,8 @@ def test_formats_are_detected_line_by_line(tmp_path):
     rows = read_rows(file)
     assert rows[0].messages == tuple(MESSAGES) and rows[1].task == "sums"
     assert [row.completion for row in rows] == ["2"] * 6 + ["one and one are two"]
-    assert [row.prompt for row in rows[1:]] == [
-        "1+1?",
-        "1+1?",
-        "Add.\n\n1 and 1",
-        "Add.",
-        "Add.\n\n1 and 1",
-        "",
-    ]
+    prompts = ["1+1?", "1+1?", "Add.\n\n1 and 1", "Add.", "Add.\n\n1 and 1", ""]
+    assert [row.prompt for row in rows[1:]] == prompts
     described = describe_rows(rows)
     assert described.startswith("2 rows of instruction + response")
     assert "1 rows of messages" in described and "1 rows of text" in described

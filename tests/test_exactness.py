@@ -7,16 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import (
-    FAMILIES,
-    UNDECORATED,
-    WAYS,
-    RandomPolicy,
-    batch,
-    generate,
-    resident,
-    save_checkpoint,
-)
+from families import FAMILIES, UNDECORATED, WAYS, RandomPolicy, batch, generate, resident, save_checkpoint
 from melinoe.models.layers import experts_modules
 from melinoe.routing.policies import POLICIES
 

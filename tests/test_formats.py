@@ -26,17 +26,7 @@ from melinoe.store.packing import GROUP, SCALE, Packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # gates, no gates, transposed with biases and interleaved halves, shared experts, dense layers, groups
-SOME_FAMILIES = (
-    "olmoe",
-    "mixtral",
-    "gpt_oss",
-    "qwen3_moe",
-    "deepseek_v3",
-    "nemotron_h",
-    "jamba",
-    "llama4_text",
-    "dbrx",
-)
+SOME_FAMILIES = "olmoe mixtral gpt_oss qwen3_moe deepseek_v3 nemotron_h jamba llama4_text dbrx".split()
 
 
 def round_trip(
@@ -50,9 +40,8 @@ def round_trip(
     packed = packed_layout.views(torch.zeros(packed_layout.record_bytes, dtype=torch.uint8))
     bias = torch.tensor([0.1, -7.0, 3e-3], dtype=weight.dtype)
     packing.pack({"w": weight, "b": bias}, packed)
-    back = layout.views(
-        torch.full((layout.record_bytes,), 0xFF, dtype=torch.uint8)
-    )  # nothing may be left as it was
+    # nothing may be left as it was
+    back = layout.views(torch.full((layout.record_bytes,), 0xFF, dtype=torch.uint8))
     packing.expand(packed, back)
     assert torch.equal(back["b"], bias)
     return back["w"], packed

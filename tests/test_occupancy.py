@@ -71,11 +71,9 @@ def test_lru_occupancy_fills_the_slots_and_orders_by_rate(gamma):
 
 
 def test_lru_occupancy_by_hand():
-    # two experts with rates a and a/2 share one slot: 1 - x^2 + 1 - x = 1 with x = exp(-a T / 2), so x =
-    # 0.618...
-    hot = (
-        torch.tensor([[[1.0, 0.5], [0, 0]]], dtype=torch.float64) * 1e6
-    )  # so that the thin even rate is nothing
+    # two experts with rates a and a/2 share one slot: 1 - x^2 + 1 - x = 1 with x = exp(-a T / 2), so x is
+    # 0.618...; 1e6, so that the thin even rate is nothing
+    hot = torch.tensor([[[1.0, 0.5], [0, 0]]], dtype=torch.float64) * 1e6
     held = occupancy(hot, "lru", 1, 0.9, 1)[0, 1]
     golden = (5**0.5 - 1) / 2
     torch.testing.assert_close(held, torch.tensor([1 - golden**2, 1 - golden], dtype=torch.float64))

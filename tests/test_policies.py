@@ -123,9 +123,8 @@ def test_lru_equals_an_independent_implementation(workload):
     ]
     slots = min(slots, num_experts)
     policy = make_policy("lru", 1, num_experts, slots)
-    recency: OrderedDict[int, None] = (
-        OrderedDict()
-    )  # oldest first; within a token the lowest id is the oldest
+    # oldest first; within a token the lowest id is the oldest
+    recency: OrderedDict[int, None] = OrderedDict()
     for call in calls:
         asked = sorted(call.indices[0].tolist())
         hits = [expert for expert in asked if expert in recency]

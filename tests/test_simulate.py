@@ -172,16 +172,8 @@ def test_a_file_returns_what_was_saved(tmp_path):
     trace = random_trace(3)
     path = trace.save(tmp_path / "folder" / "a.trace")
     again = Trace.load(path)
-    for name in (
-        "indices",
-        "call_offsets",
-        "call_phase",
-        "sequence",
-        "ages",
-        "valid",
-        "token_ids",
-        "prompt_lengths",
-    ):
+    names = "indices call_offsets call_phase sequence ages valid token_ids prompt_lengths"
+    for name in names.split():
         assert np.array_equal(getattr(again, name), getattr(trace, name)), name
     assert (again.fingerprint, again.model, again.num_experts) == ("f" * 16, "random", 8)
     assert [file.name for file in path.parent.iterdir()] == ["a.trace"]  # no temporary file stays

@@ -9,24 +9,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 WORDS = ("▁", "▁the", "▁a", "b", "é", "▁x", "lo", "▁hel", "你", "▁你好", ".", ",", "'s", "▁.")
 TEXT = "hello world 你好 déjà vu . , 's n't"
-PIECES = (
-    "[UNK]",
-    "[SEP]",
-    "do",
-    "not",
-    "##t",
-    "n",
-    "'",
-    "t",
-    "##ing",
-    "play",
-    ".",
-    ",",
-    "s",
-    "##s",
-    "m",
-    "re",
-)
+PIECES = "[UNK] [SEP] do not ##t n ' t ##ing play . , s ##s m re".split()
 
 
 def byte_fallback(metaspace: bool = False) -> Any:

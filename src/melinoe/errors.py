@@ -43,8 +43,7 @@ class MelinoeError(ValueError):
 def missing_extra(package: str, extra: str) -> MelinoeError:
     """The error for an optional dependency that is not installed."""
     return MelinoeError(
-        f"{package} is not installed",
-        next_step=f"install it with: pip install 'melinoe-moe[{extra}]'",
+        f"{package} is not installed", next_step=f"install it with: pip install 'melinoe-moe[{extra}]'"
     )
 
 

@@ -55,10 +55,7 @@ class Stages:
 
 
 def run_verbs(
-    verbs: list[Verb],
-    logs: Path,
-    at_once: int = 2,
-    done: Callable[[int, dict[str, Any]], None] | None = None,
+    verbs: list[Verb], logs: Path, at_once: int = 2, done: Callable[[int, dict[str, Any]], None] | None = None
 ) -> list[dict[str, Any]]:
     """Runs verbs, at most `at_once` together, one thread each; returns what their --json lines say.
 

@@ -75,10 +75,7 @@ def _peft_config(model: nn.Module, layers: list[MoeLayer], base: str) -> dict[st
     return {
         "peft_type": "LORA",
         "peft_version": _PEFT_VERSION,
-        "auto_mapping": {
-            "base_model_class": type(model).__name__,
-            "parent_library": type(model).__module__,
-        },
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": low_rank.rank,

@@ -33,6 +33,8 @@ from melinoe.cli.options import (
 from melinoe.cli.tune import tune
 from melinoe.errors import MelinoeError
 
+_CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
+
 
 def _explain(error: BaseException) -> int:
     """Prints one line for what stopped a verb and returns the exit code."""
@@ -40,12 +42,7 @@ def _explain(error: BaseException) -> int:
         line, code = "stopped; finished parts are kept", 130
     elif isinstance(error, MelinoeError):
         line, code = str(error), 1
-    elif isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EACCES,
-        errno.EROFS,
-        errno.EDQUOT,
-    ):
+    elif isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         line, code = f"cannot write: {error}", 1
     else:
         text = " ".join(str(error).split())[:300]

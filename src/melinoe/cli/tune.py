@@ -35,8 +35,7 @@ def tune(
         str | None, typer.Option(help="Model folder, Hub id, or tiny (the embedded model).")
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny."),
+        str | None, typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny.")
     ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out rows of --eval-steps. [default: the valid split of --data]")
@@ -99,12 +98,7 @@ def tune(
     from melinoe.tuning.tune import tune as run
 
     result = run(
-        output_dir=output_dir,
-        memory=memory,
-        resume=resume,
-        overwrite=overwrite,
-        progress=not quiet,
-        **chosen,
+        output_dir=output_dir, memory=memory, resume=resume, overwrite=overwrite, progress=not quiet, **chosen
     )
     if is_first_process():
         _say(output_dir, result, as_json)

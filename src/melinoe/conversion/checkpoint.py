@@ -94,9 +94,7 @@ def plan(
         if target in targets:
             _, sources = found.setdefault(target, (by_pattern.get(pattern) if pattern else None, {}))
             sources.setdefault(pattern or name, []).append(name)
-        elif (
-            target in state
-        ):  # else the model has no use for it, such as the layers that predict several tokens
+        elif target in state:  # others the model does not use, such as layers that predict several tokens
             rest[name] = "" if pattern else target
     missing = sorted(targets - set(found))
     if missing:

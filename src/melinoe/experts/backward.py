@@ -79,9 +79,8 @@ class _Experts:
     def weight_OI(self, views: Views, side: int, dtype: torch.dtype) -> torch.Tensor:
         """A projection's weight in the dtype of the rows; it holds until the next one is asked for."""
         weight = views[self.names[side]]
-        if (
-            weight.dtype != dtype
-        ):  # always into the same memory: fresh pages for every expert cost more than converting
+        if weight.dtype != dtype:
+            # always into the same memory: fresh pages for every expert cost more than converting
             buffers = self.module.melinoe_context.converted
             key = (*weight.shape, dtype, weight.device)
             if key not in buffers:

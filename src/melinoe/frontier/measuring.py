@@ -109,12 +109,7 @@ def _predicted(model: Any, recorded: Trace, budgets: tuple[int, ...], path: Path
     predictor = Predictor.load(path, model)
     scores = np.stack([predictor.scores(prompt) for prompt in recorded.prompts()])
     return simulate(
-        recorded,
-        "decay",
-        budgets,
-        predictor_scores=scores,
-        strength=predictor.strength,
-        per_sequence=True,
+        recorded, "decay", budgets, predictor_scores=scores, strength=predictor.strength, per_sequence=True
     )["results"]
 
 

@@ -7,14 +7,7 @@ from typing import Any
 
 from melinoe.files import write_text
 from melinoe.frontier import figures
-from melinoe.frontier.table import (
-    document,
-    origins_table,
-    pooled_table,
-    reference,
-    seeds_table,
-    sentences,
-)
+from melinoe.frontier.table import document, origins_table, pooled_table, reference, seeds_table, sentences
 from melinoe.report.svg import use_matplotlib, write_page
 
 TITLES = {"held_out": "Held-out rows", "out_of_domain": "Out of domain"}

@@ -91,9 +91,7 @@ def _one_row_per_cache(mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _caches(
-    requests_LBSE: torch.Tensor,
-    mask_BS: torch.Tensor,
-    scored_BS: torch.Tensor,
+    requests_LBSE: torch.Tensor, mask_BS: torch.Tensor, scored_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(requests [L, N, S', E], scored [N, S']): one row for each cache, without padding before its end."""
     batch, size, num_experts = requests_LBSE.shape[-3:]
@@ -144,10 +142,7 @@ def soft_cache_misses(
 
 @torch.no_grad()
 def simulated_misses(
-    requests_LBSE: torch.Tensor,
-    mask_BS: torch.Tensor,
-    scored_BS: torch.Tensor,
-    capacity: int,
+    requests_LBSE: torch.Tensor, mask_BS: torch.Tensor, scored_BS: torch.Tensor, capacity: int
 ) -> torch.Tensor:
     """[L] experts per scored token that the runtime's default policy would not hold: a number for people.
 

@@ -124,9 +124,8 @@ def _che(requests_NSE: torch.Tensor, capacity: int, gamma: float, chunk: int) ->
         return torch.ones_like(requests_NSE)
     # a thin even rate, so that T exists where fewer than C experts were asked for
     rate_NSE = decayed_counts(requests_NSE, min(gamma, 0.999), chunk=chunk) + 1e-3
-    with (
-        torch.no_grad()
-    ):  # Newton from below: the sum is concave in T, so it rises to the root and stops there
+    # Newton from below: the sum is concave in T, so it rises to the root and stops there
+    with torch.no_grad():
         time = torch.full_like(rate_NSE[..., :1], 1e-6)
         for _ in range(NEWTON_STEPS):
             gone = (-rate_NSE * time).exp()

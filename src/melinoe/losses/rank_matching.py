@@ -40,10 +40,7 @@ class _ActivePairs(torch.autograd.Function):
 
 
 def rank_matching(
-    tuned_TE: torch.Tensor,
-    base_TE: torch.Tensor,
-    rho: float = 0.1,
-    per_expert: bool = False,
+    tuned_TE: torch.Tensor, base_TE: torch.Tensor, rho: float = 0.1, per_expert: bool = False
 ) -> torch.Tensor:
     """L_rm = mean_t sum_{i,j} 1{p_b,i > p_b,j} relu(rho - (p_f,i - p_f,j)) (Eq. 5, 12).
 

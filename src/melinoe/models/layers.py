@@ -106,20 +106,18 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     return layers
 
 
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk", "experts_per_token",
+    "moe_top_k",
+)  # fmt: skip
+
+
 def experts_per_token(model: nn.Module) -> int:
     """K, from the config (transformers names it num_experts_per_tok, or by an attribute map)."""
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    for name in (
-        "num_experts_per_tok",
-        "top_k_experts",
-        "num_experts_per_token",
-        "moe_topk",
-        "experts_per_token",
-        "moe_top_k",
-    ):
-        value = getattr(
-            config, name, getattr(getattr(config, "ffn_config", None), name, None)
-        )  # dbrx nests it
+    nested = getattr(config, "ffn_config", None)  # dbrx's
+    for name in _EXPERTS_PER_TOKEN:
+        value = getattr(config, name, getattr(nested, name, None))
         if value is not None:
             return int(value[0] if isinstance(value, list | tuple) else value)
     raise MelinoeError("the config does not say how many experts a token uses", got=type(config).__name__)

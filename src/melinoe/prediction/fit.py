@@ -187,12 +187,7 @@ def fit_predictor(
     counts = (frequencies[test] * weights[test, None, None]).round()
     horizon = float(weights.mean())
     predictor.strength = Strength(worth_in_tokens(logs, counts, top_k), horizon)
-    measured = {
-        "predictor": logs,
-        "global": overall,
-        "prefill": prefill[test],
-        "oracle": frequencies[test],
-    }
+    measured = {"predictor": logs, "global": overall, "prefill": prefill[test], "oracle": frequencies[test]}
     global_logs = overall.clamp_min(1e-5).log().expand_as(logs)
     report: dict[str, Any] = {
         "loss": float(_loss(logs, shares[test], weights[test])),

@@ -62,11 +62,7 @@ def perplexity_ratio(
     picks = resamplings(len(tokens), num_bootstrap, seed)
     ratios = np.exp((picks @ difference) / np.maximum(picks @ tokens, 1e-12))
     low, high = np.quantile(ratios, QUANTILES)
-    return {
-        "ratio": float(np.exp(difference.sum() / tokens.sum())),
-        "low": float(low),
-        "high": float(high),
-    }
+    return {"ratio": float(np.exp(difference.sum() / tokens.sum())), "low": float(low), "high": float(high)}
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,11 +29,8 @@ from melinoe.routing.calls import DECODE, PREFILL, Call, Decision, Load, decode_
 __all__ = ["DECODE", "POLICIES", "PREFILL", "Call", "DecayedCounts", "Decision", "Load", "Policy", "Strength"]
 __all__ += ["decode_call", "make_policy", "prefill_call"]
 
-DECAY, RECENCY_DECAY, RECENCY_WEIGHT = (
-    0.97,
-    0.5,
-    2.5,
-)  # of the default policy; docs/log.md has how they were chosen
+# of the default policy; docs/log.md says how they were chosen
+DECAY, RECENCY_DECAY, RECENCY_WEIGHT = 0.97, 0.5, 2.5
 INITIAL_TRUST, TRUST_RATE = 2.0, 2.0  # log-odds at the start of a request; log-odds per nat
 FADE = 0.95  # per token behind the horizon of a prediction
 

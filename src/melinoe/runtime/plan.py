@@ -81,14 +81,7 @@ def plan(
     strip(model)
     extra = READER_THREADS * buffer_bytes(store) if store is not None else 0
     derived = budget.derive(
-        model,
-        records,
-        memory,
-        slots,
-        context=context,
-        extra_bytes=extra,
-        buffer_bytes=beside,
-        device=place,
+        model, records, memory, slots, context=context, extra_bytes=extra, buffer_bytes=beside, device=place
     )
     top_k = experts_per_token(model)
     per_token = top_k * sum(read_bytes)

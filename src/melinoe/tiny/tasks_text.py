@@ -14,32 +14,11 @@ NAMES = (
     "milo", "nora", "otto", "pia", "ravi", "sara", "tom", "uma", "vera", "wim", "yara", "zeno",
 )  # fmt: skip
 CITIES = (
-    "oslo",
-    "rome",
-    "lima",
-    "cairo",
-    "paris",
-    "delhi",
-    "tokyo",
-    "accra",
-    "quito",
-    "bern",
-    "riga",
-    "dakar",
-)
+    "oslo", "rome", "lima", "cairo", "paris", "delhi", "tokyo", "accra", "quito", "bern", "riga", "dakar",
+)  # fmt: skip
 JOBS = (
-    "baker",
-    "nurse",
-    "pilot",
-    "judge",
-    "miner",
-    "tailor",
-    "farmer",
-    "singer",
-    "lawyer",
-    "painter",
-    "smith",
-)
+    "baker", "nurse", "pilot", "judge", "miner", "tailor", "farmer", "singer", "lawyer", "painter", "smith",
+)  # fmt: skip
 COLOURS = (
     "red", "blue", "green", "teal", "gold", "pink", "grey", "white", "black", "brown", "lilac", "amber",
 )  # fmt: skip

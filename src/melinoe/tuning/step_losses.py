@@ -48,16 +48,12 @@ class TuningLosses:
         self.kinds: list[str] | None = None
         self.nll_level: float | None = None  # running mean of the likelihood loss
         self.weight = Weight(settings.target_hit_rate, settings.max_quality_loss, settings.max_steps)
-        self.usage: dict[
-            int, torch.Tensor
-        ] = {}  # by layer: [E] share of late tokens that asked for each expert
+        # by layer: [E] share of late tokens that asked for each expert
+        self.usage: dict[int, torch.Tensor] = {}
         self.schedule = 1.0  # of both weights, by the share of the run that is over
 
     def __call__(
-        self,
-        model: nn.Module,
-        batch: dict[str, Any],
-        tokens_per_step: tuple[float, float],
+        self, model: nn.Module, batch: dict[str, Any], tokens_per_step: tuple[float, float]
     ) -> Losses:
         """Args:
         batch: an item of batches.Batches, one part of a step.

@@ -123,11 +123,7 @@ class LocalityTrainer(Trainer):
         factors = [p for layer in self.layers for p in layer.experts.low_rank.parameters() if p.requires_grad]
         rate, router_rate = settings.learning_rates(self.model.config.get_text_config().hidden_size)
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": routers, "lr": router_rate},
-                {"params": factors, "lr": rate},
-            ],
-            weight_decay=0.0,
+            [{"params": routers, "lr": router_rate}, {"params": factors, "lr": rate}], weight_decay=0.0
         )
         return self.optimizer
 

@@ -13,10 +13,11 @@ import time
 import pytest
 
 import melinoe
+from melinoe.conversion.verify import damaged_records
 from melinoe.demonstration.widen import widen
 from melinoe.models.folder import resolve_model
 from melinoe.runtime.load import load_tokenizer
-from melinoe.store.manifest import damaged_records, open_store
+from melinoe.store.manifest import open_store
 
 PROMPT = "sort 31,58,18,28"
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import batch, save_checkpoint
+from melinoe.conversion.verify import damaged_records
 from melinoe.experts.forward import use
 from melinoe.models.layers import experts_modules
 from melinoe.paging.device_reader import DeviceReader
@@ -21,7 +22,7 @@ from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
 from melinoe.runtime.load import align
 from melinoe.store.layout import RecordLayout, per_expert
-from melinoe.store.manifest import MANIFEST, damaged_records, open_store
+from melinoe.store.manifest import MANIFEST, open_store
 from melinoe.store.packing import GROUP, SCALE, Packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, Concatenate, Interleave, Transpose, WeightConverter
 from typer.testing import CliRunner
@@ -19,12 +19,14 @@ from typer.testing import CliRunner
 import melinoe
 from families import FAMILIES, batch, save_checkpoint
 from melinoe.cli.main import app
-from melinoe.conversion import checkpoint
 from melinoe.conversion.in_place import NotInPlaceError, _order, index_in_place, is_in_place
+from melinoe.conversion.parameter import ExpertParameter
+from melinoe.conversion.verify import Verification, verify
 from melinoe.models.folder import skeleton
 from melinoe.runtime.load import store_folder
 from melinoe.store.layout import per_expert
 from melinoe.store.manifest import MANIFEST, open_store
+from melinoe.store.shards import Shards
 
 
 def save_sharded(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
@@ -99,18 +101,20 @@ def test_in_place_equals_converted_equals_resident(family, dtype, tmp_path):
     ],
     ids=str,
 )
-def test_what_moves_elements_is_not_read_in_place(olmoe, step, shape):
+def test_what_moves_elements_is_not_read_in_place(olmoe, tmp_path, step, shape):
     """As in inkling2 (interleaved), nemotron from NeMo and qwen3_vl_moe (transposed)."""
-    model = skeleton(olmoe)
-    sources = ["mlp.experts.a", "mlp.experts.b"] if isinstance(step, Concatenate) else ["mlp.experts.a"]
-    converter = WeightConverter(sources, "mlp.experts.gate_up_proj", [step])
-    entry = checkpoint.Entry(Path("x"), torch.float32, shape, 0, 4 * math.prod(shape))
-    target = "model.layers.0.mlp.experts.gate_up_proj"
+    names = ["mlp.experts.a", "mlp.experts.b"]
+    save_file({name: torch.zeros(shape) for name in names}, tmp_path / "model.safetensors", {"format": "pt"})
+
+    def order(converter, given):
+        name, sources = "model.layers.0.mlp.experts.gate_up_proj", {pattern: [pattern] for pattern in given}
+        return _order(ExpertParameter(skeleton(olmoe), Shards(tmp_path), name, 8, converter, sources))
+
+    given = names if isinstance(step, Concatenate) else names[:1]
     with pytest.raises(NotInPlaceError):
-        _order(model, target, converter, [(name, [entry], [name]) for name in sources], 8)
-    plain = WeightConverter(["mlp.experts.a", "mlp.experts.b"], "mlp.experts.gate_up_proj", [Concatenate(1)])
-    given = [(name, [entry], [name]) for name in ("mlp.experts.b", "mlp.experts.a")]
-    assert _order(model, target, plain, given, 8) == [1, 0]  # in the converter's order, not the checkpoint's
+        order(WeightConverter(given, "mlp.experts.gate_up_proj", [step]), given)
+    plain = WeightConverter(names, "mlp.experts.gate_up_proj", [Concatenate(1)])
+    assert order(plain, names[::-1]) == [1, 0]  # in the converter's order, not the checkpoint's
 
 
 def test_a_checkpoint_is_indexed_on_first_use(sharded, monkeypatch, tmp_path):
@@ -316,8 +320,6 @@ def test_a_read_error_names_expert_and_shard(shards, monkeypatch):
 
 def test_layers_that_the_model_does_not_have(sharded, tmp_path, capfd):
     """Layers that predict several tokens stand in published checkpoints: neither loaded nor mentioned."""
-    from safetensors.torch import save_file
-
     folder = shutil.copytree(sharded, tmp_path / "model")
     more = {f"model.layers.2.mlp.experts.{e}.up_proj.weight": torch.zeros(24, 32) for e in range(8)}
     save_file(more, folder / "model-extra.safetensors", {"format": "pt"})
@@ -417,8 +419,6 @@ def test_an_index_never_replaces_a_converted_store(sharded, olmoe_store):
 
 def test_a_missing_expert_is_not_another_one(sharded, tmp_path):
     """Positions are experts' numbers: with one tensor gone all behind it would move up."""
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(sharded, tmp_path / "model")
     tensors = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -453,6 +453,4 @@ def test_damaged_manifest_and_wrong_bytes(shards):
     manifest = json.loads((store / MANIFEST).read_text())
     manifest["shards"][shard]["ctime_ns"] = file.stat().st_ctime_ns  # as if the disk had flipped it
     (store / MANIFEST).write_text(json.dumps(manifest))
-    from melinoe.conversion.in_place import checked_records
-
-    assert checked_records(open_store(store)) == (["expert 5 of model.layers.1.mlp.experts"], True)
+    assert verify(open_store(store)) == Verification(("expert 5 of model.layers.1.mlp.experts",), True)

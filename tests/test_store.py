@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import melinoe
 from families import batch, save_checkpoint
 from melinoe.config import RECORD_ALIGNMENT
-from melinoe.store.manifest import MANIFEST, damaged_records, open_store
+from melinoe.conversion.verify import damaged_records
+from melinoe.store.manifest import MANIFEST, open_store
 
 
 @pytest.fixture
@@ -158,11 +159,11 @@ def test_leftovers_of_another_source_are_not_mixed_in(olmoe, tmp_path, monkeypat
     from melinoe.conversion import convert as module
 
     other = save_checkpoint(tmp_path / "other", "olmoe", seed=1)
-    original = module.write_rest
-    monkeypatch.setattr(module, "write_rest", lambda *args, **_: (_ for _ in ()).throw(Stop()))
+    original = module.write_resident
+    monkeypatch.setattr(module, "write_resident", lambda *args, **_: (_ for _ in ()).throw(Stop()))
     with pytest.raises(Stop):
         melinoe.convert(other, tmp_path / "store", progress=False)
-    monkeypatch.setattr(module, "write_rest", original)
+    monkeypatch.setattr(module, "write_resident", original)
     melinoe.convert(olmoe, tmp_path / "store", progress=False)
     stock = AutoModelForCausalLM.from_pretrained(olmoe)
     model = melinoe.load(tmp_path / "store", slots=2)

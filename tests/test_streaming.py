@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 import melinoe
 from families import batch, config, save_checkpoint, save_tokenizer
 from melinoe.adapters.peft_folder import write_adapter
-from melinoe.conversion.checkpoint import separable
+from melinoe.conversion.parameter import separable
 from melinoe.experts.low_rank import attach_low_rank
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.store.manifest import Store, open_store

@@ -320,25 +320,22 @@ def evaluate(
 @app.command(short_help="Check a store's checksums.")
 def verify(store: Path) -> None:
     """Check every record of a store against its checksum."""
-    from melinoe.store.manifest import damaged_records, open_store
+    from melinoe.conversion.verify import verify as run
+    from melinoe.store.manifest import open_store
 
     opened = open_store(store)
+    found = run(opened)
     if opened.shards:
-        from melinoe.conversion.in_place import checked_records
-
-        damaged, known = checked_records(opened)
         print(f"{store}: in place; {len(opened.shards)} shards have the size, times and header they had")
-        if not known:
+        if not found.compared:
             print(f"{store}: no checksums were known; those of now are kept for the next time")
-    else:
-        damaged = list(damaged_records(opened))
-    if damaged:
+    if found.damaged:
         raise MelinoeError(
-            f"{len(damaged)} damaged records in {store}",
-            got="; ".join(damaged[:5]),
+            f"{len(found.damaged)} damaged records in {store}",
+            got="; ".join(found.damaged[:5]),
             next_step="convert again",
         )
-    if not opened.shards or known:
+    if found.compared:
         print(f"{store}: all records match")
 
 

@@ -10,54 +10,57 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.fold_adapter import Tuning
 from melinoe.files import empty, put_folder, write_json
 from melinoe.models.layers import fingerprint
 from melinoe.store.manifest import Store, write_manifest
 from melinoe.store.record_file import StoredLayer, layer_from_json, layer_to_json
-from melinoe.store.shards import Shards, Stamp
 
 STATE = "convert-state.json"
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
 class BuildState:
-    """What an interrupted call has finished: {layer index: stored layer}, for one source and format."""
+    """What an interrupted call has finished, in one folder, for one source and format.
 
-    def __init__(
-        self, path: Path, source: dict[str, Any], store_id: str, layers: dict[int, StoredLayer]
-    ) -> None:
-        self.path, self.source, self.store_id, self.layers = path, source, store_id, layers
+    Attributes:
+        folder: where the store is built.
+        format: of the records.
+        layers: {layer index: stored layer} of the record files that are whole.
+    """
 
-    @classmethod
-    def open(
-        cls, partial: Path, folder: Path, shards: Shards, tuning: Tuning | None, format: str
-    ) -> BuildState:
-        sizes = {stamp.file: [stamp.size, stamp.mtime_ns] for stamp in shards.stamps}
-        source: dict[str, Any] = {"folder": str(folder.resolve()), "files": sizes, "format": format}
+    def __init__(self, folder: Path, checkpoint: Checkpoint, tuning: Tuning | None, format: str) -> None:
+        self.folder, self.format = folder, format
+        sizes = {stamp.file: [stamp.size, stamp.mtime_ns] for stamp in checkpoint.shards.stamps}
+        self._source: dict[str, Any] = {"folder": str(checkpoint.folder.resolve()), "files": sizes}
+        self._source["format"] = format
         if tuning is not None:
-            source["adapter"] = tuning.stamp
-        path = partial / STATE
+            self._source["adapter"] = tuning.stamp
         try:
-            data = json.loads(path.read_text())
+            data = json.loads((folder / STATE).read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             data = {}
-        if data.get("source") == source:
-            layers = {int(index): layer_from_json(layer) for index, layer in data["layers"].items()}
-            return cls(path, source, data["store_id"], layers)
-        empty(partial)  # of another source, or from before the first layer was whole
-        return cls(path, source, uuid.uuid4().hex, {})
+        self.store_id: str = uuid.uuid4().hex
+        self.layers: dict[int, StoredLayer] = {}
+        if data.get("source") == self._source:
+            self.store_id = data["store_id"]
+            self.layers = {int(index): layer_from_json(layer) for index, layer in data["layers"].items()}
+        else:
+            empty(folder)  # of another source, or from before the first layer was whole
 
     def finished(self, index: int, layer: StoredLayer) -> None:
         self.layers[index] = layer
         layers = {str(key): layer_to_json(value) for key, value in self.layers.items()}
-        write_json(self.path, {"source": self.source, "store_id": self.store_id, "layers": layers})
+        state = {"source": self._source, "store_id": self.store_id, "layers": layers}
+        write_json(self.folder / STATE, state)
 
 
 def copy_small_files(folder: Path, partial: Path) -> None:
@@ -70,28 +73,18 @@ def copy_small_files(folder: Path, partial: Path) -> None:
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def finish(
-    partial: Path,
-    target: Path,
-    layers: list[StoredLayer],
-    store_id: str,
-    source: str,
-    known: str,
-    shards: tuple[Stamp, ...] = (),
-) -> None:
-    """Writes the manifest and puts the store in its place.
+def finish(store: Store, target: Path) -> None:
+    """Writes the manifest of a store that stands in its partial folder, and puts the folder in its place.
 
-    Args:
-        known: the fingerprint; "" where the routers are not stored as they are: then it is computed by
-            loading what was written.
+    A store without a fingerprint, because its routers are not stored as they are, gets it by being loaded.
     """
-    if not known:
-        write_manifest(Store(partial, "", store_id, tuple(layers), source, shards), {})
-        known = _fingerprint(partial)
-    store = Store(partial, known, store_id, tuple(layers), source, shards)
+    if not store.fingerprint:
+        write_manifest(store, {})
+        store = replace(store, fingerprint=_fingerprint(store.folder))
     write_manifest(store, {"transformers_version": transformers.__version__})
-    (partial / STATE).unlink(missing_ok=True)
-    put_folder(partial, target, replace=bool(shards))  # an index is made again whenever a shard has changed
+    (store.folder / STATE).unlink(missing_ok=True)
+    # an index is made again whenever a shard has changed
+    put_folder(store.folder, target, replace=bool(store.shards))
 
 
 def _fingerprint(folder: Path) -> str:

@@ -1,13 +1,14 @@
 """`melinoe convert`: checkpoint -> store, one expert in memory at a time.
 
 Record files are finished one by one; an interrupted call keeps them, and the next call with the same
-source goes on behind them (building.py).
+source goes on behind them (build.py).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melinoe.config import format_bytes
-from melinoe.conversion import checkpoint
 from melinoe.conversion.build import BuildState, copy_small_files, finish
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.fold_adapter import Tuning, open_tuning
-from melinoe.conversion.resident import write_rest
+from melinoe.conversion.resident import write_resident
 from melinoe.errors import MelinoeError
 from melinoe.files import partial_folder
-from melinoe.models.folder import local_folder, resolve_model, skeleton
-from melinoe.models.layers import experts_modules, fingerprint, moe_layers
+from melinoe.models.folder import local_folder, resolve_model
+from melinoe.models.layers import MoeLayer
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
 from melinoe.store.packing import Packing, check_format, packing_of
-from melinoe.store.record_file import StoredLayer, write_layer
+from melinoe.store.record_file import write_layer
+from melinoe.store.shards import Shards
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     target: str | Path,
     *,
     adapter: str | Path | None = None,
@@ -55,8 +57,8 @@ def convert(
             model, a quantised format that cannot be streamed, weights that cannot be rounded, or a full disk.
     """
     check_format(format)
-    resolved = resolve_model(source)
-    folder, target = local_folder(resolved), Path(target)
+    target = Path(target)
+    folder = source.folder if isinstance(source, Checkpoint) else local_folder(resolve_model(source))
     if is_store(folder):
         raise MelinoeError(f"{folder} is a store already", allowed="a checkpoint folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -65,73 +67,90 @@ def convert(
         )
     if folder.resolve() == target.resolve():
         raise MelinoeError("source and target are the same folder", got=target)
-    model = skeleton(folder)
-    moe_layers(model)  # a dense model is refused before anything is written
-    shards, quantizer = checkpoint.Shards(folder), checkpoint.dequantizer(model.config)
-    expert_plan, rest = checkpoint.plan(model, shards.names(), quantizer)
-    tuning = open_tuning(adapter, model, shards, rest) if adapter is not None else None
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(folder, source)
+    checkpoint.resident()  # what cannot be converted is refused before anything is written
+    tuning = open_tuning(adapter, checkpoint) if adapter is not None else None
     with partial_folder(target) as partial:
-        state = BuildState.open(partial, folder, shards, tuning, format)
-        layers = _write_experts(model, shards, expert_plan, partial, state, tuning, format, progress)
-        write_rest(
-            shards,
-            rest,
-            partial / "model.safetensors",
-            quantizer=quantizer,
-            dtype=model.config.dtype or torch.bfloat16,
-            replaced=tuning.routers if tuning is not None else None,
-        )
+        state = BuildState(partial, checkpoint, tuning, format)
+        _write_experts(checkpoint, state, tuning, progress)
+        routers = tuning.routers if tuning is not None else None
+        write_resident(checkpoint, partial / "model.safetensors", routers)
         copy_small_files(folder, partial)
-        written = checkpoint.Shards(partial)
-        known = fingerprint(model) if not checkpoint.load_routers(model, written, rest) else ""
-        finish(partial, target, layers, state.store_id, str(source), known)
+        known = checkpoint.fingerprint(Shards(partial))
+        layers = tuple(state.layers[index] for index in range(len(checkpoint.layers)))
+        finish(Store(partial, known, state.store_id, layers, checkpoint.source), target)
     return open_store(target)
 
 
-def _write_experts(
-    model: torch.nn.Module,
-    shards: checkpoint.Shards,
-    expert_plan: dict[str, checkpoint.Sources],
-    partial: Path,
-    state: BuildState,
-    tuning: Tuning | None,
-    format: str,
-    progress: bool,
-) -> list[StoredLayer]:
-    modules = experts_modules(model)
-    expanded = [RecordLayout.of(module) for _, module in modules]
-    packings = [
-        packing_of(format, layout, bool(module.is_transposed))
-        for layout, (_, module) in zip(expanded, modules, strict=True)
+@dataclass(frozen=True)
+class _Records:
+    """The records of one layer. expanded: the layout of the module's own; packing: how they are stored."""
+
+    layer: MoeLayer
+    expanded: RecordLayout
+    packing: Packing | None
+
+    @classmethod
+    def of(cls, layer: MoeLayer, format: str) -> _Records:
+        expanded = RecordLayout.of(layer.experts)
+        return cls(layer, expanded, packing_of(format, expanded, bool(layer.experts.is_transposed)))
+
+    @property
+    def layout(self) -> RecordLayout:
+        return self.expanded if self.packing is None else self.packing.record_layout()
+
+    def read(self, checkpoint: Checkpoint, tuning: Tuning | None) -> Iterator[memoryview]:
+        """Expert by expert in full size; one buffer, filled again for each."""
+        record = torch.zeros(self.expanded.record_bytes, dtype=torch.uint8)
+        views = self.expanded.views(record)
+        streams = {name: one.tensors() for name, one in checkpoint.parameters(self.layer).items()}
+        for expert in range(self.layer.num_experts):
+            for field, stream in streams.items():
+                tensor = next(stream)
+                if tuning is not None:
+                    tuning.merge(self.layer, field, expert, tensor)
+                views[field].copy_(tensor)
+                del tensor  # the next one is made before this name is given again
+            yield memoryview(record.numpy())
+
+    def packed(self, records: Iterator[memoryview]) -> Iterator[memoryview]:
+        """As they are stored; one buffer, as there is one behind `records`."""
+        if self.packing is None:
+            yield from records
+            return
+        layout = self.packing.record_layout()
+        packed = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+        views = layout.views(packed)
+        for record in records:
+            self.packing.pack(self.expanded.views(torch.frombuffer(record, dtype=torch.uint8)), views)
+            yield memoryview(packed.numpy())
+
+
+def _write_experts(checkpoint: Checkpoint, state: BuildState, tuning: Tuning | None, progress: bool) -> None:
+    """Writes the record files that `state` does not have yet, and tells it."""
+    todo = [
+        _Records.of(layer, state.format) for layer in checkpoint.layers if layer.index not in state.layers
     ]
-    layouts = [
-        layout if packing is None else packing.record_layout()
-        for layout, packing in zip(expanded, packings, strict=True)
-    ]
-    todo = [index for index in range(len(modules)) if index not in state.layers]
-    needed = sum(layouts[i].record_bytes * int(modules[i][1].num_experts) for i in todo)  # type: ignore[arg-type]
-    free = shutil.disk_usage(partial).free
+    needed = sum(records.layout.record_bytes * records.layer.num_experts for records in todo)
+    free = shutil.disk_usage(state.folder).free
     if needed * 1.02 > free:
         raise MelinoeError(
-            f"not enough disk space at {partial.parent}",
+            f"not enough disk space at {state.folder.parent}",
             got=f"{format_bytes(free)} free",
             allowed=f"{format_bytes(needed * 1.02)} or more",
         )
-    total = sum(int(module.num_experts) for _, module in modules)  # type: ignore[arg-type]
+    total = sum(layer.num_experts for layer in checkpoint.layers)
     done = sum(layer.num_experts for layer in state.layers.values())
     with _progress_bar(progress) as bar:
         task = bar.add_task("convert", total=total, completed=done)
-        for index in todo:
-            name, module = modules[index]
-            num_experts = int(module.num_experts)  # type: ignore[arg-type]
-            records = _records(model, shards, expert_plan, name, module, expanded[index], tuning)
-            packed = _packed(records, expanded[index], packings[index])
-            layer = write_layer(
-                partial, index, state.store_id, name, num_experts, layouts[index],
-                _counted(packed, bar, task), packings[index],
+        for records in todo:
+            layer = records.layer
+            stored = write_layer(
+                state.folder, layer.index, state.store_id, layer.experts_name, layer.num_experts,
+                records.layout, _counted(records.packed(records.read(checkpoint, tuning)), bar, task),
+                records.packing,
             )  # fmt: skip
-            state.finished(index, layer)
-    return [state.layers[index] for index in range(len(modules))]
+            state.finished(layer.index, stored)
 
 
 def _progress_bar(show: bool) -> Progress:
@@ -143,47 +162,3 @@ def _counted(records: Iterator[memoryview], bar: Progress, task: Any) -> Iterato
     for record in records:
         yield record
         bar.advance(task)
-
-
-def _records(
-    model: torch.nn.Module,
-    shards: checkpoint.Shards,
-    expert_plan: dict[str, checkpoint.Sources],
-    name: str,
-    module: torch.nn.Module,
-    layout: RecordLayout,
-    tuning: Tuning | None,
-) -> Iterator[memoryview]:
-    """The records of one layer; one buffer, filled again for each expert."""
-    record = torch.zeros(layout.record_bytes, dtype=torch.uint8)
-    views = layout.views(record)
-    num_experts = int(module.num_experts)  # type: ignore[arg-type]
-    streams = {
-        field.name: checkpoint.expert_tensors(
-            model, shards, f"{name}.{field.name}", expert_plan[f"{name}.{field.name}"], num_experts
-        )
-        for field in layout.fields
-    }
-    for expert in range(num_experts):
-        for field, stream in streams.items():
-            tensor = next(stream)
-            if tuning is not None:
-                tuning.merge(name, module, field, expert, tensor)
-            views[field].copy_(tensor)
-            del tensor  # the next one is made before this name is given again
-        yield memoryview(record.numpy())
-
-
-def _packed(
-    records: Iterator[memoryview], layout: RecordLayout, packing: Packing | None
-) -> Iterator[memoryview]:
-    """The records as they are stored; one buffer, as there is one behind `records`."""
-    if packing is None:
-        yield from records
-        return
-    packed_layout = packing.record_layout()
-    packed = torch.zeros(packed_layout.record_bytes, dtype=torch.uint8)
-    views = packed_layout.views(packed)
-    for record in records:
-        packing.pack(layout.views(torch.frombuffer(record, dtype=torch.uint8)), views)
-        yield memoryview(packed.numpy())

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from melinoe.adapters.peft_folder import WEIGHTS, adapter_parts, read_adapter
-from melinoe.conversion.checkpoint import Shards, load_routers
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import LowRankExperts, Projection, fold_expert, projection_parameter
-from melinoe.models.layers import moe_layers
+from melinoe.models.layers import MoeLayer
 
 
 @dataclass(frozen=True)
@@ -27,36 +26,35 @@ class Tuning:
     routers: dict[str, torch.Tensor]
     stamp: list[int | str]  # which adapter: path, size, time in nanoseconds
 
-    def merge(self, name: str, module: nn.Module, field: str, expert: int, weight: torch.Tensor) -> None:
+    def merge(self, layer: MoeLayer, field: str, expert: int, weight: torch.Tensor) -> None:
         """Puts the tuning into one tensor of an expert, in place."""
         projections: tuple[Projection, ...] = ("up", "down")
+        factors, transposed = self.factors[layer.experts_name], bool(layer.experts.is_transposed)
         for projection in projections:
-            if field == projection_parameter(module, projection):
-                fold_expert(weight, self.factors[name], projection, expert, bool(module.is_transposed))
+            if field == projection_parameter(layer.experts, projection):
+                fold_expert(weight, factors, projection, expert, transposed)
 
 
 @torch.no_grad()
-def open_tuning(folder: str | Path, model: nn.Module, shards: Shards, rest: dict[str, str]) -> Tuning:
-    """Opens an adapter for the checkpoint whose skeleton is `model`; fills the skeleton's routers.
-
-    Args:
-        rest: {name in the checkpoint: name in the model}, from `checkpoint.plan`.
+def open_tuning(folder: str | Path, checkpoint: Checkpoint) -> Tuning:
+    """Opens an adapter for a checkpoint, whose model's routers get their weights.
 
     Raises:
         MelinoeError: the adapter is of another model or broken, or the checkpoint does not hold its routers
             as they are.
     """
     adapter = read_adapter(folder)
-    absent = load_routers(model, shards, rest)
+    absent = checkpoint.load_routers()
     if absent:
         raise MelinoeError(
             "the checkpoint does not hold the routers under names that can be replaced",
             got=f"nothing for {absent}",
             next_step="merge the adapter first: melinoe merge, then convert the result",
         )
-    stored = {target: name for name, target in rest.items() if target}
+    stored = {target: name for name, target in checkpoint.resident().items() if target}
     routers, factors = {}, {}
-    for layer, (low_rank, router) in zip(moe_layers(model), adapter_parts(model, adapter), strict=True):
+    parts = adapter_parts(checkpoint.model, adapter)
+    for layer, (low_rank, router) in zip(checkpoint.layers, parts, strict=True):
         factors[layer.experts_name] = low_rank
         for name in layer.router.state_dict():
             # as it was tuned, in float32: what from_pretrained rounds, and what it keeps, is its own business

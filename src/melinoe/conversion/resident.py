@@ -8,33 +8,31 @@ from typing import Any
 
 import torch
 
-from melinoe.conversion.checkpoint import Shards
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError
 from melinoe.store.shards import file_order, write_file
 
 
-def write_rest(
-    shards: Shards,
-    rest: dict[str, str],
-    path: Path,
-    *,
-    quantizer: Any = None,
-    dtype: torch.dtype = torch.bfloat16,
-    replaced: dict[str, torch.Tensor] | None = None,
+def write_resident(
+    checkpoint: Checkpoint, path: Path, replaced: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Writes the tensors that are not experts' under the checkpoint's own names.
 
+    What a quantised checkpoint holds quantised is written in the model's dtype.
+
     Args:
-        rest: {name in the checkpoint: name in the model}, from `checkpoint.plan`.
-        quantizer: of a quantised checkpoint; what it holds quantised is written in `dtype`.
         replaced: tensors that take the place of the checkpoint's, by the name in the checkpoint.
 
     Raises:
         MelinoeError: a quantised tensor that the quantizer's own names do not explain.
     """
     replaced = replaced or {}
-    scales = _scales(shards, rest, quantizer)
-    companions = set(scales.values()) | _left_out(rest, quantizer)
+    shards, rest, quantizer = checkpoint.shards, checkpoint.resident(), checkpoint.quantizer
+    dtype = checkpoint.model.config.dtype or torch.bfloat16
+    scales = _scales(checkpoint)
+    companions = set(scales.values())
+    if quantizer is not None:  # scales of activations: a plain model has no use for them
+        companions |= {name for name in rest if name.endswith(".activation_scale")}
     described = {}
     for name in rest:
         if name in companions:
@@ -61,21 +59,16 @@ def write_rest(
     write_file(path, file_order(described), tensors())
 
 
-def _scales(shards: Shards, rest: dict[str, str], quantizer: Any) -> dict[str, str]:
+def _scales(checkpoint: Checkpoint) -> dict[str, str]:
     """{quantised tensor: its scale}, both by their names in the checkpoint."""
-    if quantizer is None:
+    if checkpoint.quantizer is None:
         return {}
     suffix = "_scale_inv"
     return {
         name.removesuffix(suffix): name
-        for name in rest
-        if name.endswith(suffix) and name.removesuffix(suffix) in shards.entries
+        for name in checkpoint.resident()
+        if name.endswith(suffix) and name.removesuffix(suffix) in checkpoint.shards.entries
     }
-
-
-def _left_out(rest: dict[str, str], quantizer: Any) -> set[str]:
-    """Scales of activations: a plain model has no use for them."""
-    return {name for name in rest if name.endswith(".activation_scale")} if quantizer is not None else set()
 
 
 def _dequantised(quantizer: Any, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

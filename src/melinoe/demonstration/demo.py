@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.config import format_bytes
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.data.rows import read_rows
 from melinoe.demonstration import contestants as speed
 from melinoe.demonstration.report import write_report
@@ -31,7 +32,7 @@ from melinoe.errors import MelinoeError, missing_extra
 from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.prediction.fit import Predictor
-from melinoe.report.setting import data_folder, machine, mixture_shape
+from melinoe.report.setting import data_folder, machine
 from melinoe.routing.policies import Strength
 from melinoe.routing.simulate import paired_difference, simulate
 from melinoe.routing.trace import Trace
@@ -75,7 +76,7 @@ def demo(
     folder = data_folder(model, data)
     for split in ("train", "test"):
         read_rows(folder, split, limit=1)
-    shape = mixture_shape(source)
+    shape = Checkpoint(source).shape
     needed = SCRATCH_FACTOR * shape["num_layers"] * shape["num_experts"] * RECORD_BYTES
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:

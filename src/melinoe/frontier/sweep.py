@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe._version import __version__
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.files import write_json
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
@@ -25,7 +26,7 @@ from melinoe.frontier.page import write_frontier
 from melinoe.frontier.points import Point, read_sweep
 from melinoe.frontier.runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, plan_runs, run_all
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.report.setting import machine, mixture_shape
+from melinoe.report.setting import machine
 from melinoe.verbs import Stages
 
 FORMAT, VERSION = "melinoe-frontier", "1"
@@ -86,7 +87,7 @@ def sweep(
     given = {"slots": slots, "policies": policies, "exact_rows": exact_rows, "predictor_rows": predictor_rows}
     measure |= {name: value for name, value in given.items() if value is not None}
     source = local_folder(resolve_model(model))
-    shape = mixture_shape(source)
+    shape = Checkpoint(source).shape
     for point in chosen:
         point.tune_settings(0).capacity(shape["num_experts"], shape["experts_per_token"])
     measuring = Measuring(_budgets(measure.pop("slots", None), shape), **measure)

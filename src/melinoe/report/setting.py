@@ -11,8 +11,6 @@ import torch
 import transformers
 
 from melinoe.errors import MelinoeError
-from melinoe.models.folder import skeleton
-from melinoe.models.layers import experts_per_token, moe_layers
 
 
 def data_folder(model: str, data: str | Path | None) -> Path:
@@ -31,17 +29,6 @@ def data_folder(model: str, data: str | Path | None) -> Path:
     from melinoe.tiny import data_path
 
     return data_path()
-
-
-def mixture_shape(source: Path) -> dict[str, int]:
-    """Layers, experts and top-k of a checkpoint, without its weights."""
-    empty = skeleton(source)
-    layers = moe_layers(empty)
-    return {
-        "num_layers": len(layers),
-        "num_experts": layers[0].num_experts,
-        "experts_per_token": experts_per_token(empty),
-    }
 
 
 def machine() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def unmap(model: nn.Module) -> None:
 
     from_pretrained maps them from the file. That may be overwritten by its owner while it is in use; what is
     mapped would change with it, or end the process where the file became shorter. And matrix libraries may
-    round by where weights lie (see `loader.align`).
+    round by where weights lie (see `load.align`).
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from melinoe.config import format_bytes
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.in_place import NotInPlaceError, index_in_place
 from melinoe.machine import usable_device
-from melinoe.models.folder import local_folder, resolve_model, skeleton
-from melinoe.models.layers import experts_modules, experts_per_token, moe_layers
+from melinoe.models.layers import experts_per_token
 from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.gather import buffer_bytes
@@ -59,11 +59,10 @@ def plan(
         MelinoeError: no such model, a dense one, or a budget that is too small.
     """
     place = usable_device(device)
-    folder = local_folder(resolve_model(source), weights=False)
-    model = skeleton(folder)
-    moe_layers(model)
+    checkpoint = Checkpoint.open(source, weights=False)
+    model = checkpoint.model
     with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
-        store, not_measured = _store_of(folder, Path(scratch) / "index")
+        store, not_measured = _store_of(checkpoint, Path(scratch) / "index")
         bandwidth = None
         if store is not None and measure_seconds > 0:
             bandwidth = record_bandwidth(store, measure_seconds)
@@ -74,8 +73,7 @@ def plan(
     else:
         beside = 0
         records = [
-            (int(module.num_experts), RecordLayout.of(module).record_bytes)  # type: ignore[arg-type]
-            for _, module in experts_modules(model)
+            (layer.num_experts, RecordLayout.of(layer.experts).record_bytes) for layer in checkpoint.layers
         ]
         read_bytes = [size for _, size in records]
     strip(model)
@@ -110,17 +108,14 @@ def deployed_slots(source: str | Path, memory: int | str, device: str = "cpu") -
     return max(int(found["budget"]["slots"]), int(found["experts_per_token"]))
 
 
-def _store_of(folder: Path, scratch: Path) -> tuple[Store | None, str | None]:
-    """The store of a model folder, or None and why there is none.
-
-    The index of a checkpoint is made in `scratch`.
-    """
-    if is_store(folder):
-        return open_store(folder), None
-    if not any(folder.glob("*.safetensors")):
+def _store_of(checkpoint: Checkpoint, scratch: Path) -> tuple[Store | None, str | None]:
+    """The store of a model (an index of a checkpoint is made in `scratch`), or None and why there is none."""
+    if is_store(checkpoint.folder):
+        return open_store(checkpoint.folder), None
+    if not any(checkpoint.folder.glob("*.safetensors")):
         return None, "its weights are not here"
     try:
-        return index_in_place(folder, scratch), None
+        return index_in_place(checkpoint, scratch), None
     except NotInPlaceError as reason:
         return None, str(reason)
 

@@ -15,20 +15,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from melinoe.errors import MelinoeError
 from melinoe.files import write_json
-from melinoe.store.record_file import (
-    FORMAT,
-    FORMAT_VERSION,
-    StoredLayer,
-    layer_from_json,
-    layer_to_json,
-)
+from melinoe.store.record_file import FORMAT, FORMAT_VERSION, StoredLayer, layer_from_json, layer_to_json
 from melinoe.store.shards import Stamp, check_stamp, read_header
 
 PACKED_VERSION = 2  # of a store with packed records, which a reader of version 1 must refuse
@@ -177,16 +170,3 @@ def open_store(folder: Path | str) -> Store:
                 next_step="convert again",
             )
     return store
-
-
-def damaged_records(store: Store) -> Iterator[str]:
-    """Names every record whose bytes do not match the manifest's checksum; reads the whole store.
-
-    In-place stores: see `in_place.checked_records`.
-    """
-    for layer in store.layers:
-        with (store.folder / layer.file).open("rb") as file:
-            file.seek(layer.data_start)
-            for expert in range(layer.num_experts):
-                if zlib.crc32(file.read(layer.layout.record_bytes)) != layer.checksums[expert]:
-                    yield f"{layer.file}: expert.{expert} ({layer.experts_name})"

@@ -1,0 +1,89 @@
+"""What README.md tells people to type, typed: every command in its order, and the block of Python.
+
+The model is the embedded one, the data are a few rows, runs are short; all else is as it stands there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from melinoe.cli.main import app
+from melinoe.tiny.workload import write_splits
+
+ROOT = Path(__file__).parents[1]
+PLACEHOLDERS = {"M": "tiny", "D": "data", "allenai/OLMoE-1B-7B-0924": "tiny", "default": "points.yaml"}
+# so that each takes seconds; of a sweep only the control, where the built-in points would take minutes
+SHORTER = {
+    "generate": ["--max-new-tokens", "8"],
+    "plan": [],
+    "tune": ["--max-steps", "2", "--batch-tokens", "512"],
+    "merge": [],
+    "trace": ["--limit", "16"],
+    "simulate": [],
+    "fit-predictor": [],
+    "convert": [],
+    "evaluate": ["--limit", "4"],
+}
+POINTS = "measure: {slots: [8], policies: [decay]}\npoints: [{name: control}]\n"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language, in their order."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every `melinoe` command, comments left out."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    assert all(line[0] == "melinoe" for line in lines if line)
+    return [line[1:] for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the commands run one after the other, each on what those before it wrote."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "data").mkdir()
+    write_splits(folder / "data", 40, 8, 24, seed=0)
+    (folder / "points.yaml").write_text(POINTS)
+    return folder
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_a_command_of_the_readme_works(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = [PLACEHOLDERS.get(word, word) for word in command] + SHORTER[command[0]]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+
+
+def test_the_python_of_the_readme_works(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert {"store", "predictor"} <= {path.name for path in folder.iterdir()}  # what the commands above wrote
+    (block,) = blocks("python")
+    exec(compile(block, "README.md", "exec"), {})
+    *_, last = capsys.readouterr().out.split()
+    assert 0 < float(last) <= 1  # the hit rate
+
+
+def test_the_other_commands_of_the_readme_are_targets_of_make():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(f"\n{target}: " in makefile for target in targets)
+
+
+def test_what_the_map_of_the_readme_names_is_there():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("## Where things are")[1].split("\n\n")[1]
+    named = {name for name in re.findall(r"`([\w./]+)`", table.split("\n", 1)[1]) if "/" in name}
+    assert len(named) > 15
+    missing = [name for name in named if not (ROOT / "src" / "melinoe" / name).exists()]
+    assert not missing

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,11 +21,11 @@ from typer.testing import CliRunner
 import melinoe
 from families import FAMILIES, batch, save_checkpoint
 from melinoe.cli.main import app
+from melinoe.conversion.first_use import store_of
 from melinoe.conversion.in_place import NotInPlaceError, _order, index_in_place, is_in_place
 from melinoe.conversion.parameter import ExpertParameter
 from melinoe.conversion.verify import Verification, verify
 from melinoe.models.folder import skeleton
-from melinoe.runtime.load import store_folder
 from melinoe.store.layout import per_expert
 from melinoe.store.manifest import MANIFEST, open_store
 from melinoe.store.shards import Shards
@@ -120,7 +122,7 @@ def test_what_moves_elements_is_not_read_in_place(olmoe, tmp_path, step, shape):
 def test_a_checkpoint_is_indexed_on_first_use(sharded, monkeypatch, tmp_path):
     monkeypatch.setenv("MELINOE_HOME", str(tmp_path))
     expected = greedy(melinoe.load(sharded, slots=8))
-    folder = store_folder(sharded)
+    folder = store_of(sharded).folder
     assert is_in_place(folder)
     assert torch.equal(greedy(melinoe.load(sharded, slots=2)), expected)
     assert torch.equal(greedy(AutoModelForCausalLM.from_pretrained(folder)), expected)
@@ -128,6 +130,34 @@ def test_a_checkpoint_is_indexed_on_first_use(sharded, monkeypatch, tmp_path):
     os.utime(sharded / "config.json")  # not a shard
     os.chmod(next(sharded.glob("*.safetensors")), 0o644)  # touched, not written: indexed again, no error
     assert torch.equal(greedy(melinoe.load(sharded, slots=2)), expected)
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """(file, mode) of every call of Python's open, while `listening`."""
+    found = SimpleNamespace(files=[], listening=False)
+
+    def note(event, arguments):
+        if found.listening and event == "open" and isinstance(arguments[1], str):  # os.open tells no mode
+            found.files.append((Path(arguments[0]), arguments[1]))
+
+    sys.addaudithook(note)  # for ever
+    return found
+
+
+@pytest.mark.parametrize("named", ["checkpoint", "store"])
+def test_a_warm_store_is_read_once(shards, tmp_path, monkeypatch, opened, named):
+    """Its manifest, and the header of each shard; the readers open the shards by another way."""
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "home"))
+    folder = store_of(shards[0]).folder
+    opened.files.clear()
+    opened.listening = True
+    melinoe.load(shards[0] if named == "checkpoint" else folder, slots=2)
+    opened.listening = False
+    read = [path.name for path, mode in opened.files if path.parent == folder and mode in ("r", "rb")]
+    headers = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(headers) > 2
+    assert sorted(n for n in read if n == MANIFEST or n in headers) == [MANIFEST, *headers]
 
 
 def test_another_dtype_is_converted(tmp_path, monkeypatch, capfd):
@@ -140,7 +170,7 @@ def test_another_dtype_is_converted(tmp_path, monkeypatch, capfd):
         index_in_place(folder, tmp_path / "store")
     model = melinoe.load(folder, slots=4)
     assert "cannot be read in place" in capfd.readouterr().err
-    assert not is_in_place(store_folder(folder))
+    assert not is_in_place(store_of(folder).folder)
     melinoe.convert(folder, tmp_path / "converted", progress=False)
     assert torch.equal(
         model(**batch()).logits, melinoe.load(tmp_path / "converted", slots=8)(**batch()).logits

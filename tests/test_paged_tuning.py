@@ -17,11 +17,12 @@ import melinoe
 from families import RandomPolicy, batch, save_checkpoint
 from melinoe.adapters.merge import merge
 from melinoe.adapters.peft_folder import apply_adapter
+from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.models.layers import experts_modules, moe_layers
 from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
-from melinoe.runtime.load import load_for_tuning, load_tokenizer, stats, store_folder
+from melinoe.runtime.load import load_for_tuning, load_tokenizer, stats
 from melinoe.store.manifest import open_store
 from melinoe.tuning.memory.pages import Pages
 from melinoe.tuning.model import prepare_model
@@ -95,7 +96,7 @@ def assert_same_run(one, other, rtol=1e-6, weights=2e-5):
 
 def prepared(folder, slots=None, policy=None, checkpointing=False):
     """A model as `tune` prepares it, resident or with `slots` records per layer, its factors not zero."""
-    pages = None if slots is None else Pages(store_folder(folder), slots, None, "auto", "")
+    pages = None if slots is None else Pages(store_of(folder).folder, slots, None, "auto", "")
     settings = TuneSettings(rank=3, gradient_checkpointing=checkpointing)
     model, layers = prepare_model(folder, settings, "cpu", pages)
     generator = torch.Generator().manual_seed(1)

@@ -200,6 +200,24 @@ def test_a_read_error_stops_the_generation(olmoe_store, tmp_path, monkeypatch):
     assert torch.equal(model.generate(**batch(), max_new_tokens=8, do_sample=False), expected)
 
 
+def test_settings_that_nobody_knows_are_refused(copy):
+    """In a store's config.json, where a misspelt one would be ignored."""
+    config = json.loads((copy / "config.json").read_text())
+    for more in ({"slot": 3}, {"slots": 3, "polcy": "lru"}):
+        config["quantization_config"] = {"quant_method": "melinoe", **more}
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(
+            melinoe.MelinoeError, match=r"unknown settings.*got (slot|polcy);.*allowed: memory"
+        ):
+            AutoModelForCausalLM.from_pretrained(copy)
+    config["quantization_config"] = {"quant_method": "melinoe", "slots": 3, "policy": "lru"}
+    (copy / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(copy)
+    assert (model.melinoe_budget.slots, model.melinoe_context.pager.policy.name) == (3, "lru")
+    assert model.config.to_dict()["quantization_config"]["slots"] == 3
+    json.loads(model.config.to_json_string())
+
+
 def test_save_pretrained_refuses(olmoe_store, tmp_path):
     with pytest.raises(melinoe.MelinoeError, match="would lose them"):
         melinoe.load(olmoe_store, slots=2).save_pretrained(tmp_path / "saved")

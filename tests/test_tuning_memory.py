@@ -14,10 +14,10 @@ import melinoe
 from families import FAMILIES, config, save_checkpoint
 from melinoe.cli.main import app
 from melinoe.config import format_bytes
+from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import skeleton
 from melinoe.models.layers import moe_layers
-from melinoe.runtime.load import store_folder
 from melinoe.tuning.memory.activations import BatchShape, count
 from melinoe.tuning.memory.needed import memory_needed
 from melinoe.tuning.memory.pages import Pages
@@ -72,7 +72,7 @@ def kept_by_autograd(model):
 def test_the_count_is_what_autograd_keeps(tmp_path, family, paged):
     """Within a tenth: attention keeps a little more where nothing is computed."""
     base = save_checkpoint(tmp_path / "m", family)
-    pages = Pages(store_folder(base), 3, None, "auto", "") if paged else None
+    pages = Pages(store_of(base).folder, 3, None, "auto", "") if paged else None
     model, layers = prepare_model(base, SETTINGS, "cpu", pages)
     real = kept_by_autograd(model)
     empty = skeleton(base)

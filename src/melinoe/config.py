@@ -10,6 +10,13 @@ from melinoe.errors import MelinoeError
 
 RECORD_ALIGNMENT = 4096  # bytes; what O_DIRECT asks of file offsets, lengths and addresses
 DEFAULT_SEED = 0
+DEFAULT_POLICY = "decay"  # of eviction (melinoe.routing.policies)
+
+
+def default_slots(num_experts: int, experts_per_token: int) -> int:
+    """Records per layer where nobody says how many: a quarter of the experts, and room for one token's."""
+    return max(experts_per_token, num_experts // 4)
+
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}

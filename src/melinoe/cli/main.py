@@ -31,6 +31,7 @@ from melinoe.cli.options import (
     slots_format_of,
 )
 from melinoe.cli.tune import tune
+from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
@@ -130,7 +131,9 @@ def generate(
     predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
     slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
-    policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
+    policy: Annotated[
+        str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")
+    ] = DEFAULT_POLICY,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from melinoe.config import format_bytes
+from melinoe.config import default_slots, format_bytes
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.data.rows import read_rows
 from melinoe.demonstration import contestants as speed
@@ -116,7 +116,7 @@ class _Demo:
         self.held_out = limit or HELD_OUT_ROWS
         self.part = min(1.0, self.held_out / HELD_OUT_ROWS)  # a smaller demo does less of everything
         self.seed, self.shape = seed, shape
-        self.slots = max(shape["experts_per_token"], shape["num_experts"] // 4)
+        self.slots = default_slots(shape["num_experts"], shape["experts_per_token"])
         self.stages = Stages(7)
         self.models = {"base": source, "control": str(scratch / "control"), "tuned": str(scratch / "tuned")}
 

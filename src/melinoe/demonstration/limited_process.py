@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
 
 _CGROUP = Path("/sys/fs/cgroup/memory")
@@ -30,7 +31,7 @@ class Contestant:
     weights: str
     model: str
     slots: int | None = None
-    policy: str = "decay"
+    policy: str = DEFAULT_POLICY
     predictor: str | None = None
     offload_folder: str | None = None
     max_prompts: int | None = None

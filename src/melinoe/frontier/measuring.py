@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
 from melinoe.measure.quality import evaluate
 from melinoe.measure.trace import trace
@@ -36,7 +37,7 @@ class Measuring:
     """
 
     budgets: tuple[int, ...]
-    policies: tuple[str, ...] = ("decay", "lru")
+    policies: tuple[str, ...] = (DEFAULT_POLICY, "lru")
     exact_rows: int = 0
     predictor_rows: int = 0
 

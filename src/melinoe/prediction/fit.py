@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from melinoe.config import default_slots
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint as model_fingerprint
@@ -156,7 +157,7 @@ def fit_predictor(
             next_step="trace more rows",
         )
     num_layers, top_k = trace.indices.shape[1:]
-    num_experts, slots = trace.num_experts, slots or max(top_k, trace.num_experts // 4)
+    num_experts, slots = trace.num_experts, slots or default_slots(trace.num_experts, top_k)
     table = token_table(model.get_input_embeddings().weight, seed)
     prompts = trace.prompts()
     features = torch.stack([prompt_features(table, prompts[sequence]) for sequence in used])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -21,26 +20,26 @@ from melinoe.paging.reader import READER_THREADS
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import make_policy
 from melinoe.runtime import budget
+from melinoe.runtime.settings import LoadSettings
 from melinoe.store.layout import RecordLayout
-from melinoe.store.manifest import Store, open_store
+from melinoe.store.manifest import Store
 from melinoe.store.packing import packing_of
 
 
-def open_for(model: nn.Module, folder: Path, any_dtype: bool = False) -> Store:
-    """Opens the store of a model skeleton and checks that its records are this model's.
+def check_fit(model: nn.Module, store: Store, any_dtype: bool = False) -> None:
+    """Checks that the records of a store are those of a model skeleton.
 
     Args:
         any_dtype: the records may have another dtype than the model, whose experts function converts them.
 
     Raises:
-        MelinoeError: no store, a damaged one, or one whose records have other shapes or another dtype.
+        MelinoeError: the records have other shapes or another dtype.
     """
-    store = open_store(folder)
     modules = experts_modules(model)
     names = [name for name, _ in modules]
     if names != [layer.experts_name for layer in store.layers]:
         raise MelinoeError(
-            f"{folder} is a store of another model",
+            f"{store.folder} is a store of another model",
             got=f"{len(store.layers)} layers, first {store.layers[0].experts_name}",
             allowed=f"{len(names)} layers, first {names[0] if names else None}",
         )
@@ -56,12 +55,11 @@ def open_for(model: nn.Module, folder: Path, any_dtype: bool = False) -> Store:
         ) or module.num_experts != layer.num_experts:
             stored, expected = own[0], layout.fields[0]
             raise MelinoeError(
-                f"the records of {name} in {folder} do not fit the model",
+                f"the records of {name} in {store.folder} do not fit the model",
                 got=f"{layer.num_experts} experts, {stored.name} {stored.shape} {stored.dtype}",
                 allowed=f"{module.num_experts} experts, {expected.name} {expected.shape} {expected.dtype}",
                 next_step="load with the store's own dtype, or convert again",
             )
-    return store
 
 
 def check_weights(model: nn.Module, store: Store) -> None:
@@ -100,12 +98,8 @@ def unmap(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def attach(model: Any, store: Store, settings: Any) -> None:
-    """Attaches pager and context to a stripped model.
-
-    Args:
-        settings: the quantizer's config, `MelinoeConfig`.
-    """
+def attach(model: Any, store: Store, settings: LoadSettings) -> None:
+    """Attaches pager and context to a stripped model."""
     packed = slots_packed(store, settings.slots_format)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from melinoe.config import home
-from melinoe.conversion.convert import convert
-from melinoe.conversion.in_place import NotInPlaceError, index_in_place, is_in_place
+from melinoe.config import DEFAULT_POLICY
+from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import usable_device
 from melinoe.models.folder import local_folder, resolve_model
@@ -23,10 +19,10 @@ from melinoe.paging.forward_pass import PassContext
 from melinoe.paging.statistics import Statistics
 from melinoe.prediction.predictor import Predictor
 from melinoe.runtime.budget import Budget
+from melinoe.runtime.quantizer import quantization_config
+from melinoe.runtime.settings import LoadSettings
 from melinoe.store.layout import FIELD_ALIGNMENT
-from melinoe.store.manifest import is_store, open_store
-
-CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # as `local_folder` fetches them
+from melinoe.store.manifest import is_store
 
 
 def load(
@@ -35,7 +31,7 @@ def load(
     predictor: str | Path | None = None,
     memory: int | str | None = None,
     slots: int | None = None,
-    policy: str = "decay",
+    policy: str = DEFAULT_POLICY,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     slots_format: str | None = None,
@@ -65,26 +61,23 @@ def load(
         MelinoeError: see `open_store`, `budget.derive`, `apply_adapter`, `Predictor.load`.
     """
     place = usable_device(device or "cpu")
-    if memory is not None and slots is not None:
-        raise MelinoeError("give memory or slots, not both", got=f"memory={memory}, slots={slots}")
-    folder = store_folder(source)
-    store = open_store(folder)
+    settings = LoadSettings(
+        memory=memory,
+        slots=slots,
+        policy=policy,
+        slots_format=slots_format,
+        context=context,
+        extra_bytes=_weight_bytes(adapter),
+        predictor=None,  # opened below: it may have been fitted to the adapter's routers
+    )
+    store = store_of(source)
     slots_packed(store, slots_format)  # refused before anything is loaded
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(store.folder)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if wanted is not None and wanted != config.dtype:
         raise MelinoeError("the store has another dtype", got=wanted, allowed=config.dtype)
-    config.quantization_config = {
-        **config.quantization_config,
-        "slots": slots,
-        "memory": memory,
-        "policy": policy,
-        "slots_format": slots_format,
-        "context": context,
-        "extra_bytes": _weight_bytes(adapter),
-        "predictor": None,  # set below: it may have been fitted to the adapter's routers
-    }
-    model = _from_pretrained(folder, config=config, dtype=config.dtype, device_map={"": place})
+    config.quantization_config = quantization_config(settings, store)
+    model = _from_pretrained(store.folder, config=config, dtype=config.dtype, device_map={"": place})
     if adapter is not None:
         from melinoe.adapters.peft_folder import apply_adapter
 
@@ -100,7 +93,7 @@ def load_for_tuning(
     """Opens a store for `tune`: every pass over a layer asks the pager, the statistics count it as training.
 
     Args:
-        folder: a store (`store_folder`).
+        folder: a store.
         slots: records per layer, 0 or more.
         dtype: of everything but the records, which keep theirs; None: the store's.
         slots_format: packed or expanded, as for `load`.
@@ -113,14 +106,8 @@ def load_for_tuning(
         MelinoeError: see `open_store`.
     """
     config = AutoConfig.from_pretrained(folder)
-    config.quantization_config = {
-        **config.quantization_config,
-        "slots": slots,
-        "policy": "lru",
-        "slots_format": slots_format,
-        "any_dtype": True,
-        "predictor": None,
-    }
+    settings = LoadSettings(slots=slots, policy="lru", slots_format=slots_format, any_dtype=True)
+    config.quantization_config = quantization_config(settings)
     place = usable_device(device)
     model = _from_pretrained(folder, config=config, dtype=dtype or config.dtype, device_map={"": place})
     model.melinoe_context.tuning = True
@@ -132,41 +119,6 @@ def _weight_bytes(adapter: str | Path | None) -> int:
     return (
         sum(file.stat().st_size for file in Path(adapter).glob("*.safetensors")) if adapter is not None else 0
     )
-
-
-def store_folder(source: str | Path) -> Path:
-    """The store of a source; a checkpoint is indexed in place on first use, or else converted."""
-    resolved = resolve_model(source)
-    if isinstance(resolved, Path) and is_store(resolved):
-        return resolved
-    folder = local_folder(resolved)
-    # config and tokenizer too: the store has copies of them
-    files = sorted(file for file in folder.iterdir() if file.suffix in CHECKPOINT_SUFFIXES)
-    stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in files)
-    key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
-    target = home() / "stores" / f"{folder.resolve().name}-{key}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f"{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first, and finds its store
-        if _usable(target):
-            return target
-        try:
-            index_in_place(source, target)
-        except NotInPlaceError as reason:
-            print(f"melinoe: converting {source} into {target}: {reason}", file=sys.stderr)
-            convert(source, target)
-    return target
-
-
-def _usable(target: Path) -> bool:
-    """Whether a store made on an earlier use is there, and its shards, if it is in place, as they were."""
-    if not is_in_place(target):
-        return is_store(target)
-    try:
-        open_store(target)
-    except MelinoeError:  # the shards were touched since: the index is made anew
-        return False
-    return True
 
 
 def load_resident(

@@ -8,14 +8,19 @@ own import.
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from melinoe.runtime.settings import LoadSettings
+
+if TYPE_CHECKING:
+    from melinoe.store.manifest import Store
 
 METHOD = "melinoe"
 
@@ -25,35 +30,26 @@ class MelinoeConfig(QuantizationConfigMixin):
     """What a store's config.json says under `quantization_config`, and what `melinoe.load` adds to it.
 
     Args:
-        slots: records per layer. None: from `memory`.
-        memory: bytes, or text such as "4GiB". None: from MELINOE_MEMORY, else what is free.
-        policy: what decides who stays: decay, lru, lfu, static.
-        predictor: path of a predictor, or None.
-        slots_format: packed or expanded, for a store with packed records; None: the default.
-        context: tokens of KV cache that the budget sets aside; None: the model's, at most
-            budget.DEFAULT_CONTEXT.
-        extra_bytes: memory that the budget must leave for something else, such as an adapter.
-        any_dtype: the model may be opened in another dtype than the records have (tuning converts them at
-            each use).
+        quant_method: by which transformers finds this class.
+        store: the store, where it has been opened already.
+        settings: of `LoadSettings`; the memory may come from the environment.
     """
 
-    def __init__(
-        self,
-        slots: int | None = None,
-        memory: int | str | None = None,
-        policy: str = "decay",
-        predictor: str | None = None,
-        extra_bytes: int = 0,
-        slots_format: str | None = None,
-        context: int | None = None,
-        any_dtype: bool = False,
-        **_: Any,
-    ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.slots = slots
-        self.memory = memory if memory is not None else os.environ.get("MELINOE_MEMORY")
-        self.policy, self.predictor, self.extra_bytes = policy, predictor, extra_bytes
-        self.slots_format, self.context, self.any_dtype = slots_format, context, any_dtype
+    def __init__(self, quant_method: str = METHOD, store: Store | None = None, **settings: Any) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.settings = LoadSettings.from_dict(settings).with_environment()
+        self.store = store
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, **self.settings.to_dict()}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+def quantization_config(settings: LoadSettings, store: Store | None = None) -> dict[str, Any]:
+    """What to put into a model's config so that it is opened with these settings."""
+    return {"quant_method": METHOD, "store": store, **settings.to_dict()}
 
 
 @register_quantizer(METHOD)
@@ -66,14 +62,18 @@ class MelinoeQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         from melinoe.runtime import attach
+        from melinoe.store.manifest import open_store
 
         assert checkpoint_files, "a store has a model.safetensors"
-        self.store = attach.open_for(
-            model, Path(checkpoint_files[0]).parent, self.quantization_config.any_dtype
-        )
+        folder, store = Path(checkpoint_files[0]).parent, self.quantization_config.store
+        self.quantization_config.store = None  # the config outlives this load, and may be copied
+        if store is None or store.folder.resolve() != folder.resolve():
+            store = open_store(folder)
+        attach.check_fit(model, store, self.quantization_config.settings.any_dtype)
+        self.store = store
         attach.strip(model)
-        if self.store.shards:  # the checkpoint's own files hold the experts too: they are not to be read
-            names = {re.escape(layer.experts_name) + r"\." for layer in self.store.layers}
+        if store.shards:  # the checkpoint's own files hold the experts too: they are not to be read
+            names = {re.escape(layer.experts_name) + r"\." for layer in store.layers}
             model._keys_to_ignore_on_load_unexpected = {
                 *(model._keys_to_ignore_on_load_unexpected or ()),
                 *names,
@@ -85,7 +85,7 @@ class MelinoeQuantizer(HfQuantizer):
         attach.unmap(model)  # before the reader checks, as it opens them, that the shards are still the same
         if self.store.fingerprint:  # none yet while a store is being written
             attach.check_weights(model, self.store)
-        attach.attach(model, self.store, self.quantization_config)
+        attach.attach(model, self.store, self.quantization_config.settings)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         for module in model.modules():
             if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):

@@ -43,6 +43,9 @@ class Store:
     source: str = ""
     shards: tuple[Stamp, ...] = ()
 
+    def __deepcopy__(self, _: Any) -> Store:
+        return self  # frozen, and large; a model's config that carries it is copied by transformers
+
     @property
     def max_record_bytes(self) -> int:
         return max(layer.layout.record_bytes for layer in self.layers)

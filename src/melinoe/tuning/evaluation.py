@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from melinoe.config import DEFAULT_POLICY
 from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded
 from melinoe.losses.likelihood import sequence_nll
@@ -24,8 +25,6 @@ from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
 from melinoe.tuning.parallel.processes import Processes
-
-POLICY = "decay"
 
 
 class Evaluation:
@@ -100,7 +99,7 @@ class Evaluation:
             [row.prompt_length for row in rows],
             num_experts=self.layers[0].num_experts,
         )
-        (result,) = simulate(trace, POLICY, self.slots, per_sequence=True)["results"]
+        (result,) = simulate(trace, DEFAULT_POLICY, self.slots, per_sequence=True)["results"]
         counted = result["per_sequence"]
         numbers = [counted[name].sum() for name in ("hits", "loads", "tokens")]
         completion = sum(len(row.ids) - row.prompt_length for row in rows)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from melinoe.config import DEFAULT_SEED
+from melinoe.config import DEFAULT_SEED, default_slots
 from melinoe.errors import MelinoeError
 from melinoe.tuning.objectives import OBJECTIVES, Objective
 from melinoe.tuning.setting_field import described, setting, under_todays_names
@@ -228,7 +228,7 @@ class TuneSettings:
             MelinoeError: `slots` is below K or above E.
         """
         if self.slots is None:
-            return min(num_experts, max(top_k, num_experts // 4))
+            return default_slots(num_experts, top_k)
         if not top_k <= self.slots <= num_experts:
             raise MelinoeError(
                 "tune: slots does not suit this model",

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import return_freed_memory
 from melinoe.models.folder import resolve_model
-from melinoe.runtime.load import stats, store_folder
-from melinoe.store.manifest import is_store, open_store
+from melinoe.runtime.load import stats
+from melinoe.store.manifest import is_store
 from melinoe.tuning.memory.activations import BatchShape
 from melinoe.tuning.memory.needed import memory_needed
 from melinoe.tuning.settings import TuneSettings
@@ -59,10 +60,9 @@ def paging(
         return_freed_memory()
         # refused before an index or a store is made
         memory_needed(model, settings, batch, device).slots(memory)
-    folder = store_folder(model)
-    store = open_store(folder)
+    store = store_of(model)
     slots, kind = max(layer.num_experts for layer in store.layers), None
     if memory is not None:
-        slots, kind = memory_needed(folder, settings, batch, device).slots(memory)
+        slots, kind = memory_needed(store.folder, settings, batch, device).slots(memory)
     source = store.source if given_store and store.source else str(model)
-    return Pages(folder, slots, kind, store.record_format, source)
+    return Pages(store.folder, slots, kind, store.record_format, source)

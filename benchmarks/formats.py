@@ -82,7 +82,7 @@ def quality(opened: dict[str, Store], data: str, options: argparse.Namespace) ->
                 "exact_match": exact["exact_match"],
                 "exact_ratio": ratio(rows[name]["exact"], rows["auto"]["exact"], ones),
             }
-        model.melinoe_context.pager.close()
+        model.melinoe_paged.pager.close()
         print_quality(name, found[name], found["auto"])
     return found
 
@@ -131,7 +131,7 @@ def speed(opened: dict[str, Store], data: str, options: argparse.Namespace) -> l
                     "bytes_per_token": counted["bytes_per_token"],
                 }
             )
-            model.melinoe_context.pager.close()
+            model.melinoe_paged.pager.close()
     result = []
     print(f"memory {format_bytes(memory)}, records of {format_bytes(opened['auto'].max_record_bytes)}")
     for (name, way), runs in measured.items():

@@ -58,7 +58,7 @@ def measure(model: Any, prompts: torch.Tensor, new_tokens: int, device: str) -> 
     for prompt in prompts:
         seconds = []
         for count in (1, new_tokens):
-            if hasattr(model, "melinoe_context"):
+            if hasattr(model, "melinoe_paged"):
                 reset_slots(model)
             synchronize(device)
             began = time.perf_counter()
@@ -117,13 +117,13 @@ def main() -> None:
 
     def contestant(name: str, model: Any) -> None:
         row = {"name": name, **measure(model, prompts, options.tokens, device)}
-        if hasattr(model, "melinoe_context"):
+        if hasattr(model, "melinoe_paged"):
             found = melinoe.stats(model)
             row |= {"hit_rate": found.hit_rate, "bytes_per_token": found.bytes_per_token}
             reference = next((one["tokens"] for one in rows if one["name"] == "all in slots"), row["tokens"])
             if row["tokens"] != reference:
                 raise SystemExit(f"{name}: other tokens than with all experts in slots")
-            model.melinoe_context.pager.close()
+            model.melinoe_paged.pager.close()
         rows.append(row)
         print(f"{name}: {row['decode_tokens_per_second']:.2f} tok/s", flush=True)
 

@@ -151,7 +151,7 @@ class Pairs:
 
     def _paged(self, name: str, prompt: list[int]) -> tuple[float, list[int], float, list[int]]:
         """(tok/s, tokens, bytes per second while a read is outstanding, misses of each layer's decoding call)."""
-        pager = self.models[name].melinoe_context.pager
+        pager = self.models[name].melinoe_paged.pager
         reset_slots(self.models[name])
         pager.statistics.reset()
         read, busy = pager.reader.bytes_read, pager.reader.busy_seconds

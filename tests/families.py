@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from family_configs import config
-from melinoe.experts.forward import use
+from melinoe.experts.forward import use_melinoe_experts
 from melinoe.routing.policies import DecayedCounts
 from melinoe.runtime.load import align
 
@@ -142,7 +142,7 @@ def resident(source: Path, use_own: bool = True) -> Any:
     """The checkpoint with every expert in memory; `use_own`: on our experts function, to compare bits."""
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     if use_own:
-        use(model)
+        use_melinoe_experts(model)
         # as melinoe.load leaves them: torch and MKL round by alignment and by requires_grad
         model.requires_grad_(False)
         align(model)

@@ -20,11 +20,11 @@ CPU = torch.device("cpu")
 def through_device(store_folder, slots, pinned):
     """A model whose pager moves records by DeviceReader, on the CPU."""
     model = melinoe.load(store_folder, slots=slots)
-    context = model.melinoe_context
-    store = context.pager.store
+    paged = model.melinoe_paged
+    store = paged.pager.store
     policy = make_policy("decay", len(store.layers), 8, slots)
-    context.pager.close()
-    context.pager = ExpertPager(store, slots, policy, reader=DeviceReader(store, CPU, pinned))
+    paged.pager.close()
+    paged.pager = ExpertPager(store, slots, policy, reader=DeviceReader(store, CPU, pinned))
     return model
 
 
@@ -48,7 +48,7 @@ def test_read_errors_pass_through(olmoe_store, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", failing)
-    model.melinoe_context.pager.reset()
+    model.melinoe_paged.pager.reset()
     with pytest.raises(melinoe.MelinoeError, match="cannot read expert"):
         model(**batch())
     monkeypatch.setattr(os, "preadv", real)
@@ -85,8 +85,8 @@ def test_on_a_gpu_from_disk(olmoe_store):
     inputs = {name: value.cuda() for name, value in batch().items()}
     model = melinoe.load(olmoe_store, slots=3, device="cuda")
     expected = model(**inputs).logits
-    context = model.melinoe_context
-    store = context.pager.store
+    paged = model.melinoe_paged
+    store = paged.pager.store
     reader = DeviceReader(store, model.device, pinned=False)
-    context.pager = ExpertPager(store, 3, make_policy("decay", len(store.layers), 8, 3), reader=reader)
+    paged.pager = ExpertPager(store, 3, make_policy("decay", len(store.layers), 8, 3), reader=reader)
     assert torch.equal(model(**inputs).logits, expected)

@@ -19,7 +19,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from families import RandomPolicy
 from melinoe.experts.forward import melinoe_experts
 from melinoe.models.layers import is_experts
-from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import POLICIES, make_policy
 from melinoe.store.layout import RecordLayout
@@ -155,7 +155,7 @@ def page(experts: torch.nn.Module, folder: Path, slots: int, policy: str) -> tor
     pager = ExpertPager(
         Store(folder, "", "test", (layer,)), slots, make_policy(policy, 1, EXPERTS, slots), staging=2
     )
-    experts.melinoe_layer, experts.melinoe_context = 0, PassContext(pager)
+    experts.melinoe_layer, experts.melinoe_paged = 0, PagedExperts(pager)
     return experts
 
 

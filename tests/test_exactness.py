@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import FAMILIES, UNDECORATED, WAYS, RandomPolicy, batch, generate, resident, save_checkpoint
+from melinoe.models.folder import resolve_model
 from melinoe.models.layers import experts_modules
 from melinoe.routing.policies import POLICIES
 
@@ -98,7 +99,7 @@ def test_sequences_do_not_leak_into_each_other(olmoe_store):
 
 
 def test_embedded_model_is_exact(tiny_store):
-    stock = AutoModelForCausalLM.from_pretrained(melinoe.config.resolve_model("tiny")).eval()
+    stock = AutoModelForCausalLM.from_pretrained(resolve_model("tiny")).eval()
     tokenizer = melinoe.runtime.load.load_tokenizer("tiny")
     inputs = tokenizer(["What is 12 plus 30?<sep>", "sort 3 1 2<sep>"], return_tensors="pt", padding=True)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from families import FAMILIES, SCORE_KINDS, UNDECORATED, batch, save_checkpoint
 from family_configs import FIELDS
 from melinoe.data.rows import Encoded
-from melinoe.experts.forward import use
+from melinoe.experts.forward import use_melinoe_experts
 from melinoe.measure.trace import read_routing
 from melinoe.models.layers import experts_per_token, moe_layers
 from melinoe.models.router_tap import RouterTap, requests, router_probabilities, score_kind
@@ -163,7 +163,7 @@ def test_describing_an_undecorated_model_changes_nothing(family, tmp_path):
         moe_layers(model)
         assert torch.equal(model(**batch()).logits, before)
         copied = copy.deepcopy(model)
-        use(copied)
+        use_melinoe_experts(copied)
         assert any("forward" in vars(module) for module in copied.modules())
         assert not any("forward" in vars(module) for module in model.modules())
         assert torch.allclose(copied(**batch()).logits, before, atol=1e-5)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import melinoe
 from families import batch, save_checkpoint
 from melinoe.conversion.verify import damaged_records
-from melinoe.experts.forward import use
+from melinoe.experts.forward import use_melinoe_experts
 from melinoe.models.layers import experts_modules
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.pager import ExpertPager
@@ -118,7 +118,7 @@ def test_weights_that_cannot_be_rounded(bad):
 def replaced(source, name):
     """The reference: all experts resident, their matrices replaced by what rounding leaves of them."""
     own = AutoModelForCausalLM.from_pretrained(source).eval()
-    use(own)
+    use_melinoe_experts(own)
     own.requires_grad_(False)
     for _, module in experts_modules(own):
         for parameter in module.parameters(recurse=False):
@@ -150,7 +150,7 @@ def test_paged_equals_resident_rounded(family, name, dtype, tmp_path):
             model = melinoe.load(tmp_path / "store", slots=slots, policy=policy, slots_format=slots_format)
             assert torch.equal(model(**inputs).logits, expected), (slots_format, slots)
             assert torch.equal(tokens(model, inputs), expected_tokens), (slots_format, slots)
-            pager, budget = model.melinoe_context.pager, model.melinoe_budget
+            pager, budget = model.melinoe_paged.pager, model.melinoe_budget
             assert pager.slot_bytes == budget.slot_bytes + budget.staging_bytes
             pager.close()
 
@@ -190,14 +190,14 @@ def test_a_wrong_scale_is_seen(int8, copy, slots_format):
 def test_through_a_device_reader(int8, slots, packed, pinned):
     expected = melinoe.load(int8, slots=8)
     model = melinoe.load(int8, slots=slots)
-    context = model.melinoe_context
-    store = context.pager.store
-    context.pager.close()
+    paged = model.melinoe_paged
+    store = paged.pager.store
+    paged.pager.close()
     reader = DeviceReader(store, torch.device("cpu"), pinned)
     policy = make_policy("decay", len(store.layers), 8, slots)
-    context.pager = ExpertPager(store, slots, policy, reader=reader, packed=packed)
+    paged.pager = ExpertPager(store, slots, policy, reader=reader, packed=packed)
     assert torch.equal(tokens(model, batch()), tokens(expected, batch()))
-    assert context.pager.reader.bytes_read > 0
+    assert paged.pager.reader.bytes_read > 0
 
 
 @pytest.mark.gpu
@@ -226,7 +226,7 @@ def test_smaller_records_give_more_slots(olmoe, olmoe_store, tmp_path):
             assert planned["budget"]["total_bytes"] == loaded.melinoe_budget.total_bytes <= 400 * 1024
             assert planned["budget"]["slots"] == loaded.melinoe_budget.slots
             assert planned["record_bytes"] == store.max_record_bytes
-            assert loaded.melinoe_context.pager.slot_bytes <= 400 * 1024
+            assert loaded.melinoe_paged.pager.slot_bytes <= 400 * 1024
             found[name, slots_format] = planned["budget"]["slots"], planned["bytes_per_token"]
     assert found["int8", "packed"][0] >= found["int8", "expanded"][0]
     assert found["int4", "packed"][1] <= found["int8", "packed"][1] < found["auto", "expanded"][1]
@@ -324,7 +324,7 @@ def test_an_interrupted_convert_goes_on_in_its_own_format_only(olmoe, int8, tmp_
 def test_a_read_error_stops_the_generation(int8, monkeypatch, slots_format):
     model = melinoe.load(int8, slots=3, slots_format=slots_format)
     expected = tokens(model, batch())
-    model.melinoe_context.pager.reset()
+    model.melinoe_paged.pager.reset()
     reads, real = [0], os.preadv
 
     def failing(*args):

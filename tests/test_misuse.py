@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import batch, resident, save_checkpoint
-from melinoe.experts import forward as experts
+from melinoe.experts import forward
 from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.weights_file import WeightsFile
 from melinoe.runtime.load import reset_slots
@@ -69,16 +69,16 @@ def test_slow_reads_are_waited_for(olmoe_store, expected, slow_reads):
 def test_a_call_inside_a_call_is_refused(olmoe_store, expected, monkeypatch):
     """It would read into the staging records that the outer one computes with."""
     model = melinoe.load(olmoe_store, slots=1)
-    real, depth = experts.expert_output, []
+    real, depth = forward.expert_output, []
 
     def nested(module, hidden, weights, expert):
         if not depth:
             depth.append(1)
-            experts.melinoe_experts(module, hidden[:1], torch.tensor([[0, 7]]), torch.ones(1, 2))
+            forward.melinoe_experts(module, hidden[:1], torch.tensor([[0, 7]]), torch.ones(1, 2))
         return real(module, hidden, weights, expert)
 
     with monkeypatch.context() as patch:
-        patch.setattr(experts, "expert_output", nested)
+        patch.setattr(forward, "expert_output", nested)
         with pytest.raises(AssertionError, match="a call inside a call"):
             greedy(model)
     assert exact(model, expected)
@@ -105,7 +105,7 @@ def interrupt(monkeypatch, where, at, late=None):
 @pytest.mark.parametrize("at", [1, 3, 8, 13])
 @pytest.mark.parametrize(
     "where",
-    [(experts, "expert_output"), (DiskReader, "read")],
+    [(forward, "expert_output"), (DiskReader, "read")],
     ids=["in an expert", "behind the start of a read"],
 )
 def test_interrupted_and_used_again(olmoe_store, expected, slow_reads, monkeypatch, where, at):
@@ -124,7 +124,7 @@ def test_interrupted_twice(olmoe_store, expected, slow_reads, monkeypatch):
     """Ctrl-C again while the pager waits for the reads that the first one left behind."""
     model = melinoe.load(olmoe_store, slots=3)
     with monkeypatch.context() as patch:
-        interrupt(patch, (experts, "expert_output"), 9)
+        interrupt(patch, (forward, "expert_output"), 9)
         with pytest.raises(KeyboardInterrupt):
             greedy(model, 2)
     with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import melinoe
 from families import batch
-from melinoe.experts import forward as experts
+from melinoe.experts import forward
 from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.weights_file import WeightsFile
 from melinoe.routing.policies import DECODE
@@ -46,7 +46,7 @@ def test_one_synchronisation_per_layer(olmoe_store, slots, tokens):
         hidden = torch.randn(tokens, 32, generator=generator)
         index = torch.rand(tokens, 8, generator=generator).topk(2).indices
         with Synchronisations() as found:
-            experts.melinoe_experts(module, hidden, index, torch.rand(tokens, 2, generator=generator))
+            forward.melinoe_experts(module, hidden, index, torch.rand(tokens, 2, generator=generator))
         assert found.count == {"cpu": 1}
 
 
@@ -54,9 +54,9 @@ def test_hits_are_computed_while_misses_are_read(olmoe_store, monkeypatch):
     """No read ends before the last hit has been computed, and all reads have been asked for by then."""
     model = melinoe.load(olmoe_store, slots=8)
     model(input_ids=torch.tensor([[5]]))  # two experts of each layer are in slots now
-    resident = [set(one) for one in model.melinoe_context.pager.policy.resident]
+    resident = [set(one) for one in model.melinoe_paged.pager.policy.resident]
     served, asked, gate = [], [], threading.Event()
-    real_output, real_start, real_read = experts.expert_output, DiskReader.read, WeightsFile.read
+    real_output, real_start, real_read = forward.expert_output, DiskReader.read, WeightsFile.read
 
     def output(module, hidden, weights, expert):
         served.append((int(module.melinoe_layer), expert))
@@ -74,7 +74,7 @@ def test_hits_are_computed_while_misses_are_read(olmoe_store, monkeypatch):
         assert gate.wait(20), "a hit waits for a read"
         real_read(self, destination, offset)
 
-    monkeypatch.setattr(experts, "expert_output", output)
+    monkeypatch.setattr(forward, "expert_output", output)
     monkeypatch.setattr(DiskReader, "read", start)
     monkeypatch.setattr(WeightsFile, "read", read)
     for index, layer in enumerate(model.model.layers):
@@ -83,7 +83,7 @@ def test_hits_are_computed_while_misses_are_read(olmoe_store, monkeypatch):
         asked.clear()
         hidden = torch.randn(12, 32, generator=torch.Generator().manual_seed(index))
         index_TK = torch.stack([torch.arange(8).roll(-shift)[:2] for shift in range(12)])
-        experts.melinoe_experts(layer.mlp.experts, hidden, index_TK, torch.ones(12, 2))
+        forward.melinoe_experts(layer.mlp.experts, hidden, index_TK, torch.ones(12, 2))
         assert {expert for _, expert in served[: len(resident[index])]} == resident[index]
         assert len(served) == 8
         assert {expert for _, expert in asked} == set(range(8)) - resident[index]
@@ -101,13 +101,13 @@ def test_a_prompt_reads_an_expert_at_most_once(olmoe_store, monkeypatch, slots):
 
     monkeypatch.setattr(DiskReader, "read", read)
     for seed in range(3):
-        before = [set(one) for one in model.melinoe_context.pager.policy.resident]
+        before = [set(one) for one in model.melinoe_paged.pager.policy.resident]
         reads.clear()
         model(**batch(seed=seed))
         assert reads or slots == 8
         assert set(reads.values()) <= {1}
         assert not [(layer, e) for layer, e in reads if e in before[layer]]
-        assert all(len(one) >= min(slots, 5) for one in model.melinoe_context.pager.policy.resident)
+        assert all(len(one) >= min(slots, 5) for one in model.melinoe_paged.pager.policy.resident)
 
 
 def test_long_prompts_go_through_in_chunks(tiny_store, monkeypatch):
@@ -120,14 +120,14 @@ def test_long_prompts_go_through_in_chunks(tiny_store, monkeypatch):
     settings = {"max_new_tokens": 12, "ignore_eos": True}
     expected = [piece.token for piece in stream_generate(model, tokenizer, prompt, **settings)]
     monkeypatch.setattr(generation, "PREFILL_CHUNK", 7)
-    calls, real = [], model.melinoe_context.pager.policy.request
+    calls, real = [], model.melinoe_paged.pager.policy.request
 
     def request(layer, call):
         if layer == 0:
             calls.append((len(call.indices), call.phase))
         return real(layer, call)
 
-    monkeypatch.setattr(model.melinoe_context.pager.policy, "request", request)
+    monkeypatch.setattr(model.melinoe_paged.pager.policy, "request", request)
     found = [piece.token for piece in stream_generate(model, tokenizer, prompt, **settings)]
     assert found == expected
     prefill = [length for length, phase in calls if phase != DECODE]

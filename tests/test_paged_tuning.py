@@ -104,11 +104,11 @@ def prepared(folder, slots=None, policy=None, checkpointing=False):
         for parameter in layer.experts.low_rank.parameters():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     if policy is not None:
-        context = model.melinoe_context
-        store, count = context.pager.store, max(layer.num_experts for layer in layers)
+        paged = model.melinoe_paged
+        store, count = paged.pager.store, max(layer.num_experts for layer in layers)
         chosen = RandomPolicy if policy == "random" else lambda *sizes: make_policy(policy, *sizes)
-        context.pager.close()
-        context.pager = ExpertPager(store, slots, chosen(len(layers), count, slots))
+        paged.pager.close()
+        paged.pager = ExpertPager(store, slots, chosen(len(layers), count, slots))
     if checkpointing:
         model.train()
         for layer in layers:
@@ -158,7 +158,7 @@ def test_nothing_of_a_slot_waits_for_the_backward_pass(checkpoints, expected, sl
     """Every byte of slots and staging is overwritten between the passes."""
     model = prepared(checkpoints("olmoe"), slots)
     loss = loss_of(model)
-    pager = model.melinoe_context.pager
+    pager = model.melinoe_paged.pager
     pager.reset()
     for buffer in [*(bank.buffer for bank in pager.banks), pager.staging.buffer]:
         buffer.tensor.fill_(0xFF)  # not a number, in float32
@@ -200,7 +200,7 @@ def test_each_pass_reads_an_expert_once_and_starts_with_what_is_there(checkpoint
     assert counters.training_requests == 2 * asked > 2 * 3 * layers
     assert counters.training_hits == 2 * 3 * layers
     assert counters.training_loads == 2 * (asked - 3 * layers)
-    record = model.melinoe_context.pager.store.max_record_bytes
+    record = model.melinoe_paged.pager.store.max_record_bytes
     assert counters.training_bytes == counters.training_loads * record
     others = {name: value for name, value in counters.to_json().items() if isinstance(value, int)}
     assert not any(
@@ -214,7 +214,7 @@ def test_each_pass_reads_an_expert_once_and_starts_with_what_is_there(checkpoint
 
 
 def test_a_call_inside_a_call_is_refused(checkpoints):
-    pager = prepared(checkpoints("olmoe"), 3).melinoe_context.pager
+    pager = prepared(checkpoints("olmoe"), 3).melinoe_paged.pager
     from melinoe.experts.backward import training_call
 
     outer = pager.serve(0, training_call([0, 1]))
@@ -371,7 +371,7 @@ def test_peft_opens_it_and_it_merges(tmp_path, checkpoints, data):
 def rounded_checkpoint(base, store_path, target):
     """A plain checkpoint whose experts are what the store's records stand for."""
     model, store = AutoModelForCausalLM.from_pretrained(base), open_store(store_path)
-    pager = load_for_tuning(store_path, 0, None, "cpu", None).melinoe_context.pager
+    pager = load_for_tuning(store_path, 0, None, "cpu", None).melinoe_paged.pager
     from melinoe.experts.backward import training_call
 
     with torch.no_grad():

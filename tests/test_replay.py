@@ -51,22 +51,22 @@ def test_device_and_simulator_agree(olmoe, olmoe_store, policy, slots, carry_ove
 def test_prediction_is_read_once_and_counted(olmoe_store):
     """Predicted experts that the prompt did not touch are preloaded; bytes add up; nothing is read twice."""
     model = melinoe.load(olmoe_store, slots=4)
-    context = model.melinoe_context
+    paged = model.melinoe_paged
     scores = np.zeros((2, 8))
     scores[:, [2, 6]] = 1.0
-    context.predictor = SimpleNamespace(scores=lambda prompt: scores, strength=Strength(200.0))
+    paged.predictor = SimpleNamespace(scores=lambda prompt: scores, strength=Strength(200.0))
     reads = []
-    original = context.pager.reader.read
-    context.pager.reader.read = lambda layer, expert, memory: (
+    original = paged.pager.reader.read
+    paged.pager.reader.read = lambda layer, expert, memory: (
         reads.append((layer, expert)) or original(layer, expert, memory)
     )
     model(torch.tensor([[5]]))
     for layer in range(2):
-        assert {2, 6} <= context.pager.policy.resident[layer]
+        assert {2, 6} <= paged.pager.policy.resident[layer]
         experts = [expert for at, expert in reads if at == layer]
         assert len(experts) == len(set(experts))
     counted = melinoe.stats(model)
     assert counted.preload_loads + counted.prefill_loads == len(reads)
-    record = context.pager.store.max_record_bytes
-    context.pager.reset()
-    assert context.pager.reader.bytes_read == len(reads) * record
+    record = paged.pager.store.max_record_bytes
+    paged.pager.reset()
+    assert paged.pager.reader.bytes_read == len(reads) * record

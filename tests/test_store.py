@@ -184,7 +184,7 @@ def test_a_read_error_stops_the_generation(olmoe_store, tmp_path, monkeypatch):
     """An I/O error names file and expert, and the slots are not trusted afterwards."""
     model = melinoe.load(olmoe_store, slots=3)
     expected = model.generate(**batch(), max_new_tokens=8, do_sample=False)
-    model.melinoe_context.pager.reset()
+    model.melinoe_paged.pager.reset()
     reads, real = [0], os.preadv
 
     def failing(*args):
@@ -213,7 +213,7 @@ def test_settings_that_nobody_knows_are_refused(copy):
     config["quantization_config"] = {"quant_method": "melinoe", "slots": 3, "policy": "lru"}
     (copy / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(copy)
-    assert (model.melinoe_budget.slots, model.melinoe_context.pager.policy.name) == (3, "lru")
+    assert (model.melinoe_budget.slots, model.melinoe_paged.pager.policy.name) == (3, "lru")
     assert model.config.to_dict()["quantization_config"]["slots"] == 3
     json.loads(model.config.to_json_string())
 
@@ -231,7 +231,7 @@ def test_memory_budget(olmoe_store):
     model = melinoe.load(olmoe_store, memory=smallest)
     assert 1 <= model.melinoe_budget.slots <= 8
     assert model.melinoe_budget.total_bytes <= melinoe.config.parse_bytes(smallest)
-    assert model.melinoe_context.pager.slot_bytes == (
+    assert model.melinoe_paged.pager.slot_bytes == (
         model.melinoe_budget.slot_bytes + model.melinoe_budget.staging_bytes
     )
     for text in ("8G", "8Gb", "lots", "-1GiB"):

@@ -92,7 +92,7 @@ def test_weights_are_counted_to_the_byte(tmp_path, olmoe):
     assert needed.resident.experts == experts
     assert needed.resident.resident == everything - experts - factors
     assert needed.resident.gradients == needed.resident.optimizer // 2 == sum(p.nbytes for p in trained)
-    store = melinoe.load(olmoe, slots=1).melinoe_context.pager
+    store = melinoe.load(olmoe, slots=1).melinoe_paged.pager
     assert needed.slot == sum(bank.buffer.tensor.nbytes for bank in store.banks)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from melinoe._version import __version__
 from melinoe.errors import MelinoeError
-from melinoe.experts import forward as experts
+from melinoe.experts.forward import use_melinoe_experts
 from melinoe.experts.low_rank import LowRankExperts, Projection, projection_parameter
 from melinoe.files import whole_folder
 from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
@@ -225,7 +225,7 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
         for name, value in layer.router.state_dict().items():
             value.copy_(router[name])
     if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
-        experts.use(model)
+        use_melinoe_experts(model)
     return adapter.card
 
 

@@ -95,5 +95,5 @@ def _fingerprint(folder: Path) -> str:
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = {**config.quantization_config, "slots": 0}
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
-    model.melinoe_context.pager.close()
+    model.melinoe_paged.pager.close()
     return fingerprint(model)

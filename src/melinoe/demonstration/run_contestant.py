@@ -50,7 +50,7 @@ def _pass(
 ) -> tuple[list[list[int]], list[GenerationStatistics]]:
     tokens, statistics = [], []
     for prompt in prompts:
-        if cold and hasattr(model, "melinoe_context"):
+        if cold and hasattr(model, "melinoe_paged"):
             reset_slots(model)
         generated, one = _request(model, tokenizer, prompt, new_tokens)
         tokens.append(generated)
@@ -95,12 +95,12 @@ def main(path: str) -> None:
     _request(model, tokenizer, prompts[0][:8], 2)  # warms up code, not slots
     tokens, statistics = _pass(model, tokenizer, prompts, new_tokens, cold=True)
     result = {"name": task.name, **_summary(statistics), "tokens": tokens}
-    context = getattr(model, "melinoe_context", None)
-    if context is not None:
+    paged = getattr(model, "melinoe_paged", None)
+    if paged is not None:
         again, carried = _pass(model, tokenizer, prompts, new_tokens, cold=False)
         result["carried_over"] = _summary(carried)
         result["repeats_itself"] = again == tokens
-        pager = context.pager
+        pager = paged.pager
         result["expert_bytes_resident"] = pager.slot_bytes
         result["read_bandwidth"] = pager.reader.bytes_read / max(pager.reader.busy_seconds, 1e-9)
     result["peak_memory_bytes"] = max(s.peak_memory_bytes for s in statistics)

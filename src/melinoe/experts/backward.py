@@ -41,12 +41,12 @@ def training_call(experts: list[int]) -> Call:
 
 
 def is_paged(module: nn.Module) -> bool:
-    return getattr(module, "melinoe_context", None) is not None
+    return getattr(module, "melinoe_paged", None) is not None
 
 
 def field_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shapes of one expert's tensors, by name, of a module whose experts are paged."""
-    pager: Any = module.melinoe_context.pager  # type: ignore[union-attr]
+    pager: Any = module.melinoe_paged.pager  # type: ignore[union-attr]
     return pager.weight_shapes(int(module.melinoe_layer))  # type: ignore[arg-type]
 
 
@@ -57,17 +57,15 @@ class _Experts:
     gradient checkpointing, drops.
     """
 
-    def __init__(self, module: Any, names: tuple[str, str], ends: list[int], scale: float) -> None:
+    def __init__(self, module: Any, names: tuple[str, str], order: Order, scale: float) -> None:
         self.module, self.names, self.scale = module, names, scale
-        pairs = enumerate(zip([0, *ends[:-1]], ends, strict=True))
-        self.rows = {expert: slice(start, end) for expert, (start, end) in pairs if end > start}
-        self.end = ends[-1]
+        self.rows, self.end = order.rows, order.ends[-1]
 
     def weights(self) -> contextlib.closing[Generator[tuple[int, Views]]]:
         """Yields (expert, its tensors); to be closed by the caller, who must not keep a tensor."""
         if not is_paged(self.module):
             return contextlib.closing(self._resident())
-        pager, layer = self.module.melinoe_context.pager, int(self.module.melinoe_layer)
+        pager, layer = self.module.melinoe_paged.pager, int(self.module.melinoe_layer)
         return contextlib.closing(pager.serve(layer, training_call(list(self.rows)), training=True))
 
     def _resident(self) -> Generator[tuple[int, Views]]:
@@ -81,7 +79,7 @@ class _Experts:
         weight = views[self.names[side]]
         if weight.dtype != dtype:
             # always into the same memory: fresh pages for every expert cost more than converting
-            buffers = self.module.melinoe_context.converted
+            buffers = self.module.melinoe_paged.converted
             key = (*weight.shape, dtype, weight.device)
             if key not in buffers:
                 buffers[key] = torch.empty_like(weight, dtype=dtype)
@@ -220,5 +218,5 @@ def routed_experts(
     Raises:
         MelinoeError: a record of a paged expert could not be read, in either pass.
     """
-    experts = _Experts(module, names, order.ends, scale)
+    experts = _Experts(module, names, order, scale)
     return _RoutedExperts.apply(x_TH, weights_TK, *factors, order.token_N, order.place_TK, experts)

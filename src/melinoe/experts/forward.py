@@ -19,8 +19,9 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import MelinoeError
+from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
-from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.pager import Views
 from melinoe.routing.policies import Call
 from melinoe.store.layout import per_expert
@@ -49,19 +50,6 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
 
-def _rows_by_expert(
-    top_k_index: torch.Tensor, indices: np.ndarray, num_experts: int
-) -> dict[int, torch.Tensor]:
-    """{expert: positions in the flat [T * K] list that ask for it}; sentinels are left out.
-
-    indices: top_k_index on the host. Sorted where it is: an upload would be one more synchronisation.
-    """
-    order = top_k_index.reshape(-1).argsort(stable=True)
-    experts, counts = np.unique(indices, return_counts=True)
-    groups = order.split(counts.tolist())
-    return {int(e): rows for e, rows in zip(experts, groups, strict=True) if e < num_experts}
-
-
 def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:
     parameters = {
         name: per_expert(parameter, int(module.num_experts))  # type: ignore[arg-type]
@@ -72,30 +60,33 @@ def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, 
 
 
 def _served(
-    module: nn.Module, context: PassContext | None, indices: np.ndarray, experts: Iterable[int]
+    module: nn.Module, paged: PagedExperts | None, indices: np.ndarray, experts: Iterable[int]
 ) -> Iterator[tuple[int, Views]]:
     """(expert, its tensors) for every expert of the call, in the order in which they are at hand."""
-    if context is None:
+    if paged is None:
         return _resident(module, experts)
-    call: Call = context.call(indices)
-    return context.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
+    call: Call = paged.call(indices)
+    return paged.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
 
 
 def _one_token(
     module: nn.Module,
-    context: PassContext | None,
+    paged: PagedExperts | None,
     hidden_1H: torch.Tensor,
     indices: np.ndarray,
     scale_TK: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """[K, H] outputs of one token's distinct experts: decoding, without gathering and scattering.
 
+    There is nothing to sort (`Order`) either: each expert has one row, and K tensors of one element would
+    cost more than the experts of a small model.
+
     scale_TK: what each expert's input is multiplied by (llama4), or None.
     """
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
     asked = indices[0].tolist()
     place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
-    served = _served(module, context, indices, place)
+    served = _served(module, paged, indices, place)
     parts: dict[int, torch.Tensor] = {}
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
@@ -109,7 +100,7 @@ def _one_token(
 
 def _many_tokens(
     module: nn.Module,
-    context: PassContext | None,
+    paged: PagedExperts | None,
     hidden_TH: torch.Tensor,
     top_k_index: torch.Tensor,
     indices: np.ndarray,
@@ -117,27 +108,28 @@ def _many_tokens(
 ) -> torch.Tensor | None:
     """[T * K, H] outputs, every expert's rows computed at once and put in their own places."""
     tokens, top_k = indices.shape
-    rows = _rows_by_expert(top_k_index, indices, int(module.num_experts))  # type: ignore[arg-type]
-    served = _served(module, context, indices, rows)
+    order = Order.of(top_k_index, int(module.num_experts), indices)  # type: ignore[arg-type]
+    rows = order.rows
+    served = _served(module, paged, indices, rows)
     outputs: torch.Tensor | None = None
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
-            positions = rows[expert]
+            positions = order.choice_N[rows[expert]]
             inputs_NH = hidden_TH[positions // top_k]
             if scale_TK is not None:
                 inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[positions]
             part = expert_output(module, inputs_NH, weights, expert)
-            if context is None:
+            if paged is None:
                 parts.append((positions, part))  # kept whole for autograd
                 continue
             if outputs is None:
                 outputs = part.new_zeros(tokens * top_k, part.shape[-1])
             outputs[positions] = part
     if parts:
-        order = torch.cat([positions for positions, _ in parts])
+        places = torch.cat([positions for positions, _ in parts])
         stacked = torch.cat([part for _, part in parts])
-        outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, order, stacked)
+        outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, places, stacked)
     return outputs
 
 
@@ -160,8 +152,8 @@ def melinoe_experts(
     """
     tokens, top_k = top_k_index.shape
     indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
-    context: PassContext | None = getattr(module, "melinoe_context", None)
-    if context is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
+    paged: PagedExperts | None = getattr(module, "melinoe_paged", None)
+    if paged is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise MelinoeError(
             "offloaded experts cannot pass gradients: their slots are overwritten",
             next_step="tune the checkpoint, not the store, or use torch.no_grad()",
@@ -169,9 +161,9 @@ def melinoe_experts(
     scale_TK = top_k_weights if getattr(module, "weights_scale_input", False) else None  # llama4
     distinct = tokens == 1 and len(set(indices[0].tolist())) == top_k  # sentinels may repeat
     if distinct and not (torch.is_grad_enabled() and hidden_states.requires_grad):
-        outputs = _one_token(module, context, hidden_states, indices, scale_TK)
+        outputs = _one_token(module, paged, hidden_states, indices, scale_TK)
     else:
-        outputs = _many_tokens(module, context, hidden_states, top_k_index, indices, scale_TK)
+        outputs = _many_tokens(module, paged, hidden_states, top_k_index, indices, scale_TK)
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
     terms = outputs.view(tokens, top_k, -1)
@@ -180,7 +172,7 @@ def melinoe_experts(
     return terms.sum(1).to(hidden_states.dtype)
 
 
-def use(model: Any) -> None:
+def use_melinoe_experts(model: Any) -> None:
     """Switches a transformers model, paged or resident, to melinoe's experts function."""
     if not undecorated.take_over(model, melinoe_experts):
         model.set_experts_implementation(NAME)

@@ -4,7 +4,7 @@ PEFT's target_parameters gives the same numbers, but forms W + dW of every exper
 pass, which is what a model that does not fit its memory cannot afford. Here the factors live in a small
 submodule `low_rank` of the experts module, and two functions read them: `melinoe_experts`, which
 goes expert by expert (`term`), and `tuning_experts`, used in training, for experts that are resident or paged
-(expert_gradients.py).
+(backward.py).
 
 Shape suffixes: T tokens, K experts per token, N = T * K routed rows (sorted by expert), H hidden,
 I inner, E experts, R rank. Factors are A [E, R, in] and B [E, out, R], also for transposed experts.

@@ -8,40 +8,60 @@ Shape suffixes: T tokens, K experts per token, N = T * K rows sorted by expert, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which row of N stands for which choice of a token.
+    """Which row of N stands for which choice of a token; the one place where rows are grouped by expert.
 
-    token_N: the token of each row. place_TK: the row of each choice. ends: for every expert the row behind
-    its last; rows behind the last expert's belong to none (expert-parallel sentinels) and give nothing.
+    choice_N: the choice of each row, its place in the flat list [T * K]. ends: for every expert the row
+    behind its last; rows behind the last expert's belong to none (expert-parallel sentinels) and give
+    nothing.
     """
 
-    token_N: torch.Tensor
-    place_TK: torch.Tensor
+    choice_N: torch.Tensor
+    num_choices: int
     ends: list[int]
 
     @classmethod
-    def of(cls, top_k_index: torch.Tensor, num_experts: int) -> Order:
-        """Of the router's choice [T, K]."""
-        num_choices = top_k_index.shape[1]
-        expert_N, order_N = torch.sort(top_k_index.reshape(-1), stable=True)
-        place_TK = torch.empty_like(order_N)
-        place_TK[order_N] = torch.arange(len(order_N), device=order_N.device)
-        counts = torch.bincount(expert_N, minlength=num_experts)[:num_experts]
-        ends = counts.cumsum(0).tolist()  # the one synchronisation of a layer
-        token_N = order_N.div(num_choices, rounding_mode="floor")
-        return cls(token_N, place_TK.view_as(top_k_index), ends)
+    def of(cls, top_k_index: torch.Tensor, num_experts: int, indices: np.ndarray | None = None) -> Order:
+        """Of the router's choice [T, K]. indices: the same on the host, where somebody has it already."""
+        expert_N, choice_N = torch.sort(top_k_index.reshape(-1), stable=True)  # where it is: no upload
+        if indices is None:
+            counts = torch.bincount(expert_N, minlength=num_experts)[:num_experts]
+            ends = counts.cumsum(0).tolist()  # the one synchronisation of a layer
+        else:
+            ends = np.bincount(indices.ravel(), minlength=num_experts)[:num_experts].cumsum().tolist()
+        return cls(choice_N, top_k_index.shape[1], ends)
+
+    @property
+    def rows(self) -> dict[int, slice]:
+        """The rows of every expert that has any."""
+        starts = [0, *self.ends[:-1]]
+        pairs = enumerate(zip(starts, self.ends, strict=True))
+        return {expert: slice(start, end) for expert, (start, end) in pairs if end > start}
+
+    @cached_property
+    def token_N(self) -> torch.Tensor:
+        """The token of each row."""
+        return self.choice_N.div(self.num_choices, rounding_mode="floor")
+
+    @cached_property
+    def place_TK(self) -> torch.Tensor:
+        """The row of each choice."""
+        place_TK = torch.empty_like(self.choice_N)
+        place_TK[self.choice_N] = torch.arange(len(place_TK), device=place_TK.device)
+        return place_TK.view(-1, self.num_choices)
 
     def of_rows(self) -> Order:
         """For rows that are in this order already, each its own token: [N, H] -> [N, H]."""
-        token_N = torch.arange(len(self.token_N), device=self.token_N.device)
-        return Order(token_N, token_N[:, None], self.ends)
+        return Order(torch.arange(len(self.choice_N), device=self.choice_N.device), 1, self.ends)
 
 
 def weights_by_row(weights_TK: torch.Tensor, place_TK: torch.Tensor) -> torch.Tensor:

@@ -90,8 +90,7 @@ class ServedCall:
         return None
 
     def _release(self) -> None:
-        """What was handed out last is computed: its staging record, or the slot it loses, can be read
-        into."""
+        """What was handed out last is computed: its staging record, or the slot it loses, can be filled."""
         if self._in_use is None:
             return
         expert, index = self._in_use

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from melinoe.errors import MelinoeError
-from melinoe.experts import forward as experts
+from melinoe.experts.forward import use_melinoe_experts
 from melinoe.models.layers import experts_modules, fingerprint
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
-from melinoe.paging.forward_pass import PassContext
 from melinoe.paging.gather import buffer_bytes
+from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.pager import ExpertPager
 from melinoe.paging.reader import READER_THREADS
 from melinoe.prediction.predictor import Predictor
@@ -99,7 +99,7 @@ def unmap(model: nn.Module) -> None:
 
 
 def attach(model: Any, store: Store, settings: LoadSettings) -> None:
-    """Attaches pager and context to a stripped model."""
+    """Attaches pager and hook to a stripped model."""
     packed = slots_packed(store, settings.slots_format)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
@@ -118,15 +118,15 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     policy = make_policy(settings.policy, len(store.layers), num_experts, plan.slots)
     reader = DeviceReader(store, model.device) if model.device.type != "cpu" else None
     pager = ExpertPager(store, plan.slots, policy, reader=reader, packed=packed)
-    context = PassContext(
+    paged = PagedExperts(
         pager, Predictor.load(settings.predictor, model) if settings.predictor is not None else None
     )
-    context.attach(model)
+    paged.attach(model)
     for index, (_, module) in enumerate(experts_modules(model)):
-        module.melinoe_layer, module.melinoe_context = index, context  # type: ignore[assignment]
-    model.melinoe_context, model.melinoe_budget = context, plan
+        module.melinoe_layer, module.melinoe_paged = index, paged  # type: ignore[assignment]
+    model.melinoe_paged, model.melinoe_budget = paged, plan
     model.requires_grad_(False)  # slots are overwritten: nothing behind them can be differentiated
-    experts.use(model)
+    use_melinoe_experts(model)
     model.generation_config.disable_compile = True  # the experts function talks to the disk
     model.save_pretrained = MethodType(_refuse_to_save, model)
     model._apply = MethodType(_refuse_to_move, model)

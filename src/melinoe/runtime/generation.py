@@ -173,7 +173,7 @@ def stream_generate(
         except BaseException as error:  # the reading thread raises it again
             tokens.queue.put(error)
 
-    counters = getattr(getattr(model, "melinoe_context", None), "pager", None)
+    counters = getattr(getattr(model, "melinoe_paged", None), "pager", None)
     before = replace(counters.statistics) if counters else None  # a copy
     thread = threading.Thread(target=work, name="melinoe-generate", daemon=True)
     began = time.perf_counter()
@@ -201,7 +201,7 @@ def _statistics(
     peak = peak_memory()
     if before is None:
         return GenerationStatistics(prompt, generated, ttft, seconds, peak)
-    new = model.melinoe_context.pager.statistics.since(before)
+    new = model.melinoe_paged.pager.statistics.since(before)
     return GenerationStatistics(
         prompt,
         generated,

@@ -15,7 +15,7 @@ from melinoe.machine import usable_device
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import moe_layers
 from melinoe.paging.expansion import slots_packed
-from melinoe.paging.forward_pass import PassContext
+from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.statistics import Statistics
 from melinoe.prediction.predictor import Predictor
 from melinoe.runtime.budget import Budget
@@ -83,7 +83,7 @@ def load(
 
         apply_adapter(model, Path(adapter))
     if predictor is not None:
-        model.melinoe_context.predictor = Predictor.load(predictor, model)
+        model.melinoe_paged.predictor = Predictor.load(predictor, model)
     return model.eval()
 
 
@@ -110,7 +110,7 @@ def load_for_tuning(
     config.quantization_config = quantization_config(settings)
     place = usable_device(device)
     model = _from_pretrained(folder, config=config, dtype=dtype or config.dtype, device_map={"": place})
-    model.melinoe_context.tuning = True
+    model.melinoe_paged.tuning = True
     model.is_quantized = False  # nor is it; Trainer would refuse
     return model.eval()
 
@@ -185,26 +185,26 @@ def load_tokenizer(source: str | Path) -> Any:
     return tokenizer
 
 
-def _context(model: Any) -> PassContext:
-    context = getattr(model, "melinoe_context", None)
-    if context is None:
+def _paged_experts(model: Any) -> PagedExperts:
+    paged = getattr(model, "melinoe_paged", None)
+    if paged is None:
         raise MelinoeError(
             "this model was not opened by melinoe.load or from a store", got=type(model).__name__
         )
-    return context
+    return paged
 
 
 def stats(model: Any) -> Statistics:
     """The counters of an offloaded model, cumulative since load or `stats(model).reset()`."""
-    return _context(model).pager.statistics
+    return _paged_experts(model).pager.statistics
 
 
 def reset_slots(model: Any) -> None:
     """Empties the slots: the next request starts cold."""
-    _context(model).pager.reset()
+    _paged_experts(model).pager.reset()
 
 
 def plan(model: Any) -> Budget:
     """What the model's memory is used for."""
-    _context(model)
+    _paged_experts(model)
     return model.melinoe_budget

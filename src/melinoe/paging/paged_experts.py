@@ -1,7 +1,8 @@
-"""What a forward pass is: which sequences, which tokens are real, prefill or decode.
+"""What a model whose experts are paged carries: its pager, and what the pager is told of each forward pass.
 
 The experts function sees a flat list of tokens. A hook on the model that `generate` calls sees the
-attention mask and the cache, and leaves a note here for all layers of the same pass.
+attention mask and the cache, and notes for all layers of the same pass which tokens are real, how old they
+are, and whether it is prefill or decoding.
 """
 
 from __future__ import annotations
@@ -26,16 +27,23 @@ class _Note(threading.local):
     valid: np.ndarray = np.empty(0, bool)
 
 
-class PassContext:
-    """The note of the current forward pass, and where requests begin."""
+class PagedExperts:
+    """The paged experts of one model; its experts modules find it as `melinoe_paged`, and so does its user.
+
+    pager: serves them. predictor: asked when a request begins, or None.
+    tuning: the model is being tuned; its experts function tells the pager of each pass by itself.
+    converted: memory in which tuning converts records to its dtype, one for each shape; see
+    melinoe.experts.backward.
+    """
 
     def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
         self.pager, self.predictor = pager, predictor
+        self.tuning = False
+        self.converted: dict[tuple[Any, ...], torch.Tensor] = {}
         self._note = _Note()
-        self.tuning = False  # the experts function of tuning speaks to the pager for itself,
-        self.converted: dict[tuple[Any, ...], torch.Tensor] = {}  # and computes in another dtype here
 
     def attach(self, model: nn.Module) -> None:
+        """Listens to the forward passes of a model from now on."""
         model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in
@@ -46,9 +54,9 @@ class PassContext:
         tokens = ids if ids is not None else kwargs.get("inputs_embeds")
         if tokens is None:
             return
-        packed = kwargs.get("cu_seq_lens_q")
-        if packed is not None and tokens.shape[0] == 1:
-            self._before_packed(packed.cpu().numpy(), tokens.shape[1])
+        ends = kwargs.get("cu_seq_lens_q")
+        if ends is not None and tokens.shape[0] == 1:
+            self._before_continuous_batch(ends.cpu().numpy(), tokens.shape[1])
             return
         batch, length = tokens.shape[:2]
         mask = kwargs.get("attention_mask")
@@ -72,7 +80,7 @@ class PassContext:
         else:
             self.pager.statistics.prefill_tokens += count
 
-    def _before_packed(self, ends: np.ndarray, length: int) -> None:
+    def _before_continuous_batch(self, ends: np.ndarray, length: int) -> None:
         """Continuous batching (generate_batch): sequences behind each other in one row, some of them prompts.
 
         Args:

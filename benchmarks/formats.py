@@ -22,15 +22,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import melinoe
 from melinoe.config import format_bytes
 from melinoe.demonstration.widen import widen
+from melinoe.measure.intervals import ratio_of_sums
 from melinoe.measure.quality import evaluate
 from melinoe.measure.trace import data_rows
 from melinoe.models.folder import resolve_model
-from melinoe.routing.simulate import paired_difference
 from melinoe.runtime.generation import generate
 from melinoe.runtime.load import load_tokenizer, reset_slots
 from melinoe.store.manifest import Store, is_store, open_store
@@ -43,13 +41,6 @@ def stores(source: str | Path, work: Path) -> dict[str, Store]:
         if not is_store(work / name):
             melinoe.convert(source, work / name, format=name, progress=False)
     return {name: open_store(work / name) for name in FORMATS}
-
-
-def ratio(a: np.ndarray, b: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """sum(a) / sum(b) over the same rows, with its interval."""
-    return paired_difference(
-        {"per_sequence": {"loads": a, "tokens": tokens}}, {"per_sequence": {"loads": b, "tokens": tokens}}
-    )
 
 
 def quality(opened: dict[str, Store], data: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -73,14 +64,13 @@ def quality(opened: dict[str, Store], data: str, options: argparse.Namespace) ->
             "tokens": scored["num_tokens"],
             "nll": scored["nll"],
             "perplexity": scored["perplexity"],
-            "nll_ratio": ratio(rows[name]["nll"], rows["auto"]["nll"], scored["per_row"]["tokens"]),
+            "nll_ratio": ratio_of_sums(rows[name]["nll"], rows["auto"]["nll"]),
         }
         if exact:
-            ones = np.ones(exact["num_rows"])
             found[name] |= {
                 "exact_rows": exact["num_rows"],
                 "exact_match": exact["exact_match"],
-                "exact_ratio": ratio(rows[name]["exact"], rows["auto"]["exact"], ones),
+                "exact_ratio": ratio_of_sums(rows[name]["exact"], rows["auto"]["exact"]),
             }
         model.melinoe_paged.pager.close()
         print_quality(name, found[name], found["auto"])

@@ -30,8 +30,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from melinoe.config import parse_bytes
-from melinoe.demonstration.contestants import drop_page_cache
 from melinoe.demonstration.limited_process import MemoryLimit
+from melinoe.demonstration.race import drop_page_cache
 from melinoe.files import whole_file
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, HEADS, VOCABULARY = 2048, 1024, 64, 8, 16, 50304

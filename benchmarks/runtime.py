@@ -38,8 +38,9 @@ from transformers import AutoModelForCausalLM
 
 from melinoe.conversion.in_place import index_in_place
 from melinoe.data.rows import read_rows
-from melinoe.demonstration import contestants as speed
-from melinoe.demonstration.limited_process import Contestant
+from melinoe.demonstration.arena import Arena, Size, prepare
+from melinoe.demonstration.contestants import Contestant
+from melinoe.demonstration.race import race
 from melinoe.models.folder import resolve_model
 from melinoe.runtime.generation import stream_generate
 from melinoe.runtime.load import load, load_tokenizer, reset_slots
@@ -71,11 +72,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = read_rows(data, "test", limit=200)
     random.Random(0).shuffle(rows)
-    size = speed.Size(options.prompts, options.tokens, 1, 6)
+    size = Size(options.prompts, options.tokens, 1, 6)
     folder = Path(tempfile.mkdtemp(prefix="melinoe-bench-"))
     try:
         source = str(resolve_model(options.model))
-        arena = speed.prepare({"base": source}, folder / "wide", options.record_bytes, rows, size, 0)
+        arena = prepare({"base": source}, folder / "wide", options.record_bytes, rows, size, 0)
         peers = [peer(arena) for _ in range(options.rounds if options.peers is None else options.peers)]
         pairs = Pairs(arena, folder / "in-place")
         measured = [
@@ -118,7 +119,7 @@ def core_seconds() -> tuple[float, float]:
 class Pairs:
     """The resident model, ours with all experts in slots, and two with a quarter of them: converted and in place."""
 
-    def __init__(self, arena: speed.Arena, in_place: Path) -> None:
+    def __init__(self, arena: Arena, in_place: Path) -> None:
         wide, store = arena.models["base"], arena.stores["base"]
         index_in_place(wide, in_place)
         self.stores = {"quarter": open_store(store), "in place": open_store(in_place)}
@@ -189,7 +190,7 @@ class Pairs:
         return {**result, "tokens_per_second": rates, "bytes_per_second": bandwidths}
 
 
-def peer(arena: speed.Arena) -> dict[str, Any]:
+def peer(arena: Arena) -> dict[str, Any]:
     """One round of us and accelerate under one memory limit."""
     store = open_store(arena.stores["base"])
     slots = max(1, max(layer.num_experts for layer in store.layers) // 4)
@@ -204,7 +205,7 @@ def peer(arena: speed.Arena) -> dict[str, Any]:
             prompts=arena.prompts, **capped,
         ),
     ]  # fmt: skip
-    found = speed.run(arena, rows, slots, lambda text: print(text, flush=True))["rows"]
+    found = race(arena, rows, slots, lambda text: print(text, flush=True))["rows"]
     rate = "generation_tokens_per_second"
     return {"ratio": found[1][rate] / found[2][rate], "rows": found}
 

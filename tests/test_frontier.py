@@ -23,9 +23,9 @@ from melinoe.adapters.merge import merge
 from melinoe.cli.main import app
 from melinoe.errors import MelinoeError
 from melinoe.frontier.held_out import evenly, held_out_only, hold_out
-from melinoe.frontier.measuring import compare, pooled, summary
 from melinoe.frontier.points import read_sweep
 from melinoe.frontier.sources import sources_of, tuning_code
+from melinoe.frontier.sums import Sums, compare, pooled, summary
 from melinoe.frontier.sweep import _pool
 from melinoe.frontier.table import best_within, markdown, origins_table, sentences
 from melinoe.measure.quality import evaluate
@@ -139,21 +139,25 @@ def test_bad_sweep_files_are_named(tmp_path):
 
 
 def sums(nll, loads):
+    """As a file of measurements holds them."""
+    hits = [6.0 - loads[0], 2.0 - loads[1]]
     return {
         "nll": nll,
         "tokens": [4.0, 2.0],
         "decoded": [3.0, 1.0],
         "requests": [6.0, 2.0],
-        "own 4": [5.0, 2.0],
-        "shared 4": [3.0, 1.0],
-        "loads decay 4": loads,
-        "hits decay 4": [6.0 - loads[0], 2.0 - loads[1]],
+        "replays": [{"policy": "decay", "slots": 4, "loads": loads, "hits": hits}],
+        "fixed_sets": [{"slots": 4, "own": [5.0, 2.0], "shared": [3.0, 1.0]}],
     }
 
 
+def seeds(*measured):
+    return pooled([Sums.from_json(one) for one in measured])
+
+
 def test_seeds_are_pooled_by_adding():
-    tuned = pooled([sums([4.0, 2.0], [2.0, 1.0]), sums([5.0, 1.0], [1.0, 0.0])])
-    control = pooled([sums([4.0, 2.0], [4.0, 2.0]), sums([4.0, 2.0], [4.0, 2.0])])
+    tuned = seeds(sums([4.0, 2.0], [2.0, 1.0]), sums([5.0, 1.0], [1.0, 0.0]))
+    control = seeds(sums([4.0, 2.0], [4.0, 2.0]), sums([4.0, 2.0], [4.0, 2.0]))
     found = summary(tuned)
     assert found["nll"] == 1.0
     assert found["perplexity"] == pytest.approx(math.e)
@@ -163,6 +167,11 @@ def test_seeds_are_pooled_by_adding():
     assert ratios["loads"][0]["ratio"] == 4 / 12
     assert ratios["perplexity"]["ratio"] == 1.0
     assert ratios["nll"]["ratio"] == 1.0
+    one = sums([4.0, 2.0], [2.0, 1.0])
+    assert json.loads(json.dumps(Sums.from_json(one).to_json())) == one
+    other = one | {"replays": [one["replays"][0] | {"policy": "lru"}]}
+    with pytest.raises(AssertionError, match="policy"):
+        seeds(one, other)
 
 
 def fake(name, perplexity, loads):

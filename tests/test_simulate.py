@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from melinoe.errors import MelinoeError
-from melinoe.routing.simulate import paired_difference, simulate
+from melinoe.measure.intervals import ratio_of_sums
+from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, from_sequences
 
 
@@ -150,22 +151,12 @@ def test_a_batch_of_sequences_is_one_request():
     assert trace.prompts() == [[1], [2, 3]]
 
 
-def test_paired_difference():
-    traces = [random_trace(seed, num_sequences=60) for seed in (0, 0)]
-    a, b = (
-        simulate(trace, name, 4, per_sequence=True)["results"][0]
-        for trace, name in zip(traces, ("belady", "lru"), strict=True)
-    )
-    difference = paired_difference(a, b)
-    assert difference["low"] < difference["ratio"] < difference["high"] < 1
-    assert difference["ratio"] == pytest.approx(a["loads_per_token"] / b["loads_per_token"])
-    assert paired_difference(a, b) == difference
-    assert paired_difference(a, a) == {"ratio": 1.0, "low": 1.0, "high": 1.0}
-    with pytest.raises(MelinoeError, match="per_sequence=True"):
-        paired_difference({}, b)
-    [other] = simulate(random_trace(9, num_sequences=60), "lru", 4, per_sequence=True)["results"]
-    with pytest.raises(MelinoeError, match="not the same sequences"):
-        paired_difference(other, b)
+def test_two_policies_are_compared_in_pairs():
+    trace = random_trace(0, num_sequences=60)
+    belady, lru = simulate(trace, "belady,lru", 4, per_sequence=True)["results"]
+    ratio = ratio_of_sums(belady["per_sequence"]["loads"], lru["per_sequence"]["loads"])
+    assert ratio["low"] < ratio["ratio"] < ratio["high"] < 1
+    assert ratio["ratio"] == pytest.approx(belady["loads_per_token"] / lru["loads_per_token"])
 
 
 def test_a_file_returns_what_was_saved(tmp_path):

@@ -25,7 +25,10 @@ import numpy as np
 from melinoe.config import default_slots, format_bytes
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.data.rows import read_rows
-from melinoe.demonstration import contestants as speed
+from melinoe.demonstration import arena
+from melinoe.demonstration.contestants import contestants
+from melinoe.demonstration.race import race
+from melinoe.demonstration.replay import PREDICTED, replay
 from melinoe.demonstration.report import write_report
 from melinoe.demonstration.table import print_table
 from melinoe.errors import MelinoeError, missing_extra
@@ -33,8 +36,9 @@ from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.prediction.fit import Predictor
 from melinoe.report.setting import data_folder, machine
+from melinoe.routing.calls import DECODE
+from melinoe.routing.concentration import load_by_rank
 from melinoe.routing.policies import Strength
-from melinoe.routing.simulate import paired_difference, simulate
 from melinoe.routing.trace import Trace
 from melinoe.runtime.load import load_resident
 from melinoe.verbs import Stages, Verb, run_verbs
@@ -45,7 +49,6 @@ TUNING_SECONDS = 90
 PREDICTOR_ROWS = 2000
 RECORD_BYTES = 3 * 2**20
 SCRATCH_FACTOR = 8  # widened experts: three checkpoints, three stores, accelerate's copy, some room
-WEIGHTS = ("base", "control", "tuned")
 
 
 def demo(
@@ -134,7 +137,7 @@ class _Demo:
             "quality": quality,
             "predictor": predictor,
             "tuning": tuning,
-            "load": {name: _load_over_experts(trace) for name, trace in traces.items()},
+            "load": {name: _load_by_rank(trace) for name, trace in traces.items()},
             "bandwidth_bytes_per_second": speeds["bandwidth"],
             "record_bytes": speeds["record_bytes"],
             "memory_limit_bytes": speeds["memory_limit_bytes"],
@@ -171,56 +174,28 @@ class _Demo:
 
     def merge(self) -> None:
         self.stages.start("merging both into plain checkpoints")
-        run_verbs(
-            [
-                Verb(
-                    f"merge {name}",
-                    [
-                        "merge",
-                        "--model",
-                        self.source,
-                        "--adapter",
-                        str(self.output / name),
-                        "--output-dir",
-                        self.models[name],
-                    ],
-                )
-                for name in ("control", "tuned")
-            ],
-            self.scratch,
-        )
+        common = ["merge", "--model", self.source]
+        verbs = [
+            Verb(f"merge {name}", [*common, "--adapter", str(self.output / name), "--output-dir", merged])
+            for name, merged in self.models.items()
+            if name != "base"
+        ]
+        run_verbs(verbs, self.scratch)
 
     def score_and_trace(self) -> tuple[dict[str, dict[str, Any]], dict[str, Trace]]:
         self.stages.start(f"scoring quality and recording routing on {self.held_out} held-out rows")
-        held_out = ["--data", str(self.data), "--split", "test", "--limit", str(self.held_out)]
-        fitting = [
-            "--data",
-            str(self.data),
-            "--split",
-            "train",
-            "--limit",
-            str(round(PREDICTOR_ROWS * self.part)),
-        ]
-        verbs = [
-            Verb(f"evaluate {name}", ["evaluate", "--model", self.models[name], *held_out])
-            for name in WEIGHTS
-        ]
-        verbs += [
-            Verb(
-                f"trace {name}",
-                ["trace", "--model", self.models[name], *held_out, "--output", self._trace(name)],
-            )
-            for name in WEIGHTS
-        ]
-        verbs.append(
-            Verb(
-                "trace for the predictor",
-                ["trace", "--model", self.models["tuned"], *fitting, "--output", self._trace("fitting")],
-            )
-        )
-        scored = run_verbs(verbs, self.scratch)[: len(WEIGHTS)]
-        traces = {name: Trace.load(self._trace(name)) for name in WEIGHTS}
-        return dict(zip(WEIGHTS, scored, strict=True)), traces
+        data, fitted = ["--data", str(self.data)], round(PREDICTOR_ROWS * self.part)
+        held_out = [*data, "--split", "test", "--limit", str(self.held_out)]
+        fitting = [*data, "--split", "train", "--limit", str(fitted), "--output", self._trace("fitting")]
+        scores, traces = [], []
+        for name, folder in self.models.items():
+            on_rows = ["--model", folder, *held_out]
+            scores.append(Verb(f"evaluate {name}", ["evaluate", *on_rows]))
+            traces.append(Verb(f"trace {name}", ["trace", *on_rows, "--output", self._trace(name)]))
+        last = Verb("trace for the predictor", ["trace", "--model", self.models["tuned"], *fitting])
+        scored = run_verbs([*scores, *traces, last], self.scratch)
+        quality = dict(zip(self.models, scored, strict=False))  # what tracing answers comes behind them
+        return quality, {name: Trace.load(self._trace(name)) for name in self.models}
 
     def _trace(self, name: str) -> str:
         return str(self.scratch / f"{name}.trace")
@@ -236,39 +211,14 @@ class _Demo:
         return run_verbs([Verb("fit predictor", arguments)], self.scratch)[0]
 
     def replay(self, traces: dict[str, Trace]) -> dict[str, Any]:
-        """Teacher-forced: the same references for all weights, so that loads can be compared in pairs."""
         self.stages.start("replaying the recorded routing through caches of several sizes")
-        experts = self.shape["num_experts"]
-        sizes = sorted({max(1, experts // 8), self.slots, 3 * experts // 8, experts // 2, 3 * experts // 4})
-        results: dict[str, Any] = {}
-        for name, trace in traces.items():
-            if name == "tuned":
-                scores, strength = self._predicted(trace)
-                predicted = simulate(
-                    trace, "decay", self.slots, predictor_scores=scores, strength=strength, per_sequence=True
-                )
-                results["tuned + predictor"] = predicted["results"]
-            results[name] = simulate(trace, "decay,lru,belady", self.slots, per_sequence=True)["results"]
-            others = [size for size in sizes if size != self.slots]
-            results[name] += simulate(trace, "decay,lru", others)["results"]
-        pairs = {
-            f"{a} / {b}": paired_difference(results[a][0], results[b][0])
-            for a, b in (
-                ("tuned", "control"),
-                ("tuned", "base"),
-                ("control", "base"),
-                ("tuned + predictor", "tuned"),
-            )
-        }
-        for rows in results.values():
-            for row in rows:
-                row.pop("per_sequence", None)
-        ratio = pairs["tuned / control"]
+        replayed = replay(traces, self.slots, *self._predicted(traces["tuned"]))
+        ratio = replayed["pairs"]["tuned / control"]
         self.stages.note(
             f"loads per token, tuned / control: {ratio['ratio']:.3f}"
             f" (95% interval {ratio['low']:.3f} to {ratio['high']:.3f})"
         )
-        return {"results": results, "pairs": pairs}
+        return replayed
 
     def _predicted(self, trace: Trace) -> tuple[np.ndarray, Strength]:
         model, _ = load_resident(self.models["tuned"])
@@ -279,20 +229,21 @@ class _Demo:
         self.stages.start(f"widening the experts to records of {format_bytes(RECORD_BYTES)} and converting")
         rows = read_rows(self.data, "test", limit=self.held_out)
         random.Random(self.seed).shuffle(rows)
-        size = speed.FULL if self.part == 1 else speed.SMALL
-        arena = speed.prepare(self.models, self.scratch / "wide", RECORD_BYTES, rows, size, self.seed)
+        size = arena.FULL if self.part == 1 else arena.SMALL
+        shared = arena.prepare(self.models, self.scratch / "wide", RECORD_BYTES, rows, size, self.seed)
         self.stages.start(
             f"generating: {size.prompts} prompts of {size.new_tokens} tokens, each contestant by itself"
         )
-        contestants = speed.contestants(arena, self.slots, self.predictor_path)
-        return speed.run(arena, contestants, self.slots, self.stages.note)
+        return race(
+            shared, contestants(shared, self.slots, self.predictor_path), self.slots, self.stages.note
+        )
 
     def _row(
         self, row: dict[str, Any], quality: dict[str, dict[str, Any]], forced: dict[str, Any]
     ) -> dict[str, Any]:
         scored = quality[row["weights"]]
         row |= {name: scored.get(name) for name in ("nll", "exact_match", "rouge_l")}
-        name = "tuned + predictor" if row["name"] == "tuned + predictor" else row["weights"]
+        name = PREDICTED if row["name"] == PREDICTED else row["weights"]
         for one in forced["results"][name]:
             if row["kind"] == "melinoe" and (one["policy"], one["slots"]) == (row["policy"], row["slots"]):
                 row["teacher_forced_hit_rate"] = one["hit_rate"]
@@ -300,8 +251,7 @@ class _Demo:
         return row
 
 
-def _load_over_experts(trace: Trace) -> list[list[float]]:
-    """[L][E] share of the decode requests of each layer that went to each expert, largest first."""
-    counts = trace.request_counts("decode").sum(0)
-    shares = np.sort(counts / counts.sum(1, keepdims=True), axis=1)[:, ::-1]
+def _load_by_rank(trace: Trace) -> list[list[float]]:
+    """[L][E], rounded for the file; see `load_by_rank`."""
+    shares = load_by_rank(trace.request_counts(DECODE).sum(0))
     return [[round(float(value), 5) for value in layer] for layer in shares]

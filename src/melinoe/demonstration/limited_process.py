@@ -1,4 +1,4 @@
-"""Runs contestants: each in a process of its own, all under one memory limit, page cache included."""
+"""A module in a process of its own, under a memory limit that counts the page cache as well."""
 
 from __future__ import annotations
 
@@ -7,44 +7,17 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
+from melinoe.files import write_json
 
 _CGROUP = Path("/sys/fs/cgroup/memory")
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """One row of the speed table.
-
-    kind: "resident" (stock transformers), "accelerate" (disk_offload of the experts) or "melinoe".
-    weights: which weights it runs: base, control or tuned; rows of equal weights must agree on every token.
-    max_prompts, max_new_tokens: caps for slow rows; None: as all others.
-    """
-
-    name: str
-    kind: str
-    weights: str
-    model: str
-    slots: int | None = None
-    policy: str = DEFAULT_POLICY
-    predictor: str | None = None
-    offload_folder: str | None = None
-    max_prompts: int | None = None
-    max_new_tokens: int | None = None
-    limited: bool = True
-    prompts: list[list[int]] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 class MemoryLimit:
-    """A memory cgroup (v1) for the contestants; `available` says whether this machine lets us make one."""
+    """A memory cgroup (v1) for child processes; `available` says whether this machine lets us make one."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
@@ -76,26 +49,29 @@ class MemoryLimit:
                 time.sleep(0.1)
 
 
-def run_contestant(contestant: Contestant, limit: MemoryLimit | None, folder: Path) -> dict[str, Any]:
-    """Runs one contestant to its end and returns what it measured.
+def run_module(
+    module: str, task: dict[str, Any], file: Path, limit: MemoryLimit | None, what: str
+) -> dict[str, Any]:
+    """Runs `python -m MODULE TASK.json` to its end and returns what its last line says, an object of JSON.
+
+    Args:
+        task: what it is to do; written to `file`.
+        limit: that it runs under; None: none.
+        what: its name in the message where it fails.
 
     Raises:
         MelinoeError: it failed; the end of what it printed is in the message.
     """
-    task = folder / "contestant.json"
-    task.write_text(json.dumps(contestant.to_json()))
-    use = limit if limit is not None and limit.available and contestant.limited else None
+    write_json(file, task)
     process = subprocess.run(
-        [sys.executable, "-m", "melinoe.demonstration.run_contestant", str(task)],
+        [sys.executable, "-m", module, str(file)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        preexec_fn=use.join if use else None,
+        preexec_fn=limit.join if limit else None,
         check=False,
     )
     if process.returncode != 0:
         reason = "killed: out of memory" if process.returncode == -9 else process.stderr.strip()[-300:]
-        raise MelinoeError(f"the run of {contestant.name!r} failed", got=reason)
-    result: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
-    result["memory_limit_bytes"] = use.limit_bytes if use else None
-    return result
+        raise MelinoeError(f"the run of {what} failed", got=reason)
+    return json.loads(process.stdout.strip().splitlines()[-1])

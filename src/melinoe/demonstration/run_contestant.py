@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from melinoe.demonstration.limited_process import Contestant
+from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.peers import load_disk_offloaded
 from melinoe.runtime.generation import GenerationStatistics, stream_generate
 from melinoe.runtime.load import load, load_tokenizer, reset_slots
@@ -73,7 +73,7 @@ def _summary(statistics: list[GenerationStatistics]) -> dict[str, Any]:
         fed = sum(s.generated_tokens - 1 for s in statistics)
         prompt = sum(s.prompt_tokens for s in statistics)
         decode = sum(s.decode_loads or 0 for s in statistics)
-        summary |= {
+        summary |= {  # a token asks for so many experts, always: its hit rates may be averaged over tokens
             "hit_rate": sum((s.hit_rate or 0.0) * (s.generated_tokens - 1) for s in statistics) / fed,
             "loads_per_token": decode / fed,
             "bytes_per_token": sum((s.bytes_per_token or 0) * (s.generated_tokens - 1) for s in statistics)

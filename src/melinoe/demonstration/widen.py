@@ -53,8 +53,8 @@ def widen(source: str | Path, target: Path, record_bytes: int, seed: int = 0) ->
     name = next(name for name in _WIDTH_NAMES if getattr(config, name, None) == old)
     setattr(config, name, width)
     with torch.device("meta"):  # the config must describe what is written
-        skeleton = AutoModelForCausalLM.from_config(model.config)
-    assert experts_modules(skeleton)[0][1].down_proj.shape == modules[0][1].down_proj.shape
+        described = AutoModelForCausalLM.from_config(model.config)
+    assert experts_modules(described)[0][1].down_proj.shape == modules[0][1].down_proj.shape
     with whole_folder(target) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -62,16 +62,16 @@ def widen(source: str | Path, target: Path, record_bytes: int, seed: int = 0) ->
 
 
 def _widen_module(module: Any, width: int, generator: torch.Generator) -> None:
-    experts, hidden, old = module.down_proj.shape
+    num_experts, hidden, old = module.down_proj.shape
     dtype = module.down_proj.dtype
     # the same extra rows in every expert of a layer: drawing them is the slow part, moving them is not
     scale = float(module.gate_up_proj.float().std())
     extra = (torch.randn(2, width - old, hidden, generator=generator) * scale).to(dtype)
-    gate_up = torch.empty(experts, 2 * width, hidden, dtype=dtype)
+    gate_up = torch.empty(num_experts, 2 * width, hidden, dtype=dtype)
     for half in range(2):
         gate_up[:, half * width : half * width + old] = module.gate_up_proj[:, half * old : (half + 1) * old]
         gate_up[:, half * width + old : (half + 1) * width] = extra[half]
-    down = torch.zeros(experts, hidden, width, dtype=dtype)
+    down = torch.zeros(num_experts, hidden, width, dtype=dtype)
     down[:, :, :old] = module.down_proj
     module.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
     module.down_proj = torch.nn.Parameter(down, requires_grad=False)

@@ -32,7 +32,7 @@ class Job:
 
     model: folder of the base.  settings: of `tune`; None: the base itself is measured.
     train: data folder with train.jsonl.  data: {name: folder with test.jsonl} to measure on.
-    measuring: fields of teacher_forced.Measuring.  output: file name of the measurements.
+    measuring: fields of measuring.Measuring.  output: file name of the measurements.
     keep_merged: the merged checkpoint stays.
     """
 

@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from melinoe.frontier.measuring import Measuring, compare, pooled, summary
+from melinoe.frontier.measuring import Measuring
 from melinoe.frontier.points import CONTROL, Point
 from melinoe.frontier.run_point import JOB, Job
 from melinoe.frontier.sources import tuning_code
+from melinoe.frontier.sums import Sums, compare, summary
 from melinoe.verbs import Stages, Verb, run_verbs
 
-VERSION = "1"  # of the measurements; part of their hash
+VERSION = "2"  # of the measurements; part of their hash, so that those of another form are made again
 IN_DOMAIN, OUT_OF_DOMAIN = "held_out", "out_of_domain"
 
 
@@ -43,11 +44,16 @@ class Run:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """What `point.run` left. Only of a finished run."""
+        """What `run_point.run` left. Only of a finished run."""
         return json.loads((self.folder / self.job.output).read_text())
 
+    @property
+    def sums(self) -> Sums:
+        """On the held-out rows of the data that it was tuned on."""
+        return Sums.from_json(self.measured["data"][IN_DOMAIN]["sums"])
 
-def plan_runs(
+
+def runs_of(
     source: str,
     points: list[Point],
     seeds: list[int] | tuple[int, ...],
@@ -120,11 +126,10 @@ def run_all(runs: list[Run], stages: Stages, at_once: int) -> None:
 
 def _short(run: Run, runs: list[Run]) -> str:
     """What the terminal says of a finished run."""
-    sums = pooled([run.measured["data"][IN_DOMAIN]["sums"]])
     control = control_of(run, runs)
     if control is None or control is run or not control.is_finished:
-        return f"perplexity {summary(sums)['perplexity']:.4f}"
-    ratios = compare(sums, pooled([control.measured["data"][IN_DOMAIN]["sums"]]))
+        return f"perplexity {summary(run.sums)['perplexity']:.4f}"
+    ratios = compare(run.sums, control.sums)
     first = ratios["loads"][0]["policy"]
     loads = [f"{row['ratio']:.3f} at {row['slots']}" for row in ratios["loads"] if row["policy"] == first]
     return f"perplexity x{ratios['perplexity']['ratio']:.4f}, {first} loads x{', '.join(loads)}"

@@ -21,10 +21,11 @@ from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.files import write_json
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
-from melinoe.frontier.measuring import Measuring, compare, only, pooled, summary
+from melinoe.frontier.measuring import Measuring
 from melinoe.frontier.page import write_frontier
 from melinoe.frontier.points import Point, read_sweep
-from melinoe.frontier.runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, plan_runs, run_all
+from melinoe.frontier.runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, run_all, runs_of
+from melinoe.frontier.sums import Sums, compare, pooled, summary
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.report.setting import machine
 from melinoe.verbs import Stages
@@ -65,7 +66,7 @@ def sweep(
         out_of_domain: other data that is only measured on (its test split).
         slots: budgets per layer; None: an eighth, a quarter and half of the experts, at least K.
         policies: of the simulator, the first is the plot's; None: decay and lru.
-        exact_rows, predictor_rows: see `teacher_forced.Measuring`; None: 0. What the file of points says of
+        exact_rows, predictor_rows: see `measuring.Measuring`; None: 0. What the file of points says of
             these four holds where they are None.
         at_once: processes side by side; None: one per core, at most two.
         keep_merged: leave the merged checkpoints in OUTPUT/points.
@@ -100,7 +101,7 @@ def sweep(
     write_split(held_out[IN_DOMAIN], "train", split.train)
     for name, rows in tests.items():
         write_split(held_out[name], "test", rows)
-    runs = plan_runs(str(source), chosen, seeds, held_out, measuring, output / "points", keep_merged)
+    runs = runs_of(str(source), chosen, seeds, held_out, measuring, output / "points", keep_merged)
     stages = Stages(len(runs), progress)
     run_all(runs, stages, at_once or min(2, len(os.sched_getaffinity(0))))
     result = {
@@ -142,13 +143,13 @@ def _output_folder(output: Path) -> Path:
 
 
 def _budgets(slots: Any, shape: dict[str, int]) -> tuple[int, ...]:
-    experts, top_k = shape["num_experts"], shape["experts_per_token"]
+    num_experts, top_k = shape["num_experts"], shape["experts_per_token"]
     if isinstance(slots, int):
         slots = [slots]
     if slots is None:
-        return tuple(sorted({max(top_k, experts // part) for part in (8, 4, 2)}))
-    if not slots or not all(isinstance(size, int) and 1 <= size <= experts for size in slots):
-        raise MelinoeError("sweep: slots per layer", got=slots, allowed=f"1 .. {experts}")
+        return tuple(sorted({max(top_k, num_experts // part) for part in (8, 4, 2)}))
+    if not slots or not all(isinstance(size, int) and 1 <= size <= num_experts for size in slots):
+        raise MelinoeError("sweep: slots per layer", got=slots, allowed=f"1 .. {num_experts}")
     return tuple(sorted(set(slots)))
 
 
@@ -185,7 +186,7 @@ def _pool(
     Of several origins also each by itself, unless rows were left out as too long: then nobody says which are
     whose.
     """
-    mine, others = pooled([one["sums"] for one in own]), pooled([one["sums"] for one in control])
+    mine, others = (pooled([Sums.from_json(one["sums"]) for one in side]) for side in (own, control))
     layers = [sum(values) / len(own) for values in zip(*(one["load_entropy"] for one in own), strict=True)]
     found = summary(mine) | {"load_entropy": sum(layers) / len(layers), "load_entropy_layers": layers}
     if all("judged" in one for one in own):
@@ -197,6 +198,6 @@ def _pool(
         found["origins"] = {}
         for source in sources:
             chosen = [name == source for name in origin]
-            part, other = only(mine, chosen), only(others, chosen)
+            part, other = mine.only(chosen), others.only(chosen)
             found["origins"][source] = summary(part) | {"to_control": compare(part, other)}
     return found | {"to_control": compare(mine, others)}

@@ -149,9 +149,8 @@ def evaluate(
         max_length: rows with more tokens are left out.
         dtype: of the weights, for a model given by path; None: the checkpoint's.
         progress: bars on stderr.
-        per_row: adds arrays over the rows, in their order, for paired comparison. The ratio of two models'
-            likelihoods with its interval: `simulate.paired_difference` on {"per_sequence": {"loads":
-            a["per_row"]["nll"], "tokens": a["per_row"]["tokens"]}}.
+        per_row: adds arrays over the rows, in their order, for a comparison in pairs:
+            `intervals.ratio_of_sums` of two models' ["per_row"]["nll"] is the ratio of their likelihoods.
 
     Returns:
         nll: nats per completion token, the end token included; perplexity: its exponential;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from melinoe.routing.policies import DECODE
+from melinoe.routing.calls import DECODE
 from melinoe.routing.trace import Trace
 
 
@@ -25,6 +25,16 @@ def load_entropy(counts: np.ndarray) -> np.ndarray:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1e-12)
     nats = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(1)
     return nats / np.log(counts.shape[1])
+
+
+def load_by_rank(counts: np.ndarray) -> np.ndarray:
+    """[L, E] the share of each layer's requests that went to each expert, largest first.
+
+    Args:
+        counts: [L, E] requests.
+    """
+    counts = np.asarray(counts)
+    return np.sort(counts / np.maximum(counts.sum(1, keepdims=True), 1), axis=1)[:, ::-1]
 
 
 def static_hits(trace: Trace, slots: int) -> dict[str, np.ndarray]:

@@ -17,7 +17,6 @@ import numpy as np
 
 from melinoe.errors import MelinoeError
 from melinoe.routing.calls import hit_rate, per
-from melinoe.routing.paired import ratio_of_sums
 from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, Strength, make_policy
 from melinoe.routing.trace import Trace, as_trace
 
@@ -70,7 +69,7 @@ class Belady(Policy):
         return self._fill(layer, asked, misses)[0]
 
 
-class _Contestant:
+class _Replay:
     """One policy at one number of slots, and what it did, request by request."""
 
     columns = ("hits", "loads", "prefill_hits", "prefill_loads", "preload_loads", "evictions")
@@ -137,14 +136,14 @@ class _Contestant:
         return result
 
 
-def _contestant(
+def _replay(
     trace: Trace,
     name: str,
     slots: int,
     scores: np.ndarray | None,
     strength: Strength | None,
     carry_over: bool,
-) -> _Contestant:
+) -> _Replay:
     policy: Policy
     if name == "belady":
         policy, scores = Belady(trace, slots), None
@@ -155,7 +154,7 @@ def _contestant(
             scores = np.broadcast_to(counts / max(1, trace.decoded.sum()), scores.shape)
     else:
         policy = make_policy(name, trace.num_layers, trace.num_experts, slots)
-    return _Contestant(name, slots, policy, scores, strength, carry_over)
+    return _Replay(name, slots, policy, scores, strength, carry_over)
 
 
 def _names(policy: str | Iterable[str]) -> list[str]:
@@ -196,7 +195,8 @@ def simulate(
         carry_over: requests follow each other in a warm cache.
         predictor_scores: [S, L, E] predicted requests per decoded token, for policies that use prediction.
         strength: what the prediction is worth (`Predictor.strength`); None: the policy's default.
-        per_sequence: adds the counts of every request as arrays (what `paired_difference` needs).
+        per_sequence: adds the counts of every request as arrays, for a comparison in pairs
+            (melinoe.measure.intervals).
 
     Returns:
         {"results": [...]}, for every policy at every size:
@@ -216,10 +216,8 @@ def simulate(
         raise MelinoeError(
             "predicted scores do not fit the trace", got=predictor_scores.shape, allowed=expected
         )
-    contestants = [
-        _contestant(trace, name, size, predictor_scores, strength, carry_over)
-        for name in names
-        for size in sizes
+    replays = [
+        _replay(trace, name, size, predictor_scores, strength, carry_over) for name in names for size in sizes
     ]
     previous = -1
     for position, layer, call in trace.calls():
@@ -227,42 +225,12 @@ def simulate(
             previous = position
             if trace.begins[position]:
                 tokens = slice(trace.call_offsets[position], trace.call_offsets[position + 1])
-                for contestant in contestants:
-                    contestant.begin(np.unique(trace.sequence[tokens]))
-        for contestant in contestants:
-            contestant.request(layer, call)
+                for replay in replays:
+                    replay.begin(np.unique(trace.sequence[tokens]))
+        for replay in replays:
+            replay.request(layer, call)
     request = np.repeat(np.cumsum(trace.begins) - 1, np.diff(trace.call_offsets))  # [N]
     num_requests = int(trace.begins.sum())
     decoded = np.bincount(request[trace.decoded], minlength=num_requests)
     prompt = np.bincount(request[trace.valid & ~trace.decoded], minlength=num_requests)
-    return {"results": [contestant.result(decoded, prompt, per_sequence) for contestant in contestants]}
-
-
-def paired_difference(
-    a: dict[str, Any], b: dict[str, Any], num_bootstrap: int = 2000, seed: int = 0
-) -> dict[str, float]:
-    """How many times the loads per token of `b` does `a` need, on the same sequences?
-
-    Args:
-        a, b: results of `simulate(..., per_sequence=True)` over the same sequences in the same order; the
-            policies, the slots or the tuning of the model may differ.
-        num_bootstrap: resamplings of the sequences (a and b together) behind the interval.
-
-    Returns:
-        ratio, and low and high: the 95 percent interval of it.
-
-    Raises:
-        MelinoeError: results without per-sequence arrays, or of other sequences.
-    """
-    try:
-        loads_a, tokens_a = (np.asarray(a["per_sequence"][name], np.float64) for name in ("loads", "tokens"))
-        loads_b, tokens_b = (np.asarray(b["per_sequence"][name], np.float64) for name in ("loads", "tokens"))
-    except KeyError:
-        raise MelinoeError(
-            "no per-sequence loads to compare", next_step="simulate(..., per_sequence=True)"
-        ) from None
-    if not np.array_equal(tokens_a, tokens_b):
-        raise MelinoeError(
-            "not the same sequences", got=f"{len(tokens_a)} and {len(tokens_b)} of other lengths"
-        )
-    return ratio_of_sums(loads_a, loads_b, num_bootstrap, seed)  # equal tokens cancel
+    return {"results": [replay.result(decoded, prompt, per_sequence) for replay in replays]}

@@ -1,7 +1,8 @@
 """Ratios between two models on the same sequences, with intervals: bootstrap over sequences, in pairs.
 
-Both sides are resampled together, so that what differs between sequences (their length, their topic)
-cancels and the interval is that of the difference between the models.
+What is compared are sums per sequence: loads of a replay, nats of a completion, matches. Both sides are
+resampled together, so that what differs between sequences (their length, their topic) cancels and the
+interval is that of the difference between the models.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from melinoe.errors import MelinoeError
+from melinoe.measure.intervals import perplexity_ratio, ratio_of_sums
 from melinoe.routing.concentration import load_entropy, static_hits
-from melinoe.routing.paired import perplexity_ratio, ratio_of_sums
 from melinoe.routing.policies import DECODE
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences

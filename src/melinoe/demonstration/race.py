@@ -1,0 +1,98 @@
+"""Runs the contestants one after the other and fills the rows of the speed table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from melinoe.demonstration.arena import Arena
+from melinoe.demonstration.contestants import Contestant
+from melinoe.demonstration.limited_process import MemoryLimit, run_module
+from melinoe.errors import MelinoeError
+from melinoe.files import to_disk
+from melinoe.runtime.plan import record_bandwidth
+from melinoe.store.manifest import Store, open_store
+
+PROCESS_BYTES = 384 * 2**20  # interpreter, torch and transformers, as measured, and some room
+
+
+def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str], None]) -> dict[str, Any]:
+    """Runs all contestants, page cache dropped before each, under one memory limit.
+
+    Returns:
+        {"rows", "bandwidth", "record_bytes", "memory_limit_bytes"}; each row says in `equals_resident`
+        whether every token agrees with the resident row of its own weights.
+
+    Raises:
+        MelinoeError: a contestant failed, or one of ours generated another token than the resident model.
+    """
+    store = open_store(arena.stores["base"])
+    cached = slots * sum(layer.layout.record_bytes for layer in store.layers)
+    limit = MemoryLimit(PROCESS_BYTES + cached + arena.layer_bytes)
+    bandwidth = record_bandwidth(store)
+    results: list[dict[str, Any]] = []
+    references: dict[str, list[list[int]]] = {}
+    try:
+        for contestant in rows:
+            drop_page_cache(arena.folder)
+            result = _run(contestant, limit, arena.folder)
+            tokens = result.pop("tokens")
+            if contestant.kind == "resident":
+                references[contestant.weights] = tokens
+            pairs = zip(tokens, references[contestant.weights], strict=False)
+            result["equals_resident"] = all(own == reference[: len(own)] for own, reference in pairs)
+            if not result["equals_resident"]:
+                raise MelinoeError(
+                    f"{contestant.name} generated other tokens than the resident model of its weights"
+                )
+            for name in ("kind", "weights", "policy", "slots"):
+                result[name] = getattr(contestant, name)
+            result |= _moved(contestant, arena, store)
+            moved = result["bytes_per_token"]
+            result["read_ceiling_tokens_per_second"] = bandwidth / moved if moved else None
+            note(f"{contestant.name}: {result['generation_tokens_per_second']:.1f} tok/s")
+            results.append(result)
+    finally:
+        limit.close()
+    return {
+        "rows": results,
+        "bandwidth": bandwidth,
+        "record_bytes": store.max_record_bytes,
+        "memory_limit_bytes": limit.limit_bytes if limit.available else None,
+    }
+
+
+def _run(contestant: Contestant, limit: MemoryLimit, folder: Path) -> dict[str, Any]:
+    under = limit if contestant.limited and limit.available else None
+    module, task = "melinoe.demonstration.run_contestant", folder / "contestant.json"
+    result = run_module(module, contestant.to_json(), task, under, what=repr(contestant.name))
+    return result | {"memory_limit_bytes": under.limit_bytes if under else None}
+
+
+def _moved(contestant: Contestant, arena: Arena, store: Store) -> dict[str, Any]:
+    """What those that count nothing themselves move and hold."""
+    everything = arena.layer_bytes * len(store.layers)
+    if contestant.kind == "accelerate":  # every layer is moved whole for every token
+        return {
+            "hit_rate": 0.0,
+            "loads_per_token": sum(layer.num_experts for layer in store.layers),
+            "bytes_per_token": everything,
+            "expert_bytes_resident": arena.layer_bytes,
+        }
+    if contestant.kind == "resident":
+        return {
+            "hit_rate": None,
+            "loads_per_token": 0.0,
+            "bytes_per_token": 0.0,
+            "expert_bytes_resident": everything,
+        }
+    return {}
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Takes every file below `folder` out of the page cache, so that no contestant starts warm."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                to_disk(file)

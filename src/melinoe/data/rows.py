@@ -1,7 +1,7 @@
 """Text rows: what tune, trace, evaluate and demo read.
 
 A data set is a .jsonl file, a folder with train.jsonl, valid.jsonl and test.jsonl, the id of one on the
-Hugging Face Hub (hub_data.py), or `tiny`, the embedded workload. Each line holds `messages`, or `prompt` and
+Hugging Face Hub (hub.py), or `tiny`, the embedded workload. Each line holds `messages`, or `prompt` and
 `completion` (under this or another known pair of names), or `text`; the kind is detected line by line.
 Encoding uses the tokenizer's chat template where it has one, so that a model is tuned on what it will be
 asked.

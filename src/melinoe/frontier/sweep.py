@@ -1,6 +1,6 @@
 """`melinoe tune --sweep`: what quality pays for locality, point by point, with the control at the origin.
 
-    for every point and seed: tune -> merge -> measure on held-out rows, a process each (point.py)
+    for every point and seed: tune -> merge -> measure on held-out rows, a process each (run_point.py)
     then: ratios to the control of the same seed, pooled over seeds -> result.json, table.md, frontier.html
 
 Points that are finished stay in OUTPUT/points, named by a hash of model, data, settings and seed, and are

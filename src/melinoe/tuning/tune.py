@@ -1,4 +1,4 @@
-"""`tune`: model and data in, adapter folder out. The verb; the loop stands in loop.py."""
+"""`tune`: model and data in, adapter folder out. The verb; the loop stands in trainer.py."""
 
 from __future__ import annotations
 

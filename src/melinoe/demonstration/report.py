@@ -7,7 +7,8 @@ from typing import Any
 
 from melinoe.config import format_bytes
 from melinoe.demonstration.table import COLUMNS, cells
-from melinoe.report.svg import new_axes, svg, use_matplotlib, write_page
+from melinoe.report.page import write_page
+from melinoe.report.svg import new_axes, svg, use_matplotlib
 
 COLOURS = {"base": "#6b7280", "control": "#c2853d", "tuned": "#2563a8", "peer": "#a3484f"}
 
@@ -16,7 +17,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
     """Writes the page, complete or not at all."""
     use_matplotlib()
     write_page(
-        "page.html",
+        "demo.html",
         path,
         result=result,
         headings=[heading for heading, _, _ in COLUMNS],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from melinoe.frontier.table import LOSSES, of, reference, rows_of
+from melinoe.frontier.table import LOSSES, entry_at, reference, rows_of
 from melinoe.report.svg import new_axes, svg
 
 # eight hues that the colour-blind tell apart (Okabe and Ito), darkest first
@@ -77,7 +77,7 @@ def _draw(axes: Any, result: dict[str, Any], data: str) -> None:
 
 
 def _place(measured: dict[str, Any], policy: str, slots: int) -> tuple[float, float]:
-    loads = of(measured["to_control"]["loads"], policy, slots)
+    loads = entry_at(measured["to_control"]["loads"], policy, slots)
     assert loads is not None
     return measured["to_control"]["perplexity"]["ratio"], loads["ratio"]
 
@@ -92,7 +92,7 @@ def _point(
     label: str | None,
 ) -> None:
     """The pooled point with its intervals, and each seed beside it."""
-    ratios = measured["to_control"]["perplexity"], of(measured["to_control"]["loads"], policy, slots)
+    ratios = measured["to_control"]["perplexity"], entry_at(measured["to_control"]["loads"], policy, slots)
     bars = [
         [[max(0.0, ratio["ratio"] - ratio["low"])], [max(0.0, ratio["high"] - ratio["ratio"])]]
         for ratio in ratios
@@ -141,7 +141,7 @@ def budgets(result: dict[str, Any], data: str) -> str:
     for axes, policy in zip(drawn[0], policies, strict=True):
         ends = []
         for point in result["points"][1:]:
-            entries = [of(point[data]["to_control"]["loads"], policy, size) for size in sizes]
+            entries = [entry_at(point[data]["to_control"]["loads"], policy, size) for size in sizes]
             ratios = [entry for entry in entries if entry is not None]
             axes.plot(
                 range(len(ratios)), [ratio["ratio"] for ratio in ratios], marker="o", ms=3.5, lw=1.1,

@@ -8,7 +8,8 @@ from typing import Any
 from melinoe.files import write_text
 from melinoe.frontier import figures
 from melinoe.frontier.table import document, origins_table, pooled_table, reference, seeds_table, sentences
-from melinoe.report.svg import use_matplotlib, write_page
+from melinoe.report.page import write_page
+from melinoe.report.svg import use_matplotlib
 
 TITLES = {"held_out": "Held-out rows", "out_of_domain": "Out of domain"}
 

@@ -8,7 +8,7 @@ Table = tuple[list[str], list[list[str]]]  # headings, rows
 LOSSES = (0.01, 0.05)  # of perplexity, for the sentence on what they buy
 
 
-def of(rows: list[dict[str, Any]], policy: str, slots: int) -> dict[str, Any] | None:
+def entry_at(rows: list[dict[str, Any]], policy: str, slots: int) -> dict[str, Any] | None:
     """The entry of one policy at one budget."""
     return next((row for row in rows if (row["policy"], row["slots"]) == (policy, slots)), None)
 
@@ -34,7 +34,7 @@ def _looked_at(
     row: dict[str, Any], policy: str, slots: int
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(loads, their ratio to the control's, static sets) of what was measured, at the reference."""
-    loads, ratio = of(row["loads"], policy, slots), of(row["to_control"]["loads"], policy, slots)
+    loads, ratio = entry_at(row["loads"], policy, slots), entry_at(row["to_control"]["loads"], policy, slots)
     assert loads is not None and ratio is not None
     return loads, ratio, next(entry for entry in row["static"] if entry["slots"] == slots)
 
@@ -58,7 +58,7 @@ def pooled_table(result: dict[str, Any], data: str) -> Table:
         cells = [name, f"{row['perplexity']:.4f}", interval(row["to_control"]["perplexity"])]
         cells += [f"{loads['loads_per_token']:.3f}", f"{loads['hit_rate']:.3f}", interval(ratio, 3)]
         for other in others:
-            entry = of(row["to_control"]["loads"], *other)
+            entry = entry_at(row["to_control"]["loads"], *other)
             cells.append("-" if entry is None else f"{entry['ratio']:.3f}")  # the base has no predictor
         cells += [f"{static['own']:.3f}", f"{static['shared']:.3f}", f"{row['load_entropy']:.3f}"]
         cells += [f"{row['judged'][key]:.3f}" for key in ("exact_match", "rouge_l")] if judged else []
@@ -78,7 +78,7 @@ def seeds_table(result: dict[str, Any], data: str) -> Table:
             cells = [point["name"], str(seed["seed"]), f"{seed['nll']:.5f}"]
             cells += [interval(ratios["perplexity"]), interval(ratios["nll"])]
             for name in result["settings"]["policies"]:
-                entry = of(ratios["loads"], name, slots)
+                entry = entry_at(ratios["loads"], name, slots)
                 assert entry is not None
                 cells.append(interval(entry))
             rows.append(cells)
@@ -111,7 +111,7 @@ def best_within(result: dict[str, Any], data: str, loss: float) -> dict[str, Any
     found = []
     for point in result["points"][1:]:
         ratios = point[data]["to_control"]
-        loads = of(ratios["loads"], policy, slots)
+        loads = entry_at(ratios["loads"], policy, slots)
         assert loads is not None
         if ratios["perplexity"]["ratio"] <= 1 + loss:
             found.append({"name": point["name"], "perplexity": ratios["perplexity"], "loads": loads})

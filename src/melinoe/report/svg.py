@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import io
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from melinoe.files import write_text
+from markupsafe import Markup
 
 
 def use_matplotlib() -> None:
@@ -31,22 +27,12 @@ def new_axes(width: float = 6.4, height: float = 3.4, columns: int = 1, **settin
     return plt.subplots(1, columns, figsize=(width, height), **settings)
 
 
-def svg(figure: Any) -> str:
-    """The figure as an element; the figure is closed."""
+def svg(figure: Any) -> Markup:
+    """The figure as an element, its texts escaped; the figure is closed."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     plt.close(figure)
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def write_page(template: str, path: Path, **values: Any) -> None:
-    """Fills a template of this folder and writes the page, complete or not at all."""
-    page = jinja2.Template(
-        files("melinoe.report").joinpath(template).read_text(encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    ).render(**values)
-    write_text(path, page)
+    return Markup(text[text.index("<svg") :])

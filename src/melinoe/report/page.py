@@ -1,0 +1,24 @@
+"""A page of one file: a template of this folder over base.html, filled and written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from melinoe.files import write_text
+
+
+def write_page(template: str, path: Path, **values: Any) -> None:
+    """Fills a template of this folder.
+
+    What stands in `values` is escaped, wherever it comes from; figures alone (`svg`) are markup already.
+    """
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("melinoe", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    write_text(path, pages.get_template(template).render(**values))

@@ -1,0 +1,53 @@
+"""The demo's own pieces; the whole of it is `make demo`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from melinoe.demonstration.replay import PREDICTED, replay
+from melinoe.routing.calls import DECODE
+from melinoe.routing.policies import Strength
+from melinoe.routing.trace import from_sequences
+
+LAYERS, EXPERTS, TOP_K = 2, 8, 2
+
+
+def routing(spread: int, seed: int = 0):
+    """Twelve sequences; each keeps to the first `spread` experts of an order of its own."""
+    generator = np.random.default_rng(seed)
+    indices, lengths = [], list(range(12, 24))
+    for length in lengths:
+        orders = [generator.permutation(EXPERTS)[:spread] for _ in range(LAYERS)]
+        rows = [[generator.permutation(order)[:TOP_K] for order in orders] for _ in range(length)]
+        indices.append(np.array(rows))
+    ids = [[1] * (length + 1) for length in lengths]
+    return from_sequences(indices, ids, [4] * len(lengths), num_experts=EXPERTS)
+
+
+def test_fewer_experts_per_sequence_are_fewer_loads():
+    traces = {"base": routing(8), "control": routing(8, seed=1), "tuned": routing(3)}
+    scores = traces["tuned"].frequencies(DECODE).astype(np.float64)  # perfect predictions
+    found = replay(traces, 4, scores, Strength())
+    assert list(found["results"]) == ["base", "control", PREDICTED, "tuned"]
+    sizes = {(row["policy"], row["slots"]) for row in found["results"]["base"]}
+    assert sizes == {("belady", 4)} | {
+        (policy, slots) for policy in ("decay", "lru") for slots in (1, 3, 4, 6)
+    }
+    pair = found["pairs"]["tuned / control"]
+    assert pair["low"] < pair["ratio"] < pair["high"] < 0.6
+    own, other = found["results"]["tuned"][0], found["results"]["control"][0]
+    assert pair["ratio"] == pytest.approx(own["loads_per_token"] / other["loads_per_token"])
+    assert found["pairs"][f"{PREDICTED} / tuned"]["ratio"] <= 1
+    assert not any("per_sequence" in row for rows in found["results"].values() for row in rows)
+
+
+def test_weights_that_read_other_rows_are_not_compared():
+    shorter = from_sequences([np.zeros((6, LAYERS, TOP_K), int)] * 12, [[1] * 7] * 12, [4] * 12, EXPERTS)
+    with pytest.raises(AssertionError, match="other rows"):
+        replay(
+            {"base": routing(8), "control": shorter, "tuned": routing(3)},
+            4,
+            np.zeros((12, LAYERS, EXPERTS)),
+            Strength(),
+        )

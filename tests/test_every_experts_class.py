@@ -24,7 +24,7 @@ from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import POLICIES, make_policy
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store
-from melinoe.store.record_file import write_layer
+from melinoe.store.record_file import StoredLayer, write_layer
 
 EXPERTS, HIDDEN, TOKENS, TOP_K = 8, 32, 11, 3
 # of the largest value of grouped_mm; bfloat16: both round to 8 bits at the same places, sums may run
@@ -151,7 +151,7 @@ def page(experts: torch.nn.Module, folder: Path, slots: int, policy: str) -> tor
                 view.copy_(getattr(experts, name)[expert])
             yield memoryview(record.numpy())
 
-    layer = write_layer(folder, 0, "test", "experts", EXPERTS, layout, records())
+    layer = write_layer(folder, 0, "test", StoredLayer.unwritten("experts", EXPERTS, layout), records())
     pager = ExpertPager(
         Store(folder, "", "test", (layer,)), slots, make_policy(policy, 1, EXPERTS, slots), staging=2
     )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 import melinoe
 from families import batch, config, save_checkpoint, save_tokenizer
-from melinoe.adapters.peft_folder import write_adapter
+from melinoe.adapters.peft_folder import Base, write_adapter
 from melinoe.conversion.parameter import separable
 from melinoe.experts.low_rank import attach_low_rank
 from melinoe.models.layers import fingerprint, moe_layers
@@ -35,7 +35,7 @@ def save_tuning(checkpoint: Path, folder: Path, seed: int = 7) -> Path:
             factor.data.normal_(std=0.1, generator=generator)
         for value in layer.router.state_dict().values():
             value += torch.randn(value.shape, generator=generator) * 0.05
-    write_adapter(model, folder, base=str(checkpoint), base_fingerprint=base)
+    write_adapter(model, folder, Base(str(checkpoint), base))
     return folder
 
 

@@ -92,13 +92,26 @@ def _peft_config(model: nn.Module, layers: list[MoeLayer], base: str) -> dict[st
     }
 
 
+@dataclass(frozen=True)
+class Base:
+    """The model that was tuned.
+
+    Attributes:
+        name: or path of the checkpoint.
+        fingerprint: melinoe.models.layers.fingerprint of it.
+        format: how its experts were rounded while it was tuned: auto (not), int8 or int4.
+    """
+
+    name: str
+    fingerprint: str
+    format: str = "auto"
+
+
 def write_adapter(
     model: nn.Module,
     folder: str | Path,
+    base: Base,
     *,
-    base: str,
-    base_fingerprint: str,
-    base_format: str = "auto",
     settings: dict[str, Any] | None = None,
     result: dict[str, Any] | None = None,
     keep: tuple[Path, ...] = (),
@@ -108,9 +121,7 @@ def write_adapter(
     The folder appears complete or not at all. An existing folder is replaced.
 
     Args:
-        base: name or path of the checkpoint that was tuned.
-        base_fingerprint: melinoe.models.layers.fingerprint of that checkpoint.
-        base_format: how the experts were rounded while it was tuned: auto (not), int8 or int4.
+        base: what was tuned.
         settings, result: put into melinoe.json.
         keep: files to copy into the folder.
 
@@ -131,9 +142,9 @@ def write_adapter(
     card = {
         "format": "melinoe-adapter",
         "format_version": FORMAT_VERSION,
-        "base": base,
-        "base_fingerprint": base_fingerprint,
-        "base_format": base_format,
+        "base": base.name,
+        "base_fingerprint": base.fingerprint,
+        "base_format": base.format,
         "fingerprint": fingerprint(model),
         "settings": settings or {},
         "result": result or {},
@@ -146,7 +157,7 @@ def write_adapter(
     }
     with whole_folder(folder) as new:
         save_file(tensors, new / WEIGHTS, {"format": "pt"})
-        (new / CONFIG).write_text(json.dumps(_peft_config(model, layers, base), indent=2) + "\n")
+        (new / CONFIG).write_text(json.dumps(_peft_config(model, layers, base.name), indent=2) + "\n")
         (new / CARD).write_text(json.dumps(card, indent=2) + "\n")
         for file in keep:
             shutil.copyfile(file, new / file.name)

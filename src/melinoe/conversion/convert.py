@@ -28,7 +28,7 @@ from melinoe.models.layers import MoeLayer
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
 from melinoe.store.packing import Packing, check_format, packing_of
-from melinoe.store.record_file import write_layer
+from melinoe.store.record_file import StoredLayer, write_layer
 from melinoe.store.shards import Shards
 
 
@@ -99,6 +99,10 @@ class _Records:
     def layout(self) -> RecordLayout:
         return self.expanded if self.packing is None else self.packing.record_layout()
 
+    def unwritten(self) -> StoredLayer:
+        layer = self.layer
+        return StoredLayer.unwritten(layer.experts_name, layer.num_experts, self.layout, self.packing)
+
     def read(self, checkpoint: Checkpoint, tuning: Tuning | None) -> Iterator[memoryview]:
         """Expert by expert in full size; one buffer, filled again for each."""
         record = torch.zeros(self.expanded.record_bytes, dtype=torch.uint8)
@@ -144,13 +148,11 @@ def _write_experts(checkpoint: Checkpoint, state: BuildState, tuning: Tuning | N
     with _progress_bar(progress) as bar:
         task = bar.add_task("convert", total=total, completed=done)
         for records in todo:
-            layer = records.layer
-            stored = write_layer(
-                state.folder, layer.index, state.store_id, layer.experts_name, layer.num_experts,
-                records.layout, _counted(records.packed(records.read(checkpoint, tuning)), bar, task),
-                records.packing,
-            )  # fmt: skip
-            state.finished(layer.index, stored)
+            index = records.layer.index
+            packed = _counted(records.packed(records.read(checkpoint, tuning)), bar, task)
+            state.finished(
+                index, write_layer(state.folder, index, state.store_id, records.unwritten(), packed)
+            )
 
 
 def _progress_bar(show: bool) -> Progress:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -114,9 +115,8 @@ def _stored(checkpoint: Checkpoint, layer: MoeLayer) -> StoredLayer:
             if [length for _, _, length in one] != lengths:
                 raise _not(f"the experts of {parameter.name} differ in size")
             sources[expert] += [(number[path], start) for path, start, _ in one]
-    return StoredLayer(
-        layer.experts_name, "", layer.num_experts, layout, 0, (), tuple(pieces), tuple(map(tuple, sources))
-    )
+    unwritten = StoredLayer.unwritten(layer.experts_name, layer.num_experts, layout)
+    return replace(unwritten, pieces=tuple(pieces), sources=tuple(map(tuple, sources)))
 
 
 def _pieces(parameter: ExpertParameter) -> list[list[tuple[Path, int, int]]]:

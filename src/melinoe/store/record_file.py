@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ class StoredLayer:
     sources: tuple[tuple[tuple[int, int], ...], ...] = ()
     packing: Packing | None = None
 
+    @classmethod
+    def unwritten(
+        cls, experts_name: str, num_experts: int, layout: RecordLayout, packing: Packing | None = None
+    ) -> StoredLayer:
+        """A layer that no file holds yet."""
+        return cls(experts_name, "", num_experts, layout, 0, (), packing=packing)
+
     def offset(self, expert: int) -> int:
         return self.data_start + expert * self.layout.record_bytes
 
@@ -74,35 +81,31 @@ def _header(store_id: str, layer: int, num_experts: int, record_bytes: int) -> b
 
 
 def write_layer(
-    folder: Path,
-    layer: int,
-    store_id: str,
-    experts_name: str,
-    num_experts: int,
-    layout: RecordLayout,
-    records: Iterable[Any],
-    packing: Packing | None = None,
+    folder: Path, index: int, store_id: str, layer: StoredLayer, records: Iterable[Any]
 ) -> StoredLayer:
     """Writes one record file, complete or not at all.
 
     Args:
+        index: of the layer, which names the file.
+        layer: what is to be written (see `StoredLayer.unwritten`).
         records: one bytes-like of `layout.record_bytes` per expert, in order; taken one at a time.
-        packing: how they are packed, for the manifest.
+
+    Returns:
+        The layer with its file, and the checksums of its records.
     """
-    header = _header(store_id, layer, num_experts, layout.record_bytes)
-    path = folder / record_file_name(layer)
+    num_experts, record_bytes = layer.num_experts, layer.layout.record_bytes
+    header = _header(store_id, index, num_experts, record_bytes)
+    path = folder / record_file_name(index)
     checksums = []
     with whole_file(path) as partial, partial.open("wb") as file:
         file.write(header)
         for record in records:
-            assert len(record) == layout.record_bytes
+            assert len(record) == record_bytes
             checksums.append(zlib.crc32(record))
             file.write(record)
         to_disk(file)
         assert len(checksums) == num_experts, (len(checksums), num_experts)
-    return StoredLayer(
-        experts_name, path.name, num_experts, layout, len(header), tuple(checksums), packing=packing
-    )
+    return replace(layer, file=path.name, data_start=len(header), checksums=tuple(checksums))
 
 
 def layer_to_json(layer: StoredLayer) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from melinoe.adapters.peft_folder import write_adapter
+from melinoe.adapters.peft_folder import Base, write_adapter
 from melinoe.data.rows import Encoded, describe_rows, encode_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.files import partial_of
@@ -156,9 +156,7 @@ def tune(
         card = write_adapter(
             network,
             output,
-            base=str(model) if pages is None else pages.source,
-            base_fingerprint=base_fingerprint,
-            base_format=base_format,
+            Base(str(model) if pages is None else pages.source, base_fingerprint, base_format),
             settings=chosen.as_dict(),
             result=result,
             keep=tuple(logs),

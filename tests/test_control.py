@@ -9,7 +9,7 @@ import pytest
 from melinoe.config import parse_share
 from melinoe.errors import MelinoeError
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.weight_control import REACH, Weight
+from melinoe.tuning.weight_control import REACH, WeightController
 
 
 def world(factor: float) -> tuple[float, float]:
@@ -19,26 +19,26 @@ def world(factor: float) -> tuple[float, float]:
 
 @pytest.mark.parametrize("target", [0.6, 0.8, 0.9])
 def test_reaches_a_hit_rate_from_either_side(target):
-    weight = Weight(target, None, 400)
+    weight = WeightController(target, None, 400)
     for _ in range(400):
         weight.step(world(weight.factor)[0], None)
     assert world(weight.factor)[0] == pytest.approx(target, abs=0.01)
 
 
 def test_spends_the_quality_that_may_be_spent():
-    weight = Weight(None, 0.02, 400)
+    weight = WeightController(None, 0.02, 400)
     for _ in range(400):
         weight.step(*world(weight.factor))
     assert world(weight.factor)[1] == pytest.approx(math.log(1.02), rel=0.1)
 
 
 def test_moves_at_most_so_far_and_not_without_an_aim():
-    weight = Weight(0.99, None, 100)
+    weight = WeightController(0.99, None, 100)
     weight.step(0.1, None)
     assert weight.factor == pytest.approx(math.exp(REACH / 100))
     weight.step(float("nan"), None)
     assert weight.factor == pytest.approx(math.exp(REACH / 100))
-    still = Weight(None, None, 100)
+    still = WeightController(None, None, 100)
     still.step(0.1, 3.0)
     assert still.factor == 1.0 and not still.steers
 
@@ -69,13 +69,6 @@ def test_shares_are_read(text, share):
 def test_what_is_no_share_is_refused(text):
     with pytest.raises(MelinoeError, match="not a share"):
         parse_share(text)
-
-
-def test_the_schedule_by_hand():
-    falling = TuneSettings(cooldown=0.5)
-    assert [falling.schedule(done) for done in (0.0, 0.2, 0.5, 0.75, 1.0)] == [1, 1, 1, 0.5, 0]
-    flat = TuneSettings(cooldown=0.0)
-    assert [flat.schedule(done) for done in (0.0, 0.5, 1.0)] == [1, 1, 1]
 
 
 def test_learning_rates_follow_the_width():

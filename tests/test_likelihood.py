@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from interrupting import interrupted_at
 from melinoe.adapters.peft_folder import apply_adapter
-from melinoe.losses.likelihood import as_base, likelihood, next_token_positions
+from melinoe.losses.likelihood import next_token_positions
 from melinoe.measure.trace import trace
 from melinoe.models.layers import moe_layers
 from melinoe.routing.policies import DECODE
+from melinoe.tuning.base_model import as_base
+from melinoe.tuning.model import prepare_model
 from melinoe.tuning.objectives import OBJECTIVES
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.tune import prepare_model, tune
+from melinoe.tuning.step_losses import StepLosses
+from melinoe.tuning.tune import tune
 from text_model import model_and_tokenizer, rows
 
 SHORT = {
@@ -108,7 +111,9 @@ def test_the_base_model_inside_the_tuned_one(base, prepared):
 def test_divergence_equals_two_models(base, prepared, on_prompt):
     model, layers, frozen = prepared
     inputs = batch(model)
-    found = likelihood(model, inputs, layers, frozen, True, on_prompt)
+    losses = StepLosses(model, layers, TuneSettings(distill=0.5, distill_prompt=on_prompt))
+    losses.base_routers = frozen
+    found, _ = losses.quality(model, inputs)
     untouched = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     nll = base_nll = divergence = 0.0
     for row, (length, prompt) in enumerate(((9, 4), (6, 3))):

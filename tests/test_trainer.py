@@ -18,8 +18,10 @@ from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
 from melinoe.measure.quality import evaluate
 from melinoe.models.layers import moe_layers
-from melinoe.tuning import tune as trainer_module
-from melinoe.tuning.batches import padding_share, part_of, plan_batches
+from melinoe.tuning import training_rows
+from melinoe.tuning.model import prepare_model
+from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.step_batches import padding_share, part_of, plan_batches
 from melinoe.tuning.trainer import LocalityTrainer
 from melinoe.tuning.tune import tune
 
@@ -89,7 +91,7 @@ def test_parts_keep_their_budget_and_use_every_row():
 def test_accumulated_parts_are_one_large_batch(tmp_path, base, data, monkeypatch, more):
     tune(base, data, tmp_path / "parts", accumulate=3, **SHORT, **more)
     monkeypatch.setattr(
-        trainer_module,
+        training_rows,
         "plan_batches",
         lambda lengths, tokens, steps, seed, parts: plan_batches(lengths, 64, steps, seed, 3),
     )
@@ -207,8 +209,8 @@ def test_checkpointing_computes_again_and_changes_nothing(tmp_path, data, family
 def test_what_is_trained_is_float32_over_a_bfloat16_model(tmp_path, data):
     base = save_checkpoint(tmp_path / "base", "olmoe", torch.bfloat16)
     seen = {}
-    settings = trainer_module.TuneSettings(rank=2, dtype="auto")
-    model, _ = trainer_module.prepare_model(base, settings, "cpu")
+    settings = TuneSettings(rank=2, dtype="auto")
+    model, _ = prepare_model(base, settings, "cpu")
     for name, parameter in model.named_parameters():
         seen.setdefault((parameter.requires_grad, parameter.dtype), []).append(name)
     assert set(seen) == {(True, torch.float32), (False, torch.bfloat16)}

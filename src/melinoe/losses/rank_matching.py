@@ -1,5 +1,6 @@
-"""The rank matching loss: keeps the order in which the base router ranked the experts (Eq. 5, 12).
+"""What keeps the router near the base's: the rank matching loss (Eq. 5, 12), and a rival's divergence.
 
+Rank matching keeps the order in which the base router ranked the experts.
 Without it the cheapest way to few misses is to send every token to the same experts. Written as an
 autograd function, because the plain form keeps a [tokens, E, E] tensor for the backward pass, and the
 gradient needs only how often each expert stands on either side of an active pair.
@@ -66,3 +67,14 @@ def rank_matching(
     if len(tuned) == 0:
         return tuned.sum()
     return _ActivePairs.apply(tuned, base, rho * 8 / num_experts if per_expert else rho).mean()
+
+
+def router_divergence(tuned_TE: torch.Tensor, base_TE: torch.Tensor) -> torch.Tensor:
+    """KL(p_b, p_f), nats, mean over tokens: what ReMoE (arXiv 2605.27081) has in the place of rank matching.
+
+    Args:
+        tuned_TE: [T, E] p_f, with gradient.
+        base_TE: [T, E] p_b of the frozen router, no gradient.
+    """
+    log_ratio_TE = base_TE.clamp_min(1e-20).log() - tuned_TE.clamp_min(1e-20).log()
+    return (base_TE * log_ratio_TE).sum(-1).mean()

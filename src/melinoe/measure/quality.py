@@ -19,14 +19,16 @@ import torch
 from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded, Row, encode_rows
 from melinoe.errors import MelinoeError
-from melinoe.losses.likelihood import sequence_nll
+from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.trace import TOKENS_PER_BATCH, data_rows, open_model, track
+from melinoe.models.logits import logits_at
 
 METRICS = ("perplexity", "exact_match", "rouge_l")
 GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given
 MAX_LOGITS = 2**27  # elements of one [B, S, V] block: half a GiB in float32
 
 
+@torch.no_grad()
 def completion_nll(
     model: Any,
     sequences: list[Encoded],
@@ -42,8 +44,9 @@ def completion_nll(
         rows = [sequences[position] for position in positions]
         ids, mask = pad([row.ids for row in rows], pad_token_id, device=model.device)
         lengths = torch.tensor([row.prompt_length for row in rows], device=model.device)
-        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
-        result[positions] = sequence_nll(model, batch).cpu().numpy()
+        _, completion_BS = next_token_positions(mask, lengths)
+        logits_NV = logits_at(model, {"input_ids": ids, "attention_mask": mask}, completion_BS)
+        result[positions] = sequence_nll(logits_NV, ids, completion_BS).cpu().numpy()
     return result
 
 

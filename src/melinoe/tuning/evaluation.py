@@ -18,8 +18,9 @@ from torch import nn
 from melinoe.config import DEFAULT_POLICY
 from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded
-from melinoe.losses.likelihood import sequence_nll
+from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.models.layers import MoeLayer
+from melinoe.models.logits import logits_at
 from melinoe.models.router_tap import RouterTap
 from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.simulate import simulate
@@ -90,9 +91,11 @@ class Evaluation:
         device = next(model.parameters()).device
         ids, mask = pad([row.ids for row in rows], self.pad_token_id, device=device)
         lengths = torch.tensor([row.prompt_length for row in rows], device=device)
-        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
+        batch = {"input_ids": ids, "attention_mask": mask}
+        _, completion_BS = next_token_positions(mask, lengths)
         with RouterTap(self.layers) as tap:
-            nll = float(sequence_nll(model, batch).sum())
+            logits_NV = logits_at(model, batch, completion_BS)
+        nll = float(sequence_nll(logits_NV, ids, completion_BS).sum())
         trace = from_sequences(
             tap.by_sequence(ids.shape, [len(row.ids) - 1 for row in rows]),
             [row.ids for row in rows],

@@ -24,49 +24,53 @@ from melinoe.tuning.settings import TuneSettings
 
 
 def prepare_model(
-    model: str | Path, settings: TuneSettings, device: str, pages: Pages | None = None
+    source: str | Path, settings: TuneSettings, device: str, pages: Pages | None = None
 ) -> tuple[nn.Module, list[MoeLayer]]:
     """Loads a model for tuning: everything frozen but float32 routers and fresh low-rank factors.
 
     Args:
+        source: checkpoint folder, store, Hub id or `tiny`.
         pages: None: the experts are resident.
 
     Raises:
         MelinoeError: not a mixture-of-experts model, or one of a family that cannot be tuned.
     """
-    dtype = compute_dtype(settings, device)
-    if pages is not None:
-        network = load_for_tuning(pages.folder, pages.slots, dtype, device, pages.slots_format)
-    else:
-        folder = local_folder(resolve_model(model))
-        network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    model = _load(source, compute_dtype(settings, device), device, pages)
     if settings.gradient_checkpointing:
-        _checkpoint_activations(network)
-    network.config.output_router_logits = False  # its load-balancing loss fights locality
-    layers = moe_layers(network)
-    network.requires_grad_(False)
-    check_family(network)
+        _checkpoint_activations(model)
+    model.config.output_router_logits = False  # its load-balancing loss fights locality
+    layers = moe_layers(model)
+    model.requires_grad_(False)
+    check_family(model)
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in layers:
-        settings.capacity(layer.num_experts, experts_per_token(network))  # refuses before any work
+        settings.capacity(layer.num_experts, experts_per_token(model))  # refuses before any work
         where = next(layer.router.parameters()).device
         attach_low_rank(layer.experts, settings.rank, settings.alpha, generator, where)
         layer.experts.low_rank.requires_grad_(settings.form.experts)
         layer.router.float().requires_grad_(True)
-        if network.dtype != torch.float32:
+        if model.dtype != torch.float32:
             layer.router.register_forward_pre_hook(_float32_inputs)
-    if not take_over(network, tuning_experts):
-        network.set_experts_implementation(EXPERTS_FUNCTION)
-    return network, layers
+    if not take_over(model, tuning_experts):
+        model.set_experts_implementation(EXPERTS_FUNCTION)
+    return model, layers
 
 
-def _checkpoint_activations(network: Any) -> None:
+def _load(source: str | Path, dtype: torch.dtype | None, device: str, pages: Pages | None) -> Any:
+    """dtype None: the checkpoint's own."""
+    if pages is not None:
+        return load_for_tuning(pages.folder, pages.slots, dtype, device, pages.slots_format)
+    folder = local_folder(resolve_model(source))
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+
+
+def _checkpoint_activations(model: Any) -> None:
     """Every decoder layer keeps its input alone and computes the rest again in the backward pass."""
-    if not network.supports_gradient_checkpointing:
-        raise MelinoeError("this model knows no gradient checkpointing", got=type(network).__name__)
+    if not model.supports_gradient_checkpointing:
+        raise MelinoeError("this model knows no gradient checkpointing", got=type(model).__name__)
     # the reentrant kind gives router logits without a gradient, silently
-    network.activation_checkpointing_enable({"use_reentrant": False})
-    network.disable_input_require_grads()  # only the reentrant kind needs them
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # only the reentrant kind needs them
 
 
 def _float32_inputs(_router: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

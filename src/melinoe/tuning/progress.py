@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -59,3 +62,17 @@ class TuningProgress:
             if record[name] is not None
         ]
         self.held_out = " | held out " + " ".join(parts)
+
+
+@contextlib.contextmanager
+def trainer_silenced() -> Iterator[None]:
+    """Keeps Trainer's remarks (INFO and WARNING of its loggers) out of our progress line."""
+    loggers = [logging.getLogger(name) for name in ("transformers.trainer", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

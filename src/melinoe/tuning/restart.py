@@ -1,6 +1,6 @@
 """Whether a run goes on where another was interrupted.
 
-It does with the same settings, data and base model, and a checkpoint.
+It does with the same settings, data and base model, and a saved run.
 """
 
 from __future__ import annotations
@@ -12,60 +12,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from melinoe.data.rows import Encoded
+from melinoe.adapters.peft_folder import Base
 from melinoe.errors import MelinoeError
-from melinoe.tuning.checkpoint import CHECKPOINT, STATE, steps_done
+from melinoe.tuning import saved_run
 from melinoe.tuning.settings import SETTINGS, TuneSettings
+from melinoe.tuning.training_rows import TrainingRows
 
 RUN = "run.json"
 
 
 @dataclass(frozen=True)
 class Restart:
-    """checkpoint, steps_done: None where the run starts anew. note: what a person should know, or nothing."""
+    """saved, steps_done: None where the run starts anew. note: what a person should know, or nothing."""
 
-    checkpoint: Path | None = None
+    saved: Path | None = None
     steps_done: int | None = None
     note: str = ""
 
 
-def run_identity(
-    settings: TuneSettings,
-    parts: int,
-    base_fingerprint: str,
-    encoded: list[Encoded],
-    base_format: str = "auto",
-) -> dict[str, Any]:
+def run_identity(settings: TuneSettings, rows: TrainingRows, base: Base) -> dict[str, Any]:
     """What a run must share with an interrupted one to go on with it.
 
     Two processes may go on with what one accumulated in two parts: only the number of parts counts. Experts
-    may have been paged before and resident now; base_format says how they are rounded, which the fingerprint
-    does not.
+    may have been paged before and resident now; the base's format says how they are rounded, which its
+    fingerprint does not.
     """
-    digest = hashlib.sha256(json.dumps([row.ids for row in encoded]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([row.ids for row in rows.encoded]).encode()).hexdigest()[:16]
     named = {name: value for name, value in settings.as_dict().items() if SETTINGS[name].changes_losses}
     return {
         "settings": named,
-        "parts": parts,
-        "base_fingerprint": base_fingerprint,
+        "parts": rows.parts,
+        "base_fingerprint": base.fingerprint,
         "data": digest,
-        "base_format": base_format,
+        "base_format": base.format,
     }
 
 
 def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> Restart:
-    """Makes the work folder, or finds the checkpoint in it.
+    """Makes the work folder, or finds the saved run in it.
 
     Args:
         work: OUTPUT.partial.
-        resume: there must be a checkpoint of this very run.
+        resume: this very run must have been saved there.
         overwrite: start anew whatever stands there.
 
     Raises:
         MelinoeError: `resume` and nothing to go on with; nothing is removed then.
     """
-    checkpoint = work / CHECKPOINT
-    found = (checkpoint / STATE).is_file()
+    saved = work / saved_run.FOLDER
+    found = (saved / saved_run.STATE).is_file()
     differs = _differences(work, identity)
     if resume and not found:
         raise MelinoeError(
@@ -80,8 +75,8 @@ def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool
             next_step="give what that run was given, or --overwrite to start anew",
         )
     if found and not differs and not overwrite:
-        steps = steps_done(checkpoint)
-        return Restart(checkpoint, steps, f"going on after step {steps} of the run in {work}")
+        steps = saved_run.steps_done(saved)
+        return Restart(saved, steps, f"going on after step {steps} of the run in {work}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     (work / RUN).write_text(json.dumps(identity))
@@ -93,12 +88,12 @@ def _differences(work: Path, identity: dict[str, Any]) -> str:
     """What the interrupted run had otherwise, by name; empty where nothing."""
     try:
         old = json.loads((work / RUN).read_text())
-        pairs = [("", old, identity), ("", old["settings"], identity["settings"])]
+        pairs = [(old, identity), (old["settings"], identity["settings"])]
     except (OSError, ValueError, KeyError):
         return "settings"
     names = [
         name
-        for _, was, now in pairs
+        for was, now in pairs
         for name in sorted({*was, *now} - {"settings"})
         if was.get(name) != now.get(name)
     ]

@@ -206,10 +206,6 @@ class TuneSettings:
         completions."""
         return self.distill > 0 and self.distill_prompt
 
-    def schedule(self, done: float) -> float:
-        """What both weights are multiplied by when the share `done` of the run is over, 0 .. 1."""
-        return min(1.0, (1 - done) / self.cooldown) if self.cooldown else 1.0
-
     def learning_rates(self, width: int) -> tuple[float, float]:
         """(of the experts' factors, of the routers) for a model whose hidden states have `width` entries."""
         rate, router_rate = self.learning_rate, self.router_learning_rate

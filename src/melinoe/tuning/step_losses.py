@@ -1,9 +1,13 @@
-"""One forward pass to the three losses of Eq. 6, for any model that melinoe.models.layers can read."""
+"""One part of a step: a forward pass to the terms of Eq. 6, for any model that melinoe.models.layers can
+read.
+
+The terms and their sum are pure functions in losses/; here stand the model passes, what is kept from one step
+to the next, and which layers go into one call.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -16,28 +20,31 @@ from melinoe.losses.cache_loss import (
     soft_cache_misses,
     straight_through_requests,
 )
-from melinoe.losses.likelihood import likelihood
-from melinoe.losses.rank_matching import rank_matching
+from melinoe.losses.likelihood import Likelihood, likelihood, next_token_positions
+from melinoe.losses.load_price import load_price
+from melinoe.losses.rank_matching import rank_matching, router_divergence
+from melinoe.losses.tuning_loss import PartOfStep, boundary_strength, tuning_loss
 from melinoe.models.layers import MoeLayer, experts_per_token
+from melinoe.models.logits import logits_at
 from melinoe.models.router_tap import RouterRecord, RouterTap, requests, router_probabilities, score_kind
-from melinoe.tuning.batches import StepCounts
+from melinoe.tuning.base_model import as_base
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_means import Losses, StepMeans
-from melinoe.tuning.weight_control import Weight
+from melinoe.tuning.step_batches import StepCounts, TokensPerStep
+from melinoe.tuning.step_means import PartLosses, StepMeans
+from melinoe.tuning.weight_control import WeightController
 
-# Scored tokens of a step below which the boundary objective's weights grow in inverse proportion. With few
-# tokens the likelihood's gradient is mostly noise, which AdamW scales up to full steps, and the cache's is
-# lost in it: T0 mix alone (113 a step) gave 5 percent fewer loads where, together with GSM8K (312), it gave
-# 21 (docs/log.md).
-SCORED_TOKENS = 400.0
-USAGE_MEMORY = 0.98  # per step, of the running load of each expert
+USAGE_SMOOTHING = 0.98  # per step, of the running load of each expert
 
 
-class TuningLosses:
+class StepLosses:
     """Holds what a step needs besides the model: frozen copies of the base routers, and how they score.
 
     The base router is asked the same hidden states as the tuned one, so that rank matching sees the drift
     of the router and not that of the features below it.
+
+    Attributes:
+        cooling: what both weights are multiplied by now (losses.tuning_loss.cooled); the trainer sets it.
+        controller: moves the weight of the cache loss, where an aim is given.
     """
 
     def __init__(self, model: nn.Module, layers: list[MoeLayer], settings: TuneSettings) -> None:
@@ -47,52 +54,47 @@ class TuningLosses:
         self.base_routers = [copy.deepcopy(layer.router).eval().requires_grad_(False) for layer in layers]
         self.kinds: list[str] | None = None
         self.nll_level: float | None = None  # running mean of the likelihood loss
-        self.weight = Weight(settings.target_hit_rate, settings.max_quality_loss, settings.max_steps)
-        # by layer: [E] share of late tokens that asked for each expert
-        self.usage: dict[int, torch.Tensor] = {}
-        self.schedule = 1.0  # of both weights, by the share of the run that is over
+        self.controller = WeightController(
+            settings.target_hit_rate, settings.max_quality_loss, settings.max_steps
+        )
+        self.usage: dict[int, torch.Tensor] = {}  # by layer: [E] share of late tokens that asked for each
+        self.cooling = 1.0
 
-    def __call__(
-        self, model: nn.Module, batch: dict[str, Any], tokens_per_step: tuple[float, float]
-    ) -> Losses:
-        """Args:
-        batch: an item of batches.Batches, one part of a step.
-        tokens_per_step: mean completion and scored tokens of a step. Sums are divided by these instead
-            of the step's own counts, so that every token of the data weighs the same.
+    def __call__(self, model: nn.Module, batch: dict[str, Any], tokens_per_step: TokensPerStep) -> PartLosses:
+        """The losses of one part of a step.
+
+        Args:
+            batch: an item of StepBatches.
+            tokens_per_step: of a mean step. Sums are divided by these instead of the step's own counts, so
+                that every token of the data weighs the same.
         """
         settings, mask_BS = self.settings, batch["attention_mask"]
         counts: StepCounts = batch["counts"]
-        with_base = settings.distill > 0 or settings.max_quality_loss is not None
-        with RouterTap(self.layers) as tap:
-            found = likelihood(
-                model, batch, self.layers, self.base_routers, with_base, settings.distills_prompt
-            )
-        # the reentrant kind of gradient checkpointing would cut them off, silently
-        assert all(record.logits.requires_grad for record in tap.records) or not torch.is_grad_enabled()
-        if self.kinds is None:
-            self.kinds = [score_kind(record) for record in tap.records]
-        probabilities = [
-            router_probabilities(record.logits, kind)
-            for record, kind in zip(tap.records, self.kinds, strict=True)
-        ]
+        found, tap = self.quality(model, batch)
+        probabilities = self._probabilities(tap.records)
         scored_BS = scored_positions(mask_BS, batch["prompt_lengths"])
         with torch.set_grad_enabled(settings.lambda_cs > 0):
             misses, missed_share, asked = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
         with torch.set_grad_enabled(settings.lambda_rm > 0):
-            rank = self._rank_loss(tap.records, probabilities, batch["ranked"].reshape(-1))
-            rank = rank * (float(batch["ranked"].sum()) / counts.ranked)
-        nll = found.nll / max(found.tokens, 1)
-        total = (1 - settings.distill) * found.tokens / tokens_per_step[0] * nll
-        if found.divergence is not None and settings.distill > 0:
-            compared = counts.tokens - counts.rows if settings.distills_prompt else counts.completion
-            total = total + settings.distill * found.divergence / max(compared, 1)
-        strength = self._strength(tokens_per_step[1]) * self.schedule
-        if settings.lambda_cs > 0:
-            scored_weight = float(scored_BS.sum()) / max(tokens_per_step[1], 1e-9)
-            total = total + self.weight.factor * strength * settings.lambda_cs * scored_weight * misses
-        if settings.lambda_rm > 0:
-            total = total + strength * settings.lambda_rm * rank
-        losses = Losses(total, nll.detach(), misses.detach(), rank.detach(), 1 - missed_share, asked=asked)
+            ranks = self._rank_loss(tap.records, probabilities, batch["ranked"].reshape(-1))
+            ranks = ranks * (float(batch["ranked"].sum()) / counts.ranked)
+        nll, strength = found.nll / max(found.tokens, 1), self._strength(tokens_per_step.scored)
+        total = tuning_loss(
+            nll,
+            misses if settings.lambda_cs > 0 else None,
+            ranks if settings.lambda_rm > 0 else None,
+            self.controller.factor * strength * settings.lambda_cs,
+            strength * settings.lambda_rm,
+            distill=settings.distill,
+            divergence=found.divergence,
+            part=PartOfStep(
+                found.tokens / tokens_per_step.completion,
+                float(scored_BS.sum()) / max(tokens_per_step.scored, 1e-9),
+                counts.tokens - counts.rows if settings.distills_prompt else counts.completion,
+            ),
+        )
+        shown = (nll.detach(), misses.detach(), ranks.detach(), 1 - missed_share)
+        losses = PartLosses(total, *shown, asked=asked)
         losses.tokens, losses.scored = found.tokens, int(scored_BS.sum())
         if found.divergence is not None and found.base_nll is not None:
             losses.divergence_tokens = found.divergence_tokens
@@ -104,44 +106,66 @@ class TuningLosses:
         """Moves the running means by what a whole step gave, in all parts and processes."""
         nll = means.values["nll"]
         if nll is not None and means.tokens:
-            self.nll_level = nll if self.nll_level is None else 0.9 * self.nll_level + 0.1 * nll
+            old = self.nll_level
+            self.nll_level = nll if old is None else 0.9 * old + 0.1 * nll
         hit_rate, base_nll = means.values["hit_rate"], means.values["base_nll"]
         if nll is not None and hit_rate is not None and means.tokens and means.scored:
-            self.weight.step(hit_rate, None if base_nll is None else nll - base_nll)
+            self.controller.step(hit_rate, None if base_nll is None else nll - base_nll)
         for index, now_E in means.asked.items():
-            old_E = self.usage.get(index)
-            self.usage[index] = now_E if old_E is None else USAGE_MEMORY * old_E + (1 - USAGE_MEMORY) * now_E
+            old_E, keep = self.usage.get(index), USAGE_SMOOTHING
+            self.usage[index] = now_E if old_E is None else keep * old_E + (1 - keep) * now_E
 
-    def memory(self) -> dict[str, Any]:
-        """What must survive an interruption besides the tensors."""
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive an interruption besides the tensors that are trained; JSON."""
         return {
             "nll_level": self.nll_level,
-            "weight_factor": self.weight.factor,
-            "weight_seen": self.weight.seen,
+            "weight_factor": self.controller.factor,
+            "weight_seen": self.controller.seen,
             "usage": {str(index): usage.tolist() for index, usage in self.usage.items()},
         }
 
-    def remember(self, memory: dict[str, Any]) -> None:
-        self.nll_level, self.weight.seen = memory["nll_level"], memory["weight_seen"]
-        self.weight.factor = memory["weight_factor"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.nll_level, self.controller.seen = state["nll_level"], state["weight_seen"]
+        self.controller.factor = state["weight_factor"]
         device = self.layers[0].experts.low_rank.up_A.device
         self.usage = {
-            int(index): torch.tensor(usage, device=device) for index, usage in memory["usage"].items()
+            int(index): torch.tensor(usage, device=device) for index, usage in state["usage"].items()
         }
 
-    def _strength(self, scored_tokens: float) -> float:
-        """What both weights are multiplied by.
+    def quality(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Likelihood, RouterTap]:
+        """One pass with gradient, and where it is compared one of the base model without; what routers did.
 
-        1 unless `relative`, and in the first step, which knows no level yet.
-
-        The square root of the likelihood loss of late. Constant weights let misses alone govern a model that
-        is nearly certain of its answers (0.001 nats), weights in proportion to the loss leave it as it is;
-        between a model of 2.3 nats and one of 0.001 the root held.
+        The base model is not tapped: what it asks for is not what the tuned one asks for.
         """
+        settings = self.settings
+        compared = settings.distill > 0 or settings.max_quality_loss is not None
+        follows_BS, completion_BS = next_token_positions(batch["attention_mask"], batch["prompt_lengths"])
+        chosen_BS = follows_BS if settings.distills_prompt else completion_BS
+        base_NV = None
+        if compared:
+            with torch.no_grad(), as_base(model, self.layers, self.base_routers):
+                base_NV = logits_at(model, batch, chosen_BS)
+        with RouterTap(self.layers) as tap:
+            logits_NV = logits_at(model, batch, chosen_BS)
+        # the reentrant kind of gradient checkpointing would cut them off, silently
+        assert all(record.logits.requires_grad for record in tap.records) or not torch.is_grad_enabled()
+        next_tokens_N = batch["input_ids"].roll(-1, 1)[chosen_BS]
+        return likelihood(logits_NV, next_tokens_N, completion_BS[chosen_BS], base_NV), tap
+
+    def _probabilities(self, records: list[RouterRecord]) -> list[torch.Tensor]:
+        """p_f of every layer, [T, E]."""
+        if self.kinds is None:
+            self.kinds = [score_kind(record) for record in records]
+        return [
+            router_probabilities(record.logits, kind)
+            for record, kind in zip(records, self.kinds, strict=True)
+        ]
+
+    def _strength(self, scored_tokens: float) -> float:
+        """What both weights are multiplied by now. scored_tokens: of a mean step."""
         if not self.settings.relative or self.settings.form.gradient != "boundary":
-            return 1.0
-        level = 1.0 if self.nll_level is None else math.sqrt(self.nll_level)
-        return level * max(1.0, SCORED_TOKENS / max(scored_tokens, 1.0))
+            return self.cooling
+        return boundary_strength(self.nll_level, scored_tokens) * self.cooling
 
     def _cache_loss(
         self,
@@ -150,7 +174,7 @@ class TuningLosses:
         mask_BS: torch.Tensor,
         scored_BS: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[int, torch.Tensor]]:
-        """(Eq. 4 over all layers, the share of requests that the runtime would miss, Losses.asked).
+        """(Eq. 4 over all layers, the share of requests that the runtime would miss, PartLosses.asked).
 
         Equal layers are computed in one call.
         """
@@ -181,22 +205,14 @@ class TuningLosses:
                 scored_T = scored_BS.reshape(-1)
                 asked |= zip(members, asked_LTE[:, scored_T].sum(1), strict=True)
                 if all(index in self.usage for index in members) and bool(scored_T.any()):
-                    misses = misses + self._price_of_load(requests_LTE[:, scored_T], members)
+                    usage_LE = torch.stack([self.usage[index] for index in members])
+                    misses = misses + load_price(
+                        requests_LTE[:, scored_T], usage_LE, self.settings.balance, self.top_k
+                    )
             total = total + misses * (len(members) / len(self.layers))
             asked_LBSE = asked_LTE.view(len(members), *mask_BS.shape, num_experts)
             missed = missed + simulated_misses(asked_LBSE, mask_BS, scored_BS, capacity).sum()
         return total, missed / (len(self.layers) * self.top_k), asked
-
-    def _price_of_load(self, requests_LNE: torch.Tensor, members: list[int]) -> torch.Tensor:
-        """What the experts that everybody asks for cost more, and the others less, per scored token.
-
-        price(e) = balance (E/K f(e) - 1), f the share of late tokens that asked for e, over all sequences.
-        Misses alone are cheapest when all sequences share the same experts; with a price on those each keeps
-        to its own.
-        """
-        usage_LE = torch.stack([self.usage[index] for index in members])
-        price_LE = self.settings.balance * (usage_LE * requests_LNE.shape[-1] / self.top_k - 1)
-        return (requests_LNE * price_LE[:, None]).sum(-1).mean()
 
     def _rank_loss(
         self, records: list[RouterRecord], probabilities: list[torch.Tensor], ranked_T: torch.Tensor
@@ -217,8 +233,7 @@ class TuningLosses:
                 base_TE = router_probabilities(logits, kind)
             tuned_TE = tuned_TE[chosen_T]
             if settings.form.anchor == "divergence":
-                log_ratio_TE = base_TE.clamp_min(1e-20).log() - tuned_TE.clamp_min(1e-20).log()
-                total = total + (base_TE * log_ratio_TE).sum(-1).mean()
+                total = total + router_divergence(tuned_TE, base_TE)
             else:
                 total = total + rank_matching(tuned_TE, base_TE, settings.rho, settings.rho_per_expert)
         return total / len(self.layers)

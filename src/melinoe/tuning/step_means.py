@@ -22,7 +22,7 @@ _COUNTS = ("tokens", "scored", "divergence_tokens")
 
 
 @dataclass
-class Losses:
+class PartLosses:
     """What one part of a step gave.
 
     total is what is minimised: its sum over the parts is the loss of the step. The others are means for
@@ -53,8 +53,8 @@ class Losses:
 class StepMeans:
     """Means of a whole step.
 
-    values: the fields of Losses, None where not finite or not asked for. asked: by layer, [E] share of scored
-    tokens. seconds: since the run began, on the first process's clock.
+    values: the fields of PartLosses, None where not finite or not asked for. asked: by layer, [E] share of
+    scored tokens. seconds: since the run began, on the first process's clock.
     """
 
     values: dict[str, float | None]
@@ -69,9 +69,9 @@ class StepSums:
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
-        self.parts: list[Losses] = []
+        self.parts: list[PartLosses] = []
 
-    def add(self, losses: Losses) -> None:
+    def add(self, losses: PartLosses) -> None:
         self.parts.append(replace(losses, total=losses.total.detach()))
 
     def finish(self, seconds: float) -> StepMeans:

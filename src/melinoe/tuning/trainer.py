@@ -1,7 +1,8 @@
 """The training loop of `tune`: transformers' Trainer with the losses of Eq. 6.
 
 Trainer runs the loop, over gradients that accumulate and over several processes; ours are the losses, the two
-learning rates, the planned batches, and a checkpoint of what is trained. What a run shares with the next one
+learning rates, the planned batches, and a saved run of what is trained alone. What a run shares with the next
+one
 lies in one folder: losses.jsonl, evaluations.jsonl and checkpoint/.
 """
 
@@ -19,14 +20,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from melinoe.errors import MelinoeError
+from melinoe.losses.tuning_loss import cooled
 from melinoe.models.layers import MoeLayer
-from melinoe.tuning import checkpoint
-from melinoe.tuning.batches import Batches
+from melinoe.tuning import saved_run
 from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.parallel.processes import Processes
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_losses import TuningLosses
+from melinoe.tuning.step_batches import StepBatches, TokensPerStep
+from melinoe.tuning.step_losses import StepLosses
 from melinoe.tuning.step_means import StepMeans, StepSums
 
 LOG, EVALUATIONS = "losses.jsonl", "evaluations.jsonl"
@@ -39,8 +41,7 @@ class LocalityTrainer(Trainer):
 
     Args:
         model: routers and factors require gradient, nothing else does.
-        folder: where the logs and the checkpoint go.
-        tokens_per_step: mean completion and scored tokens of a step.
+        folder: where the logs and the saved run go.
         evaluation: held-out rows to measure on, or None.
     """
 
@@ -50,10 +51,10 @@ class LocalityTrainer(Trainer):
         self,
         model: nn.Module,
         layers: list[MoeLayer],
-        batches: Batches,
+        batches: StepBatches,
         settings: TuneSettings,
         folder: Path,
-        tokens_per_step: tuple[float, float],
+        tokens_per_step: TokensPerStep,
         device: str,
         progress: TuningProgress,
         processes: Processes | None = None,
@@ -84,7 +85,7 @@ class LocalityTrainer(Trainer):
         self.settings, self.folder, self.layers = settings, folder, layers
         self.tokens_per_step, self.progress, self.evaluation = tokens_per_step, progress, evaluation
         self.processes = processes or Processes()
-        self.losses = TuningLosses(model, layers, settings)
+        self.losses = StepLosses(model, layers, settings)
         self.sums = StepSums(self.processes)
         self.means: StepMeans | None = None
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -112,7 +113,7 @@ class LocalityTrainer(Trainer):
         # dropout, also after a resume; each part draws its own
         parts = self.settings.accumulate * processes.count
         torch.manual_seed(((self.settings.seed << 20) + step) * parts + part)
-        self.losses.schedule = self.settings.schedule(self.done_share(step))
+        self.losses.cooling = cooled(self.done_share(step), self.settings.cooldown)
         losses = self.losses(model, inputs, self.tokens_per_step)
         self.sums.add(losses)
         return losses.total * processes.count  # whose gradients are averaged, and are to be summed
@@ -170,27 +171,27 @@ class LocalityTrainer(Trainer):
         """Not counted: Trainer would walk all parameters at every step for it."""
         return 0
 
-    # ------------------------------------------------------------ checkpoint and resume
+    # ------------------------------------------------------------ saving and resuming
 
-    def _trained(self) -> checkpoint.Trained:
+    def _trained(self) -> saved_run.Trained:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self.processes.is_first:
             return
-        memory = {"skipped_steps": str(self.skipped_steps), "losses": json.dumps(self.losses.memory())}
-        checkpoint.save(self.folder, self._trained(), self.optimizer, self.state, memory)
+        notes = {"skipped_steps": str(self.skipped_steps), "losses": json.dumps(self.losses.state_dict())}
+        saved_run.save_run(self.folder, self._trained(), self.optimizer, self.state, notes)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        memory = checkpoint.load_weights(Path(resume_from_checkpoint), self._trained())
-        self.skipped_steps = int(memory["skipped_steps"])
-        self.losses.remember(json.loads(memory["losses"]))
+        notes = saved_run.load_weights(Path(resume_from_checkpoint), self._trained())
+        self.skipped_steps = int(notes["skipped_steps"])
+        self.losses.load_state_dict(json.loads(notes["losses"]))
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None:
             return
-        checkpoint.load_moments(Path(folder), self._trained(), self.optimizer)
-        step = checkpoint.steps_done(Path(folder))
+        saved_run.load_moments(Path(folder), self._trained(), self.optimizer)
+        step = saved_run.steps_done(Path(folder))
         self.lr_scheduler.last_epoch = step
         for group, first in zip(self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True):
             group["lr"] = first * self._learning_rate_at(step)
@@ -231,8 +232,8 @@ class _Steps(TrainerCallback):
             value = means.values[name]
             if value is not None or name not in optional:
                 record[name] = None if value is None else round(value, 6)
-        if trainer.losses.weight.steers:
-            record["weight_factor"] = round(trainer.losses.weight.factor, 5)
+        if trainer.losses.controller.steers:
+            record["weight_factor"] = round(trainer.losses.controller.factor, 5)
         record |= {"seconds": round(means.seconds, 3), "skipped": trainer.skipped_in_a_row > 0}
         self._log(LOG, record)
         limit = trainer.settings.time_limit

@@ -1,34 +1,29 @@
-"""`tune`: model and data in, adapter folder out. The verb; the loop stands in trainer.py."""
+"""`tune`: model and data in, adapter folder out. The verb as a sequence of steps."""
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from melinoe.adapters.peft_folder import Base, write_adapter
-from melinoe.data.rows import Encoded, describe_rows, encode_rows, read_rows
+from melinoe.adapters.peft_folder import Base
 from melinoe.errors import MelinoeError
 from melinoe.files import partial_of
-from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import experts_per_token, fingerprint
-from melinoe.tuning.batches import Batches, padding_share, plan_batches
 from melinoe.tuning.evaluation import Evaluation
-from melinoe.tuning.memory.needed import TuningMemory, batch_shape, device_of, memory_needed
+from melinoe.tuning.memory.needed import TuningMemory, device_of, memory_needed
 from melinoe.tuning.memory.pages import paging
 from melinoe.tuning.model import prepare_model
 from melinoe.tuning.parallel.processes import Processes
-from melinoe.tuning.parallel.sharding import average_trained_alone, shard_frozen, weight_bytes
-from melinoe.tuning.progress import TuningProgress
+from melinoe.tuning.parallel.sharding import distribute
+from melinoe.tuning.progress import TuningProgress, trainer_silenced
 from melinoe.tuning.restart import open_run, run_identity
+from melinoe.tuning.result import write_result
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.trainer import EVALUATIONS, LOG, LocalityTrainer
+from melinoe.tuning.step_batches import StepBatches
+from melinoe.tuning.trainer import LocalityTrainer
+from melinoe.tuning.training_rows import read_held_out_rows, read_training_rows
 
 
 def tune(
@@ -76,96 +71,61 @@ def tune(
         KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
     """
     chosen = TuneSettings.named(settings)
-    if resume and overwrite:
-        raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
-    output = Path(output_dir)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
-        raise MelinoeError(
-            f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
-        )
-    started = time.monotonic()
-    device = device_of(chosen)
+    output = _free_output(Path(output_dir), resume, overwrite)
+    started, device = time.monotonic(), device_of(chosen)
     processes = Processes.join(device)
-    progress = progress and processes.is_first
-    parts = chosen.accumulate * processes.count
-    tokenizer, encoded, plan = _read(model, data, chosen, parts, progress)
-    held_out = _held_out(tokenizer, data, eval_data, chosen)
-    pages = paging(model, memory, chosen, batch_shape(encoded, plan, chosen, parts), device)
-    network, layers = prepare_model(model, chosen, device, pages)
-    base_fingerprint = fingerprint(network)
-    if chosen.shard:
-        shard_frozen(network, processes)
-    if processes.count > 1:
-        average_trained_alone(network)
-    work = partial_of(output)
-    base_format = "auto" if pages is None else pages.record_format
-    identity = run_identity(chosen, parts, base_fingerprint, encoded, base_format)
-    restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
-    if restart.note and progress:
+    show = progress and processes.is_first
+    rows = read_training_rows(model, data, chosen, processes.count, show)
+    held_out = read_held_out_rows(rows.tokenizer, data, eval_data, chosen)
+    pages = paging(model, memory, chosen, rows.largest_batch(chosen), device)
+    tuned, layers = prepare_model(model, chosen, device, pages)
+    if pages is None:
+        base = Base(str(model), fingerprint(tuned))
+    else:
+        base = Base(pages.source, fingerprint(tuned), pages.record_format)
+    distribute(tuned, processes, chosen.shard)
+    identity = run_identity(chosen, rows, base)
+    restart = processes.ask_first(lambda: open_run(partial_of(output), identity, resume, overwrite))
+    if restart.note and show:
         print(f"melinoe: {restart.note}", file=sys.stderr)
-    pad_token_id = tokenizer.pad_token_id or 0
-    batches = Batches(
-        encoded,
-        plan,
-        pad_token_id,
-        rank_tokens=chosen.rank_tokens,
-        seed=chosen.seed,
-        accumulate=chosen.accumulate,
-        process=processes.index,
-        processes=processes.count,
-    )
-    slots = max(chosen.capacity(layer.num_experts, experts_per_token(network)) for layer in layers)
+    slots = max(chosen.capacity(layer.num_experts, experts_per_token(tuned)) for layer in layers)
     evaluation = None
     if held_out:
-        evaluation = Evaluation(held_out, layers, slots, chosen.batch_tokens, pad_token_id, processes)
-    with _quiet(), TuningProgress(progress, chosen.max_steps) as bar:
+        evaluation = Evaluation(held_out, layers, slots, chosen.batch_tokens, rows.pad_token_id, processes)
+    with trainer_silenced(), TuningProgress(show, chosen.max_steps) as bar:
         trainer = LocalityTrainer(
-            network,
+            tuned,
             layers,
-            batches,
+            StepBatches.of(rows.encoded, rows.plan, rows.pad_token_id, chosen, processes),
             chosen,
-            work,
-            _tokens_per_step(encoded, plan),
+            partial_of(output),
+            rows.tokens_per_step(),
             device,
             bar,
             processes,
             evaluation,
         )
-        trainer.train(resume_from_checkpoint=str(restart.checkpoint) if restart.checkpoint else None)
-    steps = trainer.state.global_step
+        trainer.train(resume_from_checkpoint=str(restart.saved) if restart.saved else None)
+    found = {
+        "seconds": round(time.monotonic() - started, 2),
+        "tokens": rows.tokens(trainer.state.global_step),
+        "resumed_from": restart.steps_done,
+        "rows": len(rows.encoded),
+        "slots": slots,
+        **({} if pages is None else {"paged": pages.to_json(tuned)}),
+    }
+    return processes.ask_first(lambda: write_result(trainer, output, base, found))
 
-    def finish() -> dict[str, Any]:
-        result: dict[str, Any] = {
-            "steps": steps,
-            "seconds": round(time.monotonic() - started, 2),
-            "tokens": sum(len(encoded[row].ids) for rows in plan[:steps] for row in rows),
-            **_last_losses(work / LOG),
-            "skipped_steps": trainer.skipped_steps,
-            "resumed_from": restart.steps_done,
-            "rows": len(encoded),
-            "slots": slots,
-            "processes": processes.count,
-            "weight_bytes": weight_bytes(network),
-        }
-        if pages is not None:
-            result["paged"] = pages.to_json(network)
-        logs = [work / LOG]
-        if evaluation is not None:
-            logs.append(work / EVALUATIONS)
-            result["held_out"] = json.loads(logs[-1].read_text().splitlines()[-1])
-        card = write_adapter(
-            network,
-            output,
-            Base(str(model) if pages is None else pages.source, base_fingerprint, base_format),
-            settings=chosen.as_dict(),
-            result=result,
-            keep=tuple(logs),
+
+def _free_output(output: Path, resume: bool, overwrite: bool) -> Path:
+    """The output folder, refused where something stands in its way."""
+    if resume and overwrite:
+        raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
+        raise MelinoeError(
+            f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
         )
-        shutil.rmtree(work, ignore_errors=True)
-        prints = {key: card[key] for key in ("base_fingerprint", "fingerprint")}
-        return {"output_dir": str(output), **prints, **result}
-
-    return processes.ask_first(finish)
+    return output
 
 
 def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningMemory:
@@ -175,74 +135,5 @@ def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningM
         MelinoeError: as for `tune`, the output folder apart.
     """
     chosen = TuneSettings.named(settings)
-    _, encoded, plan = _read(model, data, chosen, chosen.accumulate)
-    batch = batch_shape(encoded, plan, chosen, chosen.accumulate)
-    return memory_needed(model, chosen, batch, device_of(chosen))
-
-
-def _read(
-    model: str | Path, data: str | Path, settings: TuneSettings, parts: int = 1, show: bool = False
-) -> tuple[Any, list[Encoded], list[list[int]]]:
-    """(tokenizer, rows as tokens, the plan of steps); with `show`, what was found goes to stderr."""
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(resolve_model(model)))
-    rows = read_rows(data)
-    encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
-    lengths = [len(row.ids) for row in encoded]
-    plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts)
-    if show:
-        left_out = len(rows) - len(encoded)
-        print(
-            f"melinoe: {data}: {describe_rows(rows)}; "
-            + (f"{left_out:,} left out (over {settings.max_length} tokens or empty); " if left_out else "")
-            + f"{padding_share(lengths, plan, parts):.1%} of a batch is padding",
-            file=sys.stderr,
-        )
-    return tokenizer, encoded, plan
-
-
-def _held_out(
-    tokenizer: Any, data: str | Path, eval_data: str | Path | None, settings: TuneSettings
-) -> list[Encoded]:
-    """Rows to measure on while tuning; none where that was not asked."""
-    if not settings.eval_steps:
-        return []
-    if eval_data is None and Path(data).is_file():
-        raise MelinoeError(
-            "tune: evaluation needs held-out rows, and a single file has none",
-            got=data,
-            next_step="give --eval-data, or --data a folder with valid.jsonl",
-        )
-    rows = read_rows(eval_data or data, "valid")
-    return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]
-
-
-def _tokens_per_step(encoded: list[Encoded], plan: list[list[int]]) -> tuple[float, float]:
-    """(completion tokens, scored tokens) of an average batch."""
-    completion = sum(len(encoded[row].ids) - encoded[row].prompt_length for rows in plan for row in rows)
-    rows = sum(map(len, plan))
-    return completion / len(plan), (completion - rows) / len(plan)
-
-
-def _last_losses(log: Path) -> dict[str, float | None]:
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    records = records[-max(1, len(records) // 10) :]
-    means: dict[str, float | None] = {}
-    for name in ("total", "nll", "misses", "rank", "hit_rate", "divergence"):
-        values = [record[name] for record in records if record.get(name) is not None]
-        means[name] = round(sum(values) / len(values), 5) if values else None
-    return means
-
-
-class _quiet:
-    """Keeps Trainer's remarks (INFO and WARNING of its loggers) out of our progress line."""
-
-    names = ("transformers.trainer", "accelerate")
-
-    def __enter__(self) -> None:
-        self.levels = [logging.getLogger(name).level for name in self.names]
-        for name in self.names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for name, level in zip(self.names, self.levels, strict=True):
-            logging.getLogger(name).setLevel(level)
+    rows = read_training_rows(model, data, chosen)
+    return memory_needed(model, chosen, rows.largest_batch(chosen), device_of(chosen))

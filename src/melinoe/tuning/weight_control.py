@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MEMORY = 0.95  # of the running means, per step: about 20 steps
+SMOOTHING = 0.95  # of the running means, per step: about 20 steps
 REACH = 8.0  # how far a whole run can move the logarithm of the weight
 LIMIT = 100.0  # of the factor and of its inverse: an aim out of reach must not run away with the whole loss
 HIT_RATE_SCALE = 0.05  # a hit rate this far off moves the weight at full speed
 
 
 @dataclass
-class Weight:
+class WeightController:
     """The multiplier of the cache loss's weight, and what it is steered by.
 
     target_hit_rate: 0 .. 1, or None. max_quality_loss: largest relative rise of perplexity, or None.
@@ -51,7 +51,7 @@ class Weight:
         value = hit_rate if self.target_hit_rate is not None else nll_above_base
         if not self.steers or value is None or not math.isfinite(value):
             return
-        self.seen = value if self.seen is None else MEMORY * self.seen + (1 - MEMORY) * value
+        self.seen = value if self.seen is None else SMOOTHING * self.seen + (1 - SMOOTHING) * value
         if self.target_hit_rate is not None:
             short = (self.target_hit_rate - self.seen) / HIT_RATE_SCALE
         else:

@@ -28,9 +28,9 @@ from melinoe.paging.slots import STAGING_RECORDS
 from melinoe.runtime.budget import given_bytes
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
-from melinoe.tuning.batches import part_of
 from melinoe.tuning.memory.activations import BatchShape, count
 from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.step_batches import part_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""The checkpoint of an unfinished run: what is trained, AdamW's moments, and what the losses remember.
+"""An unfinished run on disk: what is trained, AdamW's moments, and what the losses remember.
 
-One folder, whole or not at all: training.safetensors and Trainer's own trainer_state.json. No pickle.
+One folder, whole or not at all: training.safetensors and Trainer's own trainer_state.json. No pickle. (What a
+model's weights lie in is called a checkpoint elsewhere; this one holds a run, and no model comes from it.)
 """
 
 from __future__ import annotations
@@ -16,43 +17,39 @@ from transformers import TrainerState
 
 from melinoe.files import whole_folder
 
-CHECKPOINT, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
+FOLDER, WEIGHTS, STATE = "checkpoint", "training.safetensors", "trainer_state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's
 
 Trained = dict[str, nn.Parameter]
 
 
-def save(
-    folder: Path,
-    trained: Trained,
-    optimizer: torch.optim.Optimizer,
-    state: TrainerState,
-    memory: dict[str, str],
+def save_run(
+    work: Path, trained: Trained, optimizer: torch.optim.Optimizer, state: TrainerState, notes: dict[str, str]
 ) -> None:
-    """Writes FOLDER/checkpoint. memory: strings that come back from `load_weights`."""
+    """Writes WORK/checkpoint. notes: strings that come back from `load_weights`."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trained.items():
         tensors[name] = parameter
         moments = optimizer.state.get(parameter, {})
         tensors |= {f"{key}:{name}": value for key, value in moments.items()}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with whole_folder(folder / CHECKPOINT) as new:
-        save_file(tensors, new / WEIGHTS, memory)
+    with whole_folder(work / FOLDER) as new:
+        save_file(tensors, new / WEIGHTS, notes)
         state.save_to_json(str(new / STATE))
 
 
 @torch.no_grad()
-def load_weights(checkpoint: Path, trained: Trained) -> dict[str, str]:
-    """Puts the weights back; returns what `save` was told to remember."""
-    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+def load_weights(saved: Path, trained: Trained) -> dict[str, str]:
+    """Puts the weights back; returns the notes of `save_run`."""
+    with safe_open(saved / WEIGHTS, framework="pt") as file:
         for name, parameter in trained.items():
             parameter.copy_(file.get_tensor(name))
         return file.metadata()
 
 
 @torch.no_grad()
-def load_moments(checkpoint: Path, trained: Trained, optimizer: torch.optim.Optimizer) -> None:
-    with safe_open(checkpoint / WEIGHTS, framework="pt") as file:
+def load_moments(saved: Path, trained: Trained, optimizer: torch.optim.Optimizer) -> None:
+    with safe_open(saved / WEIGHTS, framework="pt") as file:
         names = set(file.keys())
         for name, parameter in trained.items():
             for key in MOMENTS:
@@ -61,5 +58,5 @@ def load_moments(checkpoint: Path, trained: Trained, optimizer: torch.optim.Opti
                     optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
-def steps_done(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / STATE).read_text())["global_step"])
+def steps_done(saved: Path) -> int:
+    return int(json.loads((saved / STATE).read_text())["global_step"])

@@ -20,6 +20,8 @@ import torch
 
 from melinoe.data.batching import length_batches, pad
 from melinoe.data.rows import Encoded
+from melinoe.tuning.parallel.processes import Processes
+from melinoe.tuning.settings import TuneSettings
 
 POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many steps
 
@@ -68,6 +70,14 @@ def padding_share(lengths: list[int], plan: list[list[int]], parts: int = 1) -> 
 
 
 @dataclass(frozen=True)
+class TokensPerStep:
+    """Of a mean step: completion tokens, and those of them that decoding would process (scored_positions)."""
+
+    completion: float
+    scored: float
+
+
+@dataclass(frozen=True)
 class StepCounts:
     """What a whole step holds, all parts together.
 
@@ -80,7 +90,7 @@ class StepCounts:
     ranked: int
 
 
-class Batches(torch.utils.data.Dataset):
+class StepBatches(torch.utils.data.Dataset):
     """Dataset of the batches that one process computes, in order, `accumulate` of them per step.
 
     An item is padded right: {input_ids, attention_mask [B, S], prompt_lengths [B], ranked [B, S] bool (the
@@ -107,6 +117,27 @@ class Batches(torch.utils.data.Dataset):
         self.encoded, self.plan, self.pad_token_id = encoded, plan, pad_token_id
         self.rank_tokens, self.seed = rank_tokens, seed
         self.accumulate, self.process, self.processes = accumulate, process, processes
+
+    @classmethod
+    def of(
+        cls,
+        encoded: list[Encoded],
+        plan: list[list[int]],
+        pad_token_id: int,
+        settings: TuneSettings,
+        processes: Processes,
+    ) -> StepBatches:
+        """Those of one process of a run."""
+        return cls(
+            encoded,
+            plan,
+            pad_token_id,
+            rank_tokens=settings.rank_tokens,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            process=processes.index,
+            processes=processes.count,
+        )
 
     def __len__(self) -> int:
         return len(self.plan) * self.accumulate

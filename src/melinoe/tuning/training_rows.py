@@ -1,0 +1,95 @@
+"""The rows of a run: read, turned into tokens, planned into steps, and what is kept apart to measure on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from melinoe.data.rows import Encoded, describe_rows, encode_rows, read_rows
+from melinoe.errors import MelinoeError
+from melinoe.models.folder import local_folder, resolve_model
+from melinoe.tuning.memory.activations import BatchShape
+from melinoe.tuning.memory.needed import batch_shape
+from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.step_batches import TokensPerStep, padding_share, plan_batches
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a run trains on.
+
+    encoded: the rows as tokens. plan: row numbers of every step. parts: into which a step is divided.
+    """
+
+    tokenizer: Any
+    encoded: list[Encoded]
+    plan: list[list[int]]
+    parts: int
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def largest_batch(self, settings: TuneSettings) -> BatchShape:
+        return batch_shape(self.encoded, self.plan, settings, self.parts)
+
+    def tokens(self, steps: int) -> int:
+        """Real tokens of the first so many steps."""
+        return sum(len(self.encoded[row].ids) for rows in self.plan[:steps] for row in rows)
+
+    def tokens_per_step(self) -> TokensPerStep:
+        rows = [self.encoded[row] for numbers in self.plan for row in numbers]
+        completion = sum(len(row.ids) - row.prompt_length for row in rows)
+        return TokensPerStep(completion / len(self.plan), (completion - len(rows)) / len(self.plan))
+
+
+def read_training_rows(
+    model: str | Path, data: str | Path, settings: TuneSettings, processes: int = 1, show: bool = False
+) -> TrainingRows:
+    """Reads what a run trains on, with the model's own tokenizer.
+
+    Args:
+        show: say on stderr what was found.
+
+    Raises:
+        MelinoeError: no such data, or no usable rows.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(local_folder(resolve_model(model)))
+    rows = read_rows(data)
+    encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
+    lengths = [len(row.ids) for row in encoded]
+    parts = settings.accumulate * processes
+    plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts)
+    if show:
+        left_out = len(rows) - len(encoded)
+        why = f"{left_out:,} left out (over {settings.max_length} tokens or empty); " if left_out else ""
+        padding = f"{padding_share(lengths, plan, parts):.1%} of a batch is padding"
+        print(f"melinoe: {data}: {describe_rows(rows)}; {why}{padding}", file=sys.stderr)
+    return TrainingRows(tokenizer, encoded, plan, parts)
+
+
+def read_held_out_rows(
+    tokenizer: Any, data: str | Path, eval_data: str | Path | None, settings: TuneSettings
+) -> list[Encoded]:
+    """The rows to measure on while tuning; none where that was not asked.
+
+    Args:
+        eval_data: None: the valid split of `data`.
+
+    Raises:
+        MelinoeError: no such rows.
+    """
+    if not settings.eval_steps:
+        return []
+    if eval_data is None and Path(data).is_file():
+        raise MelinoeError(
+            "tune: evaluation needs held-out rows, and a single file has none",
+            got=data,
+            next_step="give --eval-data, or --data a folder with valid.jsonl",
+        )
+    rows = read_rows(eval_data or data, "valid")
+    return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]

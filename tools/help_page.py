@@ -1,4 +1,4 @@
-"""Writes docs/help.md from the command line itself: what every verb's --help says, and what a recipe may set besides.
+"""Writes docs/help.md from the command line itself: what every verb's --help says, and what only recipes set.
 
     python tools/help_page.py            # writes it; a test compares (tests/test_help.py)
 
@@ -51,7 +51,7 @@ def page() -> str:
     parts = [f"\n```text\n{help_of()}\n```\n"]
     parts += [f"\n## melinoe {verb}\n\n```text\n{help_of(verb)}\n```\n" for verb in verbs]
     rows = [
-        f"| `{name}` | {about.if_not_given} | {about.allowed} | {about.help} |\n"
+        f"| `{name}` | {about.if_not_given} | {about.allowed.replace(' | ', ' or ')} | {about.help} |\n"
         for name, about in SETTINGS.items()
         if about.in_recipes_only
     ]

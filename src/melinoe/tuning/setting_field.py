@@ -113,7 +113,8 @@ class SettingField:
 def setting(default: Any, help: str, if_not_given: str = "", **more: Any) -> Any:
     """The default of a dataclass's field, with its description. more: fields of SettingField."""
     if not if_not_given and default is not None:
-        if_not_given = f"{default:g}" if isinstance(default, int | float) else str(default)
+        is_number = isinstance(default, int | float) and not isinstance(default, bool)
+        if_not_given = f"{default:g}" if is_number else str(default).lower()
     return field(default=default, metadata={"setting": SettingField(help, if_not_given, **more)})
 
 

@@ -2,33 +2,31 @@
 
     python benchmarks/gpu.py --folder /big/disk --output benchmarks/gpu-NAME.json
 
-Random weights of OLMoE-1B-7B's shape are written on the machine, so routing is even and hits are the worst a
-model can have: what is measured is the machinery, not the method. Each contestant generates the same tokens from
-the same prompts; a row of ours that generates other tokens than ours with every expert in its slots stops the run.
-`--device cpu --layers 2` runs the same code without a GPU, for its own sake.
+Random weights of OLMoE-1B-7B's shape are written on the machine, so routing is even and hits are the worst
+that a model can have: what is measured is the machinery, not the method. Each contestant generates the same
+tokens from the same prompts; a row of ours that generates other tokens than ours with every expert in its
+slots stops the run. `--device cpu --layers 2` runs the same code without a GPU, for its own sake.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import platform
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import accelerate
 import torch
-import transformers
-from larger_than_memory import EXPERTS, VOCABULARY, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import melinoe
+from common import begin, close, parser_of, spread, write_result
 from melinoe.models.layers import experts_modules
 from melinoe.runtime.load import reset_slots
+from random_olmoe import EXPERTS, VOCABULARY, write_olmoe
 
 
 def synchronize(device: str) -> None:
@@ -52,7 +50,7 @@ def bus_bandwidth(device: str, record_bytes: int, seconds: float = 2.0) -> float
 
 
 def measure(model: Any, prompts: torch.Tensor, new_tokens: int, device: str) -> dict[str, Any]:
-    """Median decode speed over prompts, from the difference between a long and a one-token generation."""
+    """Decode speed over prompts, from the difference between a long and a one-token generation."""
     tokens, speeds, first_seconds = [], [], []
     model.generate(prompts[:1], max_new_tokens=2, min_new_tokens=2, do_sample=False)
     for prompt in prompts:
@@ -69,9 +67,8 @@ def measure(model: Any, prompts: torch.Tensor, new_tokens: int, device: str) -> 
         first_seconds.append(seconds[0])
         speeds.append((new_tokens - 1) / (seconds[1] - seconds[0]))
     return {
-        "decode_tokens_per_second": median(speeds),
-        "range": [min(speeds), max(speeds)],
-        "ttft_seconds": median(first_seconds),
+        "decode_tokens_per_second": spread(speeds),
+        "ttft_seconds": spread(first_seconds),
         "tokens": tokens,
     }
 
@@ -93,75 +90,64 @@ def accelerate_offload(source: Path, device: str) -> Any:
     return model
 
 
+def contestants(source: Path, stored: Path, device: str) -> dict[str, Callable[[], Any]]:
+    """What opens each model. All in slots comes before the other rows of ours, which are compared with it."""
+
+    def ours(slots: int, policy: str = "decay") -> Callable[[], Any]:
+        return lambda: melinoe.load(stored, slots=slots, policy=policy, device=device)
+
+    return {
+        "resident": lambda: resident(source, device),
+        "all in slots": ours(EXPERTS),
+        "quarter, decay": ours(EXPERTS // 4),
+        "quarter, lru": ours(EXPERTS // 4, "lru"),
+        "no cache": ours(0, "lru"),
+        "accelerate offload": lambda: accelerate_offload(source, device),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--folder", required=True, help="a folder on a disk with 30 GB free")
+    parser = parser_of(__doc__)
+    parser.add_argument("--folder", type=Path, required=True, help="a folder on a disk with 30 GB free")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--output")
-    options = parser.parse_args()
-    folder, device = Path(options.folder), options.device
+    options = begin(parser)
+    folder, device = options.folder, options.device
     source, stored = folder / f"olmoe-shape-{options.layers}", folder / f"olmoe-shape-{options.layers}-store"
-    write_checkpoint(source, options.layers)
+    write_olmoe(source, options.layers)
     shutil.rmtree(stored, ignore_errors=True)
     store = melinoe.convert(source, stored)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, VOCABULARY, (options.prompts, 64), generator=generator).to(device)
     bandwidth = bus_bandwidth(device, store.max_record_bytes)
     print(f"bus: {bandwidth / 1e9:.1f} GB/s for records of {store.max_record_bytes} bytes", flush=True)
-    rows: list[dict[str, Any]] = []
-
-    def contestant(name: str, model: Any) -> None:
-        row = {"name": name, **measure(model, prompts, options.tokens, device)}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, open_model in contestants(source, stored, device).items():
+        model = open_model()
+        row = measure(model, prompts, options.tokens, device)
         if hasattr(model, "melinoe_paged"):
             found = melinoe.stats(model)
             row |= {"hit_rate": found.hit_rate, "bytes_per_token": found.bytes_per_token}
-            reference = next((one["tokens"] for one in rows if one["name"] == "all in slots"), row["tokens"])
-            if row["tokens"] != reference:
+            if row["tokens"] != rows.get("all in slots", row)["tokens"]:
                 raise SystemExit(f"{name}: other tokens than with all experts in slots")
-            model.melinoe_paged.pager.close()
-        rows.append(row)
-        print(f"{name}: {row['decode_tokens_per_second']:.2f} tok/s", flush=True)
-
-    quarter = EXPERTS // 4
-    makers = {
-        "resident": lambda: resident(source, device),
-        "all in slots": lambda: melinoe.load(stored, slots=EXPERTS, device=device),
-        "quarter, decay": lambda: melinoe.load(stored, slots=quarter, policy="decay", device=device),
-        "quarter, lru": lambda: melinoe.load(stored, slots=quarter, policy="lru", device=device),
-        "no cache": lambda: melinoe.load(stored, slots=0, policy="lru", device=device),
-        "accelerate offload": lambda: accelerate_offload(source, device),
-    }
-    for name, make in makers.items():
-        contestant(name, make())
+            close(model)
+        rows[name] = row
+        print(f"{name}: {row['decode_tokens_per_second']['median']:.2f} tok/s", flush=True)
+        del model
         gc.collect()
         if device != "cpu":
             torch.cuda.empty_cache()
-    speed = {row["name"]: row["decode_tokens_per_second"] for row in rows}
-    moved = next(row["bytes_per_token"] for row in rows if row["name"] == "no cache")
-    result = {
-        "machine": {
-            "device": torch.cuda.get_device_name() if device != "cpu" else platform.processor(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "settings": vars(options),
-        "bus_bytes_per_second": bandwidth,
-        "ratios": {
-            "all in slots / resident": speed["all in slots"] / speed["resident"],
-            "no cache / bus ceiling": speed["no cache"] * moved / bandwidth,
-            "quarter / accelerate": speed["quarter, decay"] / speed["accelerate offload"],
-        },
-        "rows": [{key: value for key, value in row.items() if key != "tokens"} for row in rows],
+    speed = {name: row["decode_tokens_per_second"]["median"] for name, row in rows.items()}
+    ratios = {
+        "all in slots / resident": speed["all in slots"] / speed["resident"],
+        "no cache / bus ceiling": speed["no cache"] * rows["no cache"]["bytes_per_token"] / bandwidth,
+        "quarter / accelerate": speed["quarter, decay"] / speed["accelerate offload"],
     }
-    print(json.dumps(result["ratios"], indent=1))
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1))
+    print(json.dumps(ratios, indent=1))
+    kept = {name: {key: row[key] for key in row if key != "tokens"} for name, row in rows.items()}
+    write_result(options, bus_bytes_per_second=bandwidth, ratios=ratios, rows=kept)
 
 
 if __name__ == "__main__":

@@ -1,59 +1,53 @@
-"""What computing low rank inside the experts function is worth: our training step against PEFT's on the same model.
+"""What computing low rank inside the experts function is worth: our training step against PEFT's.
 
     python benchmarks/trainer.py --output result.json      (make bench-trainer)
 
-    speed    time of a step of PEFT's target_parameters over ours (forward, backward, AdamW)         aim >= 3
-    saved    bytes kept for the backward pass, parameters not counted: ours over PEFT's               aim <= 0.1
-    equal    largest difference of logits and of gradients, over the largest value                   must be < 1e-5
+    speed    time of a step of PEFT's target_parameters over ours (forward, backward, AdamW)     aim >= 3
+    saved    bytes kept for the backward pass, parameters not counted: ours over PEFT's           aim <= 0.1
+    equal    largest difference of logits and of gradients, over the largest value       must be below 1e-5
 
-An OLMoE of random weights; routers and experts' factors are trained, everything else is frozen, the loss is the plain next-token
-loss for both. PEFT runs on transformers' grouped_mm, and with --eager on its eager experts too; the faster one counts.
-Contestants take turns, `--rounds` times, in one process; a ratio is taken within a round. PEFT forms W + dW of every expert in every
-pass, whatever the number of tokens, so both ratios depend on tokens per step: several sizes are measured.
+Both train the same OLMoE of random weights: routers and the experts' factors are trained, everything else is
+frozen, the loss is the plain next-token loss. PEFT runs on transformers' grouped_mm, and with --eager on its
+eager experts too; the faster one counts. Contestants take turns, `--rounds` times, in one process; a ratio is
+taken within a round. PEFT forms W + dW of every expert in every pass, whatever the number of tokens, so both
+ratios depend on tokens per step: several sizes are measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, OlmoeConfig
+from transformers import AutoModelForCausalLM
 
+from common import begin, parser_of, spread, turns, write_result, written
 from melinoe.config import format_bytes
 from melinoe.experts.low_rank import EXPERTS_FUNCTION, attach_low_rank
 from melinoe.models.layers import moe_layers
+from random_olmoe import small_config
 
 ALPHA = 16.0
+VOCABULARY = 512
 GROUPED, EAGER = "PEFT, grouped_mm", "PEFT, eager"
 
 
 def base(options: argparse.Namespace) -> Any:
     torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=512,
-        hidden_size=options.hidden,
-        intermediate_size=options.inner,
-        num_hidden_layers=options.layers,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_experts=options.experts,
-        num_experts_per_tok=options.top_k,
-        pad_token_id=0,
-    )
+    shape = (options.hidden, options.inner, options.experts, options.layers, options.top_k)
+    config = small_config(*shape, vocab_size=VOCABULARY, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     return model.requires_grad_(False)
 
 
 def contestants(options: argparse.Namespace) -> tuple[dict[str, Any], list[tuple[Any, Any, bool]]]:
-    """(model by name, all with the same factors; (our parameter, PEFT's, whether it is an A) of the grouped_mm one)."""
+    """(model by name, pairs): the models have the same factors.
+
+    A pair is (our parameter, PEFT's over grouped_mm, whether it is an A).
+    """
     ours = base(options)
     generator = torch.Generator().manual_seed(1)
     for layer in moe_layers(ours):
@@ -148,10 +142,46 @@ def differences(
     return {"logits": logits, "gradients": worst}
 
 
+def compare(
+    models: dict[str, Any], pairs: list[tuple[Any, Any, bool]], tokens: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One size of step: what is equal, what is saved for the backward pass, and seconds per step in turns."""
+    shape = (max(1, tokens // 64), min(tokens, 64))
+    ids = torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(2))
+    equal = differences(models, pairs, ids)
+    if options.dtype == "float32":
+        assert max(equal.values()) < 1e-5, equal
+    saved = {name: saved_bytes(model, ids) for name, model in models.items()}
+    optimizers = {
+        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+        for name, model in models.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for number, name in turns(list(models), options.rounds + 1):
+        started = time.perf_counter()
+        loss_of(models[name], ids).backward()
+        optimizers[name].step()
+        models[name].zero_grad()
+        if number:  # the first round warms up
+            seconds[name].append(time.perf_counter() - started)
+    for name in models:
+        print(
+            f"| {tokens} | {name} | {written(seconds[name], 3)} | {format_bytes(saved[name])} |", flush=True
+        )
+    rival = min(set(models) - {"ours"}, key=lambda name: statistics.median(seconds[name]))
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "saved_bytes": saved,
+        "rival": rival,
+        "speed": spread([b / a for a, b in zip(seconds["ours"], seconds[rival], strict=True)]),
+        "saved": saved["ours"] / saved[rival],
+        "difference": equal,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--inner", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
@@ -162,75 +192,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--eager", action="store_true", help="PEFT over eager experts as well")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = begin(parser)
     models, pairs = contestants(options)
-    optimizers = {
-        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
-        for name, model in models.items()
-    }
-    experts = sum(
-        p.nbytes for layer in moe_layers(models["ours"]) for p in layer.experts.parameters(recurse=False)
-    )
-    result: dict[str, Any] = {
-        "settings": vars(options),
-        "expert_bytes": experts,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-        "machine": platform.processor() or platform.machine(),
-        "sizes": [],
-    }
-    print(f"experts: {format_bytes(experts)} of {options.dtype}\n")
+    layers = moe_layers(models["ours"])
+    expert_bytes = sum(p.nbytes for layer in layers for p in layer.experts.parameters(recurse=False))
+    print(f"experts: {format_bytes(expert_bytes)} of {options.dtype}\n")
     print("| tokens per step | contestant | s/step (median, range) | saved for backward |")
     print("|---:|---|---:|---:|")
-    for tokens in options.tokens:
-        ids = torch.randint(
-            1, 512, (max(1, tokens // 64), min(tokens, 64)), generator=torch.Generator().manual_seed(2)
-        )
-        equal = differences(models, pairs, ids)
-        if options.dtype == "float32":
-            assert max(equal.values()) < 1e-5, equal
-        saved = {name: saved_bytes(model, ids) for name, model in models.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for number in range(options.rounds + 1):
-            for name, model in models.items():
-                started = time.perf_counter()
-                loss_of(model, ids).backward()
-                optimizers[name].step()
-                model.zero_grad()
-                if number:  # the first round warms up
-                    seconds[name].append(time.perf_counter() - started)
-        for name in models:
-            middle, low, high = statistics.median(seconds[name]), min(seconds[name]), max(seconds[name])
-            print(
-                f"| {tokens} | {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {format_bytes(saved[name])} |"
-            )
-        rival = min(set(models) - {"ours"}, key=lambda name: statistics.median(seconds[name]))
-        ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds[rival], strict=True)]
-        size = {
-            "tokens": tokens,
-            "seconds": seconds,
-            "saved_bytes": saved,
-            "rival": rival,
-            "speed": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
-            "saved": saved["ours"] / saved[rival],
-            "difference": equal,
-        }
-        result["sizes"].append(size)
+    sizes = [compare(models, pairs, tokens, options) for tokens in options.tokens]
     print()
-    for size in result["sizes"]:
+    for size in sizes:
         speed = size["speed"]
         print(
-            f"{size['tokens']} tokens: {speed['median']:.2f} times as fast as {size['rival']} ({speed['low']:.2f} to "
-            f"{speed['high']:.2f}), {size['saved']:.3f} of what it saves; logits differ by "
-            f"{size['difference']['logits']:.1e}, gradients by {size['difference']['gradients']:.1e}"
+            f"{size['tokens']} tokens: {speed['median']:.2f} times as fast as {size['rival']}"
+            f" ({speed['lowest']:.2f} to {speed['highest']:.2f}), {size['saved']:.3f} of what it saves;"
+            f" logits differ by {size['difference']['logits']:.1e},"
+            f" gradients by {size['difference']['gradients']:.1e}"
         )
-    if options.output:
-        Path(options.output).write_text(json.dumps(result, indent=1))
+    write_result(options, peft=peft.__version__, expert_bytes=expert_bytes, sizes=sizes)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""OLMoE checkpoints of random weights: real shapes and sizes without a download.
+
+Routing of random weights is even, so hits are the worst that a model can have; quality means nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import OlmoeConfig
+
+from melinoe.files import whole_file
+
+# of OLMoE-1B-7B
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, HEADS, VOCABULARY = 2048, 1024, 64, 8, 16, 50304
+
+
+def small_config(hidden: int, inner: int, experts: int, layers: int, top_k: int, **more: Any) -> OlmoeConfig:
+    """A configuration of any shape; `more`: other fields."""
+    heads = max(1, hidden // 64)
+    return OlmoeConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        **more,
+    )
+
+
+def _layer_tensors(layer: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One decoder layer under the hub's names; scales as a trained model has them, roughly."""
+
+    def random(*shape: int) -> torch.Tensor:
+        weight = torch.empty(shape, dtype=torch.bfloat16)
+        return weight.normal_(std=shape[-1] ** -0.5, generator=generator)
+
+    prefix = f"model.layers.{layer}"
+    ones = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    tensors = {f"{prefix}.{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16) for name in ones}
+    for name in "qkvo":
+        tensors[f"{prefix}.self_attn.{name}_proj.weight"] = random(HIDDEN, HIDDEN)
+    tensors[f"{prefix}.mlp.gate.weight"] = random(EXPERTS, HIDDEN)
+    for expert in range(EXPERTS):
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = random(INTERMEDIATE, HIDDEN)
+        tensors[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = random(HIDDEN, INTERMEDIATE)
+    return tensors
+
+
+def _other_tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Embeddings, output layer and the last norm."""
+
+    def random() -> torch.Tensor:
+        return torch.empty(VOCABULARY, HIDDEN, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+
+    return {
+        "model.embed_tokens.weight": random(),
+        "lm_head.weight": random(),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+    }
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One word for every id, so that texts are equal exactly where tokens are."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
+
+
+def write_olmoe(folder: Path, num_layers: int) -> int:
+    """Writes a checkpoint of OLMoE-1B-7B's shape, one shard for each layer, 0.8 GB in bfloat16.
+
+    Shards that are there already are used again.
+
+    Returns:
+        The bytes of all shards.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = OlmoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=num_layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+        architectures=["OlmoeForCausalLM"],
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config.save_pretrained(folder)
+    _write_tokenizer(folder)
+    names: dict[str, str] = {}
+    for layer in range(num_layers + 1):
+        shard = folder / f"model-{layer + 1:05d}-of-{num_layers + 1:05d}.safetensors"
+        if not shard.exists():
+            generator = torch.Generator().manual_seed(layer)
+            tensors = _layer_tensors(layer, generator) if layer < num_layers else _other_tensors(generator)
+            with whole_file(shard) as partial:
+                save_file(tensors, partial, metadata={"format": "pt"})
+            print(f"wrote {shard.name}", flush=True)
+            del tensors
+            gc.collect()
+        with safe_open(shard, "pt") as opened:
+            names |= dict.fromkeys(opened.keys(), shard.name)
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total

@@ -1,0 +1,90 @@
+"""The scripts in benchmarks/: each can still be started, and what they share does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(file for file in BENCHMARKS.glob("*.py") if "__main__" in file.read_text())
+
+
+@pytest.fixture(autouse=True)
+def _on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_a_benchmark_starts(script, monkeypatch, capsys):
+    """Its imports are there, and its help is its docstring."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python benchmarks/{script.name}" in text and "--output" in text
+
+
+def test_contestants_take_turns():
+    from common import turns
+
+    assert list(turns(["a", "b"], 3)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+
+
+def test_a_spread_by_hand():
+    from common import spread, written
+
+    values = [4.0, 1.0, 3.0, 2.0, 5.0]
+    assert spread(values) == {"n": 5, "median": 3, "q1": 2, "q3": 4, "lowest": 1, "highest": 5}
+    assert written(values, 1) == "3.0 (1.0 to 5.0)"
+    assert spread([7.0])["q1"] == 7 and written([7.0], 0) == "7"
+
+
+PROGRAM = """
+import sys, time
+from common import begin, memory_limit, parser_of, temporary_folder, write_result
+options = begin(parser_of("A benchmark."))
+if options.output:
+    write_result(options, answer=42)
+else:
+    with temporary_folder("test") as folder, memory_limit(2**34) as limit:
+        print(folder, limit.folder, flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return [sys.executable, str(path)], os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])
+    }
+
+
+def test_what_a_stopped_benchmark_made_is_gone(program):
+    command, environment = program
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        made = [Path(name) for name in process.stdout.readline().split()]
+        assert made[0].is_dir()
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(path.exists() for path in made)
+
+
+def test_a_result_says_where_it_was_measured(program, tmp_path):
+    command, environment = program
+    subprocess.run([*command, "--output", str(tmp_path / "r.json")], env=environment, check=True)
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["benchmark"] == "program" and result["answer"] == 42
+    wanted = {"processor", "cores", "memory_bytes", "torch", "transformers", "melinoe", "commit", "date"}
+    assert wanted <= result["conditions"].keys()

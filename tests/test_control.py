@@ -9,7 +9,7 @@ import pytest
 from melinoe.config import parse_share
 from melinoe.errors import MelinoeError
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.weight_control import REACH, WeightController
+from melinoe.tuning.step.weight_control import REACH, WeightController
 
 
 def world(factor: float) -> tuple[float, float]:

@@ -15,11 +15,11 @@ from melinoe.losses.likelihood import next_token_positions
 from melinoe.measure.trace import trace
 from melinoe.models.layers import moe_layers
 from melinoe.routing.policies import DECODE
-from melinoe.tuning.base_model import as_base
 from melinoe.tuning.model import prepare_model
 from melinoe.tuning.objectives import OBJECTIVES
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_losses import StepLosses
+from melinoe.tuning.step.base_model import as_base
+from melinoe.tuning.step.losses import StepLosses
 from melinoe.tuning.tune import tune
 from text_model import model_and_tokenizer, rows
 

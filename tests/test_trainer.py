@@ -21,7 +21,7 @@ from melinoe.models.layers import moe_layers
 from melinoe.tuning import training_rows
 from melinoe.tuning.model import prepare_model
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import padding_share, part_of, plan_batches
+from melinoe.tuning.step.batches import padding_share, part_of, plan_batches
 from melinoe.tuning.trainer import LocalityTrainer
 from melinoe.tuning.tune import tune
 

@@ -19,7 +19,7 @@ from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import attach_low_rank, fold_low_rank, tuning_experts
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import plan_batches
+from melinoe.tuning.step.batches import plan_batches
 from melinoe.tuning.trainer import LocalityTrainer
 from melinoe.tuning.tune import tune
 

@@ -22,7 +22,7 @@ def length_batches(
 ) -> list[list[int]]:
     """Positions in batches of like length, longest first (so that a lack of memory shows at once).
 
-    It is not what plans the steps of a run (tuning.step_batches.plan_batches): that one mixes pools of rows
+    It is not what plans the steps of a run (tuning.step.batches.plan_batches): that one mixes pools of rows
     by the seed, so that short and long rows stand in every stretch of the run, and only cuts a pool by this
     rule.
 

@@ -1,6 +1,6 @@
 """What a tuning step minimises: the terms of Eq. 6 (arXiv 2602.11192) added up, and how their weights move.
 
-Pure numbers and tensors; tuning/step_losses.py asks the model and remembers what is remembered between steps.
+Pure numbers and tensors; tuning/step/losses.py asks the model and remembers what is remembered between steps.
 """
 
 from __future__ import annotations

@@ -27,9 +27,9 @@ from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.parallel.processes import Processes
 from melinoe.tuning.progress import TuningProgress
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import StepBatches, TokensPerStep
-from melinoe.tuning.step_losses import StepLosses
-from melinoe.tuning.step_means import StepMeans, StepSums
+from melinoe.tuning.step.batches import StepBatches, TokensPerStep
+from melinoe.tuning.step.losses import StepLosses
+from melinoe.tuning.step.means import StepMeans, StepSums
 
 LOG, EVALUATIONS = "losses.jsonl", "evaluations.jsonl"
 FINAL_LEARNING_RATE = 0.0  # of the first, reached at the end

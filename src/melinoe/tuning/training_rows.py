@@ -15,7 +15,7 @@ from melinoe.models.folder import local_folder, resolve_model
 from melinoe.tuning.memory.activations import BatchShape
 from melinoe.tuning.memory.needed import batch_shape
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import TokensPerStep, padding_share, plan_batches
+from melinoe.tuning.step.batches import TokensPerStep, padding_share, plan_batches
 
 
 @dataclass(frozen=True)

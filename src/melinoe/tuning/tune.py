@@ -21,7 +21,7 @@ from melinoe.tuning.progress import TuningProgress, trainer_silenced
 from melinoe.tuning.restart import open_run, run_identity
 from melinoe.tuning.result import write_result
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import StepBatches
+from melinoe.tuning.step.batches import StepBatches
 from melinoe.tuning.trainer import LocalityTrainer
 from melinoe.tuning.training_rows import read_held_out_rows, read_training_rows
 

@@ -30,7 +30,7 @@ from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
 from melinoe.tuning.memory.activations import BatchShape, count
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import part_of
+from melinoe.tuning.step.batches import part_of
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ from melinoe.losses.tuning_loss import PartOfStep, boundary_strength, tuning_los
 from melinoe.models.layers import MoeLayer, experts_per_token
 from melinoe.models.logits import logits_at
 from melinoe.models.router_tap import RouterRecord, RouterTap, requests, router_probabilities, score_kind
-from melinoe.tuning.base_model import as_base
 from melinoe.tuning.settings import TuneSettings
-from melinoe.tuning.step_batches import StepCounts, TokensPerStep
-from melinoe.tuning.step_means import PartLosses, StepMeans
-from melinoe.tuning.weight_control import WeightController
+from melinoe.tuning.step.base_model import as_base
+from melinoe.tuning.step.batches import StepCounts, TokensPerStep
+from melinoe.tuning.step.means import PartLosses, StepMeans
+from melinoe.tuning.step.weight_control import WeightController
 
 USAGE_SMOOTHING = 0.98  # per step, of the running load of each expert
 

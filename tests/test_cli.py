@@ -149,7 +149,7 @@ def test_traceback_on_request(tmp_path):
     assert "Traceback" in result.stderr
 
 
-def test_ctrl_c_exits_with_130_and_keeps_what_is_finished(olmoe, data, tmp_path):
+def test_ctrl_c_exits_with_130_and_says_what_is_kept(olmoe, data, tmp_path):
     command = [sys.executable, "-m", "melinoe", "tune", "--model", str(olmoe), "--data", str(data)]
     command += ["--output-dir", "adapter", "--max-steps", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
@@ -160,6 +160,8 @@ def test_ctrl_c_exits_with_130_and_keeps_what_is_finished(olmoe, data, tmp_path)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "stopped" in errors.splitlines()[-1]
+    saved = (tmp_path / "adapter.partial" / "checkpoint").exists()  # after 50 steps, if it came so far
+    kept = "steps are kept in adapter.partial" if saved else "nothing is kept to go on with"
+    assert errors.splitlines()[-1].startswith("melinoe: stopped; ") and kept in errors.splitlines()[-1]
     assert log.exists()
     assert not (tmp_path / "adapter").exists()

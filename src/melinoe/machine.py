@@ -86,6 +86,9 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise MelinoeError("unknown device", got=device, allowed="cpu, cuda or cuda:N") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise MelinoeError("no CUDA device on this machine", got=device, allowed="cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        found = ", ".join(f"cuda:{number}" for number in range(torch.cuda.device_count()))
+        raise MelinoeError("no such CUDA device on this machine", got=device, allowed=f"cpu, cuda, {found}")
     if chosen.type not in ("cpu", "cuda"):
         raise MelinoeError("unsupported device", got=device, allowed="cpu, cuda or cuda:N")
     return chosen

@@ -30,6 +30,7 @@ from melinoe.cli.options import (
     print_json,
     slots_format_of,
 )
+from melinoe.cli.stopped import saying_what_is_kept, stopped_line
 from melinoe.cli.tune import tune
 from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
@@ -40,7 +41,7 @@ _CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 def _explain(error: BaseException) -> int:
     """Prints one line for what stopped a verb and returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        line, code = "stopped; finished parts are kept", 130
+        line, code = stopped_line(error), 130
     elif isinstance(error, MelinoeError):
         line, code = str(error), 1
     elif isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
@@ -99,8 +100,15 @@ def convert(
     prepare(source)
     from melinoe.config import format_bytes
     from melinoe.conversion.convert import convert as run
+    from melinoe.files import partial_of
 
-    store = run(source, target, adapter=adapter, format=format, progress=not quiet)
+    def kept() -> str | None:
+        if not any(partial_of(target).glob("*.safetensors")):
+            return None
+        return f"what is written is kept in {partial_of(target)}, and the same call goes on"
+
+    with saying_what_is_kept(kept):
+        store = run(source, target, adapter=adapter, format=format, progress=not quiet)
     records = sum(layer.num_experts for layer in store.layers)
     size, plain = store.expert_bytes, store.expanded_bytes
     result = {

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli.options import print_json
+from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.errors import MelinoeError
 
 Sweep = Annotated[
@@ -57,11 +58,20 @@ def run_sweep(
     if "hold_out" in given:
         given["hold_out_rows"] = given.pop("hold_out")
     folders: list[str | Path] = [data] if Path(data).exists() else [*data.split(",")]
-    result = run(model, folders, output_dir, points, common=settings, seeds=seeds, progress=progress, **given)
+    options = {"common": settings, "seeds": seeds, "progress": progress, **given}
+    with saying_what_is_kept(lambda: _kept(output_dir)):
+        result = run(model, folders, output_dir, points, **options)
     if as_json:
         return print_json(result)
     print("\n".join(sentences(result, "held_out")))
     print(f"page: {output_dir / 'frontier.html'}   table: {output_dir / 'table.md'}")
+
+
+def _kept(output_dir: Path) -> str | None:
+    finished = len(list(output_dir.glob("points/*/measured-*.json")))
+    if not finished:
+        return None
+    return f"{finished} finished runs are kept in {output_dir / 'points'}, and the same call goes on"
 
 
 def _seeds(text: str) -> list[int]:

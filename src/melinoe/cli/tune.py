@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.cli.options import Json, Overwrite, Quiet, is_first_process, prepare, print_json
+from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.cli.sweep import (
     AtOnce,
     HoldOut,
@@ -95,11 +96,12 @@ def tune(
             )
         return run_sweep(sweep, chosen, output_dir, swept, overwrite, as_json, progress=not quiet)
     refuse_without_sweep(**swept)
+    from melinoe.tuning.restart import kept_of
     from melinoe.tuning.tune import tune as run
 
-    result = run(
-        output_dir=output_dir, memory=memory, resume=resume, overwrite=overwrite, progress=not quiet, **chosen
-    )
+    how: dict[str, Any] = {"memory": memory, "resume": resume, "overwrite": overwrite, "progress": not quiet}
+    with saying_what_is_kept(lambda: kept_of(output_dir)):
+        result = run(output_dir=output_dir, **how, **chosen)
     if is_first_process():
         _say(output_dir, result, as_json)
 

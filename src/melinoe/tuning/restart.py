@@ -14,6 +14,7 @@ from typing import Any
 
 from melinoe.adapters.peft_folder import Base
 from melinoe.errors import MelinoeError
+from melinoe.files import partial_of
 from melinoe.tuning import saved_run
 from melinoe.tuning.settings import SETTINGS, TuneSettings
 from melinoe.tuning.training_rows import TrainingRows
@@ -57,7 +58,8 @@ def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool
         overwrite: start anew whatever stands there.
 
     Raises:
-        MelinoeError: `resume` and nothing to go on with; nothing is removed then.
+        MelinoeError: `resume` and nothing to go on with, or another run was interrupted here and would be
+            lost; nothing is removed then.
     """
     saved = work / saved_run.FOLDER
     found = (saved / saved_run.STATE).is_file()
@@ -68,11 +70,12 @@ def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool
             got=f"no checkpoint in {work}",
             next_step="leave out --resume to start; a run saves one every checkpoint_steps steps",
         )
-    if resume and differs:
+    if found and differs and not overwrite:
         raise MelinoeError(
-            f"tune: the run in {work} is another one",
+            f"tune: the interrupted run in {work} is another one",
             got=f"other {differs}",
-            next_step="give what that run was given, or --overwrite to start anew",
+            next_step="give what that run was given to go on with it, --overwrite to start anew without it,"
+            " or another output folder",
         )
     if found and not differs and not overwrite:
         steps = saved_run.steps_done(saved)
@@ -80,8 +83,16 @@ def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     (work / RUN).write_text(json.dumps(identity))
-    note = f"starting anew: the interrupted run had other {differs}" if found and differs else ""
-    return Restart(note="" if overwrite else note)
+    return Restart()
+
+
+def kept_of(output: Path) -> str | None:
+    """What an interrupted run left beside its output folder, for people; None where it saved nothing yet."""
+    work = partial_of(output)
+    saved = work / saved_run.FOLDER
+    if not (saved / saved_run.STATE).is_file():
+        return None
+    return f"the first {saved_run.steps_done(saved)} steps are kept in {work}, and the same call goes on"
 
 
 def _differences(work: Path, identity: dict[str, Any]) -> str:

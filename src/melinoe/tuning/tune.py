@@ -10,6 +10,7 @@ from typing import Any
 from melinoe.adapters.peft_folder import Base
 from melinoe.errors import MelinoeError
 from melinoe.files import partial_of
+from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.memory.needed import TuningMemory, device_of, memory_needed
@@ -53,7 +54,7 @@ def tune(
             memory.
         eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
         resume: there must be an interrupted run to go on with. Without it, one with the same settings and
-            data is gone on with as well, and any other starts anew.
+            data is gone on with as well; any other that saved something is refused, so that it is not lost.
         overwrite: replace what stands in `output_dir`, and do not resume an interrupted run.
         progress: a live line on stderr.
         settings: the fields of TuneSettings.
@@ -72,7 +73,7 @@ def tune(
     """
     chosen = TuneSettings.named(settings)
     output = _free_output(Path(output_dir), resume, overwrite)
-    started, device = time.monotonic(), device_of(chosen)
+    started, device = time.monotonic(), str(usable_device(device_of(chosen)))
     processes = Processes.join(device)
     show = progress and processes.is_first
     rows = read_training_rows(model, data, chosen, processes.count, show)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch import distributed
 from transformers import AutoModelForCausalLM
 
 import melinoe
@@ -20,6 +21,7 @@ from melinoe.measure.quality import evaluate
 from melinoe.models.layers import moe_layers
 from melinoe.tuning import training_rows
 from melinoe.tuning.model import prepare_model
+from melinoe.tuning.parallel.processes import leave
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.batches import padding_share, part_of, plan_batches
 from melinoe.tuning.trainer import LocalityTrainer
@@ -139,6 +141,14 @@ def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
         for name in ("nll", "hit_rate", "loads_per_token"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
     assert not (tmp_path / "two.partial").exists()
+
+
+def test_a_group_of_processes_is_left(tmp_path):
+    """Before the interpreter ends, where gloo's threads would meet connections that others have closed."""
+    leave()  # where there is none
+    distributed.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    leave()
+    assert not distributed.is_initialized()
 
 
 def test_what_needs_other_processes_is_refused_before_any_work(tmp_path, base, data, monkeypatch):

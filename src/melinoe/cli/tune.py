@@ -96,6 +96,7 @@ def tune(
             )
         return run_sweep(sweep, chosen, output_dir, swept, overwrite, as_json, progress=not quiet)
     refuse_without_sweep(**swept)
+    from melinoe.tuning.parallel.processes import leave
     from melinoe.tuning.restart import kept_of
     from melinoe.tuning.tune import tune as run
 
@@ -104,6 +105,7 @@ def tune(
         result = run(output_dir=output_dir, **how, **chosen)
     if is_first_process():
         _say(output_dir, result, as_json)
+    leave()
 
 
 def _with_recipe(recipe: Path | None, given: dict[str, Any]) -> dict[str, Any]:

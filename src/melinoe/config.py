@@ -10,6 +10,7 @@ from melinoe.errors import MelinoeError
 
 RECORD_ALIGNMENT = 4096  # bytes; what O_DIRECT asks of file offsets, lengths and addresses
 DEFAULT_SEED = 0
+MAX_SEED = 2**32 - 1  # what numpy, and with it transformers, takes
 DEFAULT_POLICY = "decay"  # of eviction (melinoe.routing.policies)
 
 

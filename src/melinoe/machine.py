@@ -23,13 +23,23 @@ def free_memory(device: torch.device | None = None) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
-    return min([available, *_left_in_cgroups()])
+    return min([available, *(left for _, left in _cgroups())])
 
 
-def _left_in_cgroups() -> Iterator[int]:
-    """What each memory cgroup above this process leaves.
+def total_memory(device: torch.device | None = None) -> int:
+    """Bytes that there are, used or free: of a CUDA device, or of the machine (its cgroup may have less)."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return min([int(line.split()[1]) * 1024, *(limit for limit, _ in _cgroups())])
+    raise AssertionError("no MemTotal in /proc/meminfo")
 
-    Page cache that the kernel can take back counts as free.
+
+def _cgroups() -> Iterator[tuple[int, int]]:
+    """(limit, what is left of it) of each memory cgroup above this process.
+
+    Page cache that the kernel can take back counts as left.
     """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -45,7 +55,7 @@ def _left_in_cgroups() -> Iterator[int]:
             try:
                 most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
                 counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-                yield most - used + int(counts.get(cache, 0))
+                yield most, most - used + int(counts.get(cache, 0))
             except (OSError, ValueError):  # no such folder or controller here, or "max"
                 pass
             if folder == root:

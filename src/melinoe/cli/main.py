@@ -146,7 +146,7 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0, max=100)] = 0.0,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     packed: Packed = None,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from melinoe.config import MAX_SEED
 from melinoe.models.folder import resolve_model
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
@@ -19,7 +20,7 @@ Data = Annotated[
     str, typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MAX_SEED)]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
 Adapter = Annotated[Path | None, typer.Option(help="What `melinoe tune` wrote.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]

@@ -100,6 +100,7 @@ def unmap(model: nn.Module) -> None:
 
 def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     """Attaches pager and hook to a stripped model."""
+    budget.refuse_more_than_there_is(settings.memory, model.device)
     packed = slots_packed(store, settings.slots_format)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(

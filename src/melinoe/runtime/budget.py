@@ -10,7 +10,7 @@ from torch import nn
 
 from melinoe.config import format_bytes, parse_bytes
 from melinoe.errors import MelinoeError
-from melinoe.machine import free_memory
+from melinoe.machine import free_memory, total_memory
 from melinoe.models.layers import experts_per_token
 from melinoe.paging.slots import STAGING_RECORDS
 
@@ -74,6 +74,22 @@ def given_bytes(memory: int | str | None, device: torch.device | None) -> int:
     return int(free_memory(device) * float(share[1]) / 100)
 
 
+def refuse_more_than_there_is(memory: int | str | None, device: torch.device | None) -> None:
+    """A budget that this machine cannot have is a slip of the pen. To plan for another machine is not.
+
+    Raises:
+        MelinoeError: more bytes than there are, used or free.
+    """
+    there_is = total_memory(device)
+    if memory is not None and given_bytes(memory, device) > there_is:
+        where = "this device" if device is not None and device.type == "cuda" else "this machine"
+        raise MelinoeError(
+            f"the memory budget is more than {where} has",
+            got=memory,
+            allowed=f"up to {format_bytes(there_is)}",
+        )
+
+
 def derive(
     model: nn.Module,
     records: list[tuple[int, int]],
@@ -98,7 +114,8 @@ def derive(
         device: whose free memory counts.
 
     Raises:
-        MelinoeError: the memory is too small; the message names the smallest that works.
+        MelinoeError: the memory is too small, and the message names the smallest that works; or more slots
+            than experts.
     """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     resident = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + extra_bytes
@@ -123,7 +140,9 @@ def derive(
                 next_step=f"resident weights need {format_bytes(resident)}, the KV cache of {context} tokens"
                 f" {format_bytes(cache)}, one slot in every layer {format_bytes(per_slot)}",
             )
-    elif slots < 0:
-        raise MelinoeError("slots must not be negative", got=slots, allowed=f"0 to {most}")
+    elif not 0 <= slots <= most:
+        raise MelinoeError(
+            "slots does not suit this model", got=slots, allowed=f"0 to {most}, the experts of a layer"
+        )
     slots = min(slots, most)
     return Budget(resident, cache, work, staging, slots, slots * per_slot)

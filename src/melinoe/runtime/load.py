@@ -60,7 +60,7 @@ def load(
     Raises:
         MelinoeError: see `open_store`, `budget.derive`, `apply_adapter`, `Predictor.load`.
     """
-    place = usable_device(device or "cpu")
+    place = usable_device("cpu" if device is None else device)
     settings = LoadSettings(
         memory=memory,
         slots=slots,

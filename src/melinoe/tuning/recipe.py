@@ -27,8 +27,8 @@ def read_recipe(file: str | Path) -> dict[str, Any]:
     file = Path(file)
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MelinoeError("no such recipe", got=file) from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise MelinoeError("no such recipe", got=file, allowed="a .yaml file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MelinoeError(f"{file} is not YAML", got=error) from None
     if not isinstance(found, dict):

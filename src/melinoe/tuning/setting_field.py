@@ -60,11 +60,13 @@ class SettingField:
         """The values that are allowed, for people."""
         if self.among:
             return " | ".join(self.among)
-        high = self.most if self.most is not None else self.below
-        if self.least is not None:
-            text = f"{self.least:g} or more" if high is None else f"{self.least:g} .. {high:g}"
-        elif self.above is not None:
-            text = f"above {self.above:g}" if high is None else f"between {self.above:g} and {high:g}"
+        bounds = (self.least, self.above, self.most, self.below)
+        least, above, most, below = (None if bound is None else f"{bound:,.10g}" for bound in bounds)
+        high = most or below
+        if least is not None:
+            text = f"{least} or more" if high is None else f"{least} .. {high}"
+        elif above is not None:
+            text = f"above {above}" if high is None else f"between {above} and {high}"
         else:
             text = _WORDS[self.kind]
         return text + (" (1% is 0.01)" if self.is_share else "")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from melinoe.config import DEFAULT_SEED, default_slots
+from melinoe.config import DEFAULT_SEED, MAX_SEED, default_slots
 from melinoe.errors import MelinoeError
 from melinoe.tuning.objectives import OBJECTIVES, Objective
 from melinoe.tuning.setting_field import described, setting, under_todays_names
@@ -20,6 +20,7 @@ from melinoe.tuning.setting_field import described, setting, under_todays_names
 # them by that many times more, so what is right at one width is right at another after division. Measured at
 # 128 and 192 (docs/log.md).
 LEARNING_RATE, ROUTER_LEARNING_RATE = 0.75, 0.38
+MAX_RUN_TOKENS = 2**33  # of all steps, whose rows are planned before the first one
 
 _for_recipes = partial(setting, in_recipes_only=True)  # without an option on the command line
 _same_losses = partial(setting, changes_losses=False)  # an interrupted run may go on with another value
@@ -147,7 +148,7 @@ class TuneSettings:
         "cuda where there is one",
         among=("cpu", "cuda"),
     )
-    seed: int = setting(DEFAULT_SEED, "Seed of everything random.")
+    seed: int = setting(DEFAULT_SEED, "Seed of everything random.", least=0, most=MAX_SEED)
 
     # ------------------------------------------------------------ what is kept and measured on the way
     eval_steps: int = _same_losses(
@@ -177,6 +178,13 @@ class TuneSettings:
             )
         if not (target is None and loss is None) and self.lambda_cs == 0:
             raise MelinoeError("tune: lambda_cs is 0, and an aim is given", allowed="above 0")
+        tokens = self.max_steps * self.batch_tokens * self.accumulate
+        if tokens > MAX_RUN_TOKENS:
+            raise MelinoeError(
+                "tune: max_steps * batch_tokens * accumulate is more than a run is planned for",
+                got=f"{tokens:,} tokens",
+                allowed=f"up to {MAX_RUN_TOKENS:,}",
+            )
         if self.batch_tokens < self.max_length:
             raise MelinoeError(
                 "tune: batch_tokens is out of range",

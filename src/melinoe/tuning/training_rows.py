@@ -91,5 +91,5 @@ def read_held_out_rows(
             got=data,
             next_step="give --eval-data, or --data a folder with valid.jsonl",
         )
-    rows = read_rows(eval_data or data, "valid")
+    rows = read_rows(data if eval_data is None else eval_data, "valid")
     return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]

@@ -19,7 +19,7 @@ from melinoe.data.rows import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import projection_size
 from melinoe.models.folder import local_folder, resolve_model, skeleton
-from melinoe.models.layers import MoeLayer, moe_layers
+from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
 from melinoe.models.undecorated import has_flat_experts
 from melinoe.paging.expansion import expansion_bytes, slot_records
 from melinoe.paging.gather import BUFFER_BYTES, buffer_bytes
@@ -196,6 +196,8 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     model = skeleton(folder)
     layers = moe_layers(model)
     check_family(model)
+    for layer in layers:
+        settings.capacity(layer.num_experts, experts_per_token(model))  # what `tune` would refuse
     slots, packed, streaming = _slot_bytes(store, layers)
     own = model.dtype  # of the records, which are read and kept as they are
     dtype = compute_dtype(settings, device) or own

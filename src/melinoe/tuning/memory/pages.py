@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import return_freed_memory
 from melinoe.models.folder import resolve_model
+from melinoe.runtime.budget import refuse_more_than_there_is
 from melinoe.runtime.load import stats
 from melinoe.store.manifest import is_store
 from melinoe.tuning.memory.activations import BatchShape
@@ -57,6 +60,7 @@ def paging(
             got="--shard with --memory or a store",
         )
     if memory is not None:
+        refuse_more_than_there_is(memory, torch.device(device))
         return_freed_memory()
         # refused before an index or a store is made
         memory_needed(model, settings, batch, device).slots(memory)

@@ -48,7 +48,7 @@ SMALL_MODEL_BYTES = 200 * 2**20
 
 
 def prepare(model: str) -> None:
-    """Once per verb that runs a model: our own progress bars are enough, and a small model gets one thread.
+    """Prepares the process for a verb that runs a model: a small one gets one thread, and no bars but ours.
 
     The threads of a small model spend their time waiting for each other: on a busy machine with two
     cores, two threads were measured 50 times slower than one.

@@ -25,5 +25,5 @@ def saying_what_is_kept(kept: Callable[[], str | None]) -> Iterator[None]:
 
 
 def stopped_line(stop: KeyboardInterrupt) -> str:
-    """For the terminal."""
+    """The line that the terminal shows."""
     return "; ".join(["stopped", *getattr(stop, "__notes__", [NOTHING])])

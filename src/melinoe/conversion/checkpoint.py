@@ -173,7 +173,7 @@ class Checkpoint:
         return ""
 
     def fingerprint(self, shards: Shards | None = None) -> str:
-        """Of the routing, from the routers in `shards` (see `load_routers`).
+        """The fingerprint of the routing, from the routers in `shards` (see `load_routers`).
 
         Returns:
             "" where they are not held as they are.

@@ -118,7 +118,7 @@ class _Records:
             yield memoryview(record.numpy())
 
     def packed(self, records: Iterator[memoryview]) -> Iterator[memoryview]:
-        """As they are stored; one buffer, as there is one behind `records`."""
+        """The records as they are stored; all in one buffer, as those behind `records` are."""
         if self.packing is None:
             yield from records
             return

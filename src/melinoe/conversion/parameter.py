@@ -49,7 +49,7 @@ class ExpertParameter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model, in which it computes; the checkpoint's tensors may have another one."""
+        """The dtype in which the model computes; the checkpoint's tensors may have another one."""
         return self.model.get_parameter(self.name).dtype
 
     @property
@@ -94,7 +94,7 @@ class ExpertParameter:
                 yield one.to(self.dtype)
 
     def tensor(self, expert: int) -> torch.Tensor:
-        """Of one expert, where the conversion can be separated by experts."""
+        """The tensor of one expert, where the conversion can be separated by experts."""
         if self.converter is None:
             return self._part_of_fused(expert)
         tensors = {}

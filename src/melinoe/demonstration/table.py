@@ -40,7 +40,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """To stdout; as wide as it needs to be when stdout is not a terminal."""
+    """Prints to stdout, as wide as the table needs where stdout is no terminal."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)

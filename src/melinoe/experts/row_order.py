@@ -31,7 +31,10 @@ class Order:
 
     @classmethod
     def of(cls, top_k_index: torch.Tensor, num_experts: int, indices: np.ndarray | None = None) -> Order:
-        """Of the router's choice [T, K]. indices: the same on the host, where somebody has it already."""
+        """The order of the router's choice [T, K].
+
+        indices: the same choice on the host, where the caller has it already.
+        """
         expert_N, choice_N = torch.sort(top_k_index.reshape(-1), stable=True)  # where it is: no upload
         if indices is None:
             counts = torch.bincount(expert_N, minlength=num_experts)[:num_experts]
@@ -60,7 +63,7 @@ class Order:
         return place_TK.view(-1, self.num_choices)
 
     def of_rows(self) -> Order:
-        """For rows that are in this order already, each its own token: [N, H] -> [N, H]."""
+        """The function on rows that are in this order already, each its own token: [N, H] -> [N, H]."""
         return Order(torch.arange(len(self.choice_N), device=self.choice_N.device), 1, self.ends)
 
 

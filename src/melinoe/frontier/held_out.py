@@ -64,7 +64,7 @@ def held_out_only(source: str | Path, limit: int | None) -> list[str]:
 
 
 def evenly(rows: list[Item], limit: int | None) -> list[Item]:
-    """At most `limit` of the rows, evenly spaced, in their order."""
+    """Takes at most `limit` of the rows, evenly spaced, in their order."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[position * len(rows) // limit] for position in range(limit)]

@@ -86,7 +86,7 @@ def runs_of(
 
 
 def _digest(*groups: Iterable[Path]) -> str:
-    """Of the names and contents of files."""
+    """A digest of the names and contents of files."""
     digest = hashlib.sha256()
     for file in sorted(file for group in groups for file in group):
         with file.open("rb") as opened:

@@ -37,7 +37,7 @@ class FixedSets:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of S sequences, in their order.
+    """What is summed for each of S sequences, in their order.
 
     nll, tokens: [S] nats of each completion and its tokens. decoded: [S] tokens that decoding would feed.
     requests: [S] experts that they ask for. replays: policy by policy. fixed_sets: one for each budget.

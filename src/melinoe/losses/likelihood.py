@@ -51,7 +51,7 @@ def likelihood(
     is_completion_N: torch.Tensor,
     base_logits_NV: torch.Tensor | None = None,
 ) -> Likelihood:
-    """Of the completion tokens the likelihood; of all positions how far the base model's predictions are.
+    """The likelihood of the completion tokens, and how far all predictions are from the base model's.
 
     Args:
         logits_NV: [N, V] float32, with gradient.

@@ -1,4 +1,4 @@
-"""From the name of a model to its folder, and from the folder to its shape: what every verb does first."""
+"""Finds the folder of a model by its name, and the shape by its folder: what every verb does first."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class DeviceReader:
 
     @property
     def busy_seconds(self) -> float:
-        """Of the disk; copies over the bus are timed by the benchmarks, with events."""
+        """Seconds in which the disk was read; the benchmarks time copies over the bus, with events."""
         return self._disk.busy_seconds
 
     def _load(self, layer: int) -> torch.Tensor:
@@ -126,7 +126,7 @@ class DeviceReader:
             self._buffers.put(buffer)
 
     def drain(self) -> None:
-        """As every `Reader`. Copies on the stream may go on: later ones come behind them."""
+        """Ends the reads, as every `Reader` does; copies on the stream may go on, before later ones."""
         if not self.pinned:
             self._pool.shutdown(wait=True)
             self._pool = self._new_pool()

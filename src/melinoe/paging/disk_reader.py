@@ -1,4 +1,4 @@
-"""From the store's files into host memory.
+"""Reads records from the store's files into host memory.
 
 Reads bypass the page cache (O_DIRECT) where the file system allows it, and otherwise drop what they
 leave there; else the kernel would keep the whole store in memory and the budget would be a fiction.

@@ -20,7 +20,7 @@ from melinoe.routing.policies import DECODE, PREFILL, Call
 
 
 class _Note(threading.local):
-    """Of the forward pass that the calling thread is in. See `Call` for ages and valid."""
+    """What the layers know of the calling thread's forward pass; see `Call` for ages and valid."""
 
     phase = PREFILL
     ages: np.ndarray = np.empty(0, np.int64)

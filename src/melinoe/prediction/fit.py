@@ -1,4 +1,4 @@
-"""From a prompt to the experts that decoding will ask for, before a token is decoded.
+"""Fits what tells from a prompt which experts decoding will ask for, before a token is decoded.
 
 A small network on the features of `features.py`, fitted to traces: its target is how often each expert
 was asked for per decoded token. The scores go to the policy as its prior; what that is worth is measured

@@ -134,7 +134,7 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
 
 
 def _refuse_to_move(self: Any, function: Any, *rest: Any) -> Any:
-    """In place of `nn.Module._apply`, which to(), half(), cuda() and others call.
+    """Refuses to move the weights, in the place of `nn.Module._apply`, which to(), half() and cuda() call.
 
     They may be called on this model or on one around it.
     """

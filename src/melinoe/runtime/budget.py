@@ -1,4 +1,4 @@
-"""From one number of bytes to slots: resident weights, KV cache, work space, staging, then slots."""
+"""Divides one number of bytes: resident weights, KV cache, work space, staging, and slots with the rest."""
 
 from __future__ import annotations
 

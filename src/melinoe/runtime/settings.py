@@ -65,7 +65,7 @@ class LoadSettings:
         return asdict(self)
 
     def with_environment(self) -> LoadSettings:
-        """With the memory of MELINOE_MEMORY, where neither memory nor slots are given."""
+        """These settings, with the memory of MELINOE_MEMORY where neither memory nor slots are given."""
         if self.memory is not None or self.slots is not None:
             return self
         return replace(self, memory=os.environ.get(MEMORY_VARIABLE))

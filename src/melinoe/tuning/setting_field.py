@@ -121,7 +121,7 @@ def setting(default: Any, help: str, if_not_given: str = "", **more: Any) -> Any
 
 
 def described(settings: type) -> dict[str, SettingField]:
-    """By name, the description of each field of a dataclass that was written with `setting`."""
+    """{name: description} of every field of a dataclass that was written with `setting`."""
     hints = get_type_hints(settings)
     found = {}
     for entry in dataclasses.fields(settings):

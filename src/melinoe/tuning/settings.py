@@ -194,7 +194,7 @@ class TuneSettings:
 
     @classmethod
     def named(cls, given: dict[str, Any], what: str = "tune") -> TuneSettings:
-        """From what a user gave: names of before are known too, and texts that stand for numbers.
+        """The settings that a user gave: earlier names are known too, and texts that stand for numbers.
 
         Args:
             what: how an error begins.

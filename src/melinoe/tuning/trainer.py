@@ -147,9 +147,10 @@ class LocalityTrainer(Trainer):
         return min(1.0, warm) * (1 - (1 - FINAL_LEARNING_RATE) * self.done_share(step))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        """Once per step, when its gradient is whole and summed over processes: adds up what the parts gave.
+        """Adds up what the parts of a step gave.
 
-        A step whose gradient is not finite, in whichever part, changes nothing and is counted.
+        Trainer calls it once per step, when the gradient is whole and summed over processes. A step whose
+        gradient is not finite, in whichever part, changes nothing and is counted.
         """
         norm = float(super()._get_grad_norm(model, grad_norm))
         self.means = self.sums.finish(time.monotonic() - self.started)
@@ -168,7 +169,7 @@ class LocalityTrainer(Trainer):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: Trainer would walk all parameters at every step for it."""
+        """Counts nothing: Trainer would walk all parameters at every step for it."""
         return 0
 
     # ------------------------------------------------------------ saving and resuming
@@ -201,7 +202,7 @@ class LocalityTrainer(Trainer):
 
 
 class _Steps(TrainerCallback):
-    """After each step: one line in losses.jsonl, the progress bar, the evaluation, and the time limit."""
+    """What happens after each step: a line in losses.jsonl, the progress bar, evaluation, the time limit."""
 
     def __init__(self, trainer: LocalityTrainer) -> None:
         self.trainer = trainer

@@ -12,7 +12,7 @@ import torch
 
 
 def experts_facts(experts: Any) -> dict[str, Any]:
-    """Of DbrxExpertGLU: w1, v1, w2, each [E * F, H]."""
+    """The facts of DbrxExpertGLU: its weights are w1, v1 and w2, each [E * F, H]."""
     return {
         "has_gate": True,
         "has_bias": False,

@@ -14,7 +14,7 @@ from torch import nn
 
 
 def experts_facts(experts: Any) -> dict[str, Any]:
-    """Of Llama4TextExperts: gate_up_proj [E, H, 2F], down_proj [E, F, H]."""
+    """The facts of Llama4TextExperts: its weights are gate_up_proj [E, H, 2F] and down_proj [E, F, H]."""
     return {
         "has_gate": True,
         "has_bias": False,

@@ -52,7 +52,10 @@ class Activations:
 
 
 def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings: TuneSettings) -> Activations:
-    """Of experts that are resident or paged. model: on the meta device, in the dtype of the computation."""
+    """What one step keeps, whether its experts are resident or paged.
+
+    model: on the meta device, in the dtype in which the run computes.
+    """
     dtype = next(model.parameters()).dtype
     num_rows = batch.rows * batch.length * experts_per_token(model)
     own: dict[str | None, int] = {}  # bytes by decoder layer; None: outside of all
@@ -100,7 +103,10 @@ def _experts_bytes(module: Any, rank: int, dtype: torch.dtype) -> tuple[int, int
 
 
 class _Kept:
-    """Adds up what autograd saves, each storage once. without: tensors that are there anyway."""
+    """Adds up what autograd saves, each storage once.
+
+    without: tensors that are in memory anyway and do not count.
+    """
 
     def __init__(self, without: list[torch.Tensor]) -> None:
         self._without = {tensor.untyped_storage()._cdata for tensor in without}

@@ -71,7 +71,7 @@ def padding_share(lengths: list[int], plan: list[list[int]], parts: int = 1) -> 
 
 @dataclass(frozen=True)
 class TokensPerStep:
-    """Of a mean step: completion tokens, and those of them that decoding would process (scored_positions)."""
+    """A mean step's completion tokens, and those of them that decoding would process (scored_positions)."""
 
     completion: float
     scored: float

@@ -42,7 +42,7 @@ class WeightController:
         return self.target_hit_rate is not None or self.max_quality_loss is not None
 
     def step(self, hit_rate: float, nll_above_base: float | None) -> None:
-        """After a step: moves the factor by what the step showed; a value that is not finite says nothing.
+        """Moves the factor by what a step showed; a value that is not finite says nothing.
 
         Args:
             hit_rate: of the simulated policy on this batch, 0 .. 1.

@@ -41,6 +41,8 @@ class PagedExperts:
         self.tuning = False
         self.converted: dict[tuple[Any, ...], torch.Tensor] = {}
         self._note = _Note()
+        self._in_flight: dict[str, np.ndarray] | None = None  # predictions, once somebody shares them
+        self._followed: dict[str, np.ndarray] = {}  # those that the prior is made of
 
     def attach(self, model: nn.Module) -> None:
         """Listens to the forward passes of a model from now on."""
@@ -94,10 +96,31 @@ class PagedExperts:
         note.valid = positions < ends[-1]
         sequence = np.searchsorted(ends[1:], positions, side="right").clip(max=len(lengths) - 1)
         note.ages = np.where(note.valid, ends[1:][sequence] - 1 - positions, 0)
-        if note.phase == PREFILL:
+        if self._in_flight is not None:
+            self._follow(self._in_flight)
+        elif note.phase == PREFILL:
             self.pager.begin()  # a prediction belongs to one prompt; here are several, at any time
         self.pager.statistics.decode_tokens += int((lengths == 1).sum())
         self.pager.statistics.prefill_tokens += int(lengths[lengths > 1].sum())
+
+    def share_predictions(self, predictions: dict[str, np.ndarray]) -> None:
+        """Of the sequences that continuous batching decodes now; counts from the next pass on.
+
+        Args:
+            predictions: [L, E] each, by a name of the sequence (`Predictor.scores`).
+        """
+        self._in_flight = predictions
+
+    def _follow(self, now: dict[str, np.ndarray]) -> None:
+        """Makes the prior the mean of the predictions in flight: who has left takes his share along."""
+        if now is self._followed:
+            return
+        kept = len(now.keys() & self._followed.keys()) / len(now) if now else 0.0
+        self._followed = now
+        if now and self.predictor is not None:
+            self.pager.begin(np.mean(list(now.values()), axis=0), self.predictor.strength, kept)
+        else:
+            self.pager.begin()
 
     def _begin(self, ids: torch.Tensor | None, valid: np.ndarray) -> None:
         prompts = []

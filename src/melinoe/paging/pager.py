@@ -84,10 +84,12 @@ class ExpertPager:
             self.policy.reset()
             self._unfinished = False
 
-    def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
+    def begin(
+        self, scores: np.ndarray | None = None, strength: Strength | None = None, kept: float = 0.0
+    ) -> None:
         """A new request starts; see `Policy.begin`."""
         with self._lock:
-            self.policy.begin(scores, strength)
+            self.policy.begin(scores, strength, kept)
 
     def __reduce__(self) -> Any:
         raise MelinoeError(

@@ -68,13 +68,17 @@ class Policy:
         self.resident: list[set[int]] = [set() for _ in range(self.num_layers)]
         self.prior: np.ndarray | None = None
 
-    def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
-        """A new request starts. Slots carry over.
+    def begin(
+        self, scores: np.ndarray | None = None, strength: Strength | None = None, kept: float = 0.0
+    ) -> None:
+        """A new request starts, or one joins or leaves others that go on. Slots carry over.
 
         Args:
             scores: [L, E] how often decoding will ask for each expert, per token; None: no prediction.
             strength: what the prediction is worth (`Predictor.strength`); None: the usual guess. Only decayed
                 counts look at it.
+            kept: the share of the sequences in flight that were there before. What is known of how well
+                their prediction does counts by that much; 0: all is new.
         """
         shape = (self.num_layers, self.num_experts)
         if scores is not None and scores.shape != shape:
@@ -228,13 +232,16 @@ class DecayedCounts(Policy):
     def reset(self) -> None:
         super().reset()
         self.trust_log_odds = INITIAL_TRUST
+        self.decoded: list[float] = [0.0] * self.num_layers
         self.counts = np.zeros((self.num_layers, len(self.decays), self.num_experts))
 
-    def begin(self, scores: np.ndarray | None = None, strength: Strength | None = None) -> None:
+    def begin(
+        self, scores: np.ndarray | None = None, strength: Strength | None = None, kept: float = 0.0
+    ) -> None:
         super().begin(scores)
         strength = strength or Strength()
-        self.trust_log_odds = INITIAL_TRUST
-        self.horizon, self.decoded = strength.horizon, [0] * self.num_layers
+        self.trust_log_odds = kept * self.trust_log_odds + (1 - kept) * INITIAL_TRUST
+        self.horizon, self.decoded = strength.horizon, [kept * decoded for decoded in self.decoded]
         if self.prior is not None:
             even = np.maximum(self.prior.mean(1, keepdims=True), 1e-12)
             gains = np.log(np.maximum(self.prior / even, 1e-3))  # [L, E] nats over an even guess

@@ -30,6 +30,7 @@ from melinoe.cli.options import (
     print_json,
     slots_format_of,
 )
+from melinoe.cli.serve import serve
 from melinoe.cli.stopped import saying_what_is_kept, stopped_line
 from melinoe.cli.tune import tune
 from melinoe.config import DEFAULT_POLICY
@@ -212,6 +213,7 @@ def plan(
     print(describe(result))
 
 
+app.command(short_help="Serve a model over HTTP.")(serve)
 app.command(short_help="Fine-tune towards few experts.")(tune)
 
 

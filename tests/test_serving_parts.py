@@ -1,0 +1,205 @@
+"""The parts of a server by themselves: text, stop strings, sampling, shared prior, places, tool calls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import melinoe
+from melinoe.prediction.predictor import Predictor
+from melinoe.routing.policies import INITIAL_TRUST, DecayedCounts, decode_call
+from melinoe.serving.engine import batched
+from melinoe.serving.engine.answer_text import AnswerText
+from melinoe.serving.engine.sampling import Defaults
+from melinoe.serving.http.admission import Admission
+from melinoe.serving.http.errors import ApiError
+from melinoe.serving.http.protocol import ChatRequest
+from melinoe.serving.http.tools import ToolCalls
+from text_model import tokenizer as characters
+from tokenizers_of_all_kinds import byte_fallback, byte_level
+
+LETTERS = characters()
+few = st.text("ab.", min_size=0, max_size=30)
+
+
+@given(few, st.lists(st.text("ab.", min_size=1, max_size=4), max_size=3))
+def test_text_ends_before_the_first_stop_string_and_shows_nothing_of_it(text, stops):
+    ends = [text.index(stop) for stop in stops if stop in text]
+    # the answer is over with the token that completes a stop string; the earliest completed one counts
+    done = min((text.index(stop) + len(stop) for stop in stops if stop in text), default=None)
+    found = [text.index(stop) for stop in stops if stop in text and text.index(stop) + len(stop) == done]
+    answer, shown = AnswerText(LETTERS, stops), ""
+    for token in LETTERS(text)["input_ids"]:
+        shown += answer.add(token)
+        if answer.stopped:
+            break
+    shown += answer.finish()
+    assert answer.stopped == bool(ends)
+    assert shown == (text[: min(found)] if found else text)
+
+
+def test_a_stop_string_of_half_characters_in_tokens_is_found():
+    tokenizer = byte_fallback()
+    tokens = [3 + byte for byte in "a你😀b".encode()]
+    answer, shown = AnswerText(tokenizer, ["😀"]), ""
+    for token in [*tokens, *tokenizer("x")["input_ids"]]:
+        shown += answer.add(token)
+        if answer.stopped:
+            break
+    shown += answer.finish()
+    assert (answer.stopped, shown) == (True, "a你")
+
+
+SETTINGS = {
+    "greedy": {"temperature": 0.0},
+    "drawn": {"temperature": 0.7},
+    "top p": {"temperature": 1.0, "top_p": 0.6},
+    "top k": {"temperature": 1.3, "top_k": 7},
+    "min p": {"temperature": 1.0, "min_p": 0.2},
+    "penalty": {"temperature": 0.0, "repetition_penalty": 1.4},
+    "all": {"temperature": 0.9, "top_p": 0.9, "top_k": 30, "min_p": 0.01, "repetition_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_sampler_chooses_what_generate_chooses(kind, olmoe_store):
+    """With the checkpoint's own settings below, as they stand in its generation_config."""
+    model = melinoe.load(olmoe_store, slots=8)
+    model.generation_config.suppress_tokens = [7, 8]
+    settings, prompt = SETTINGS[kind], [3, 4, 5]
+    sampler = Defaults(model).sampler(prompt, 12, seed=5, ignore_eos=True, **settings)
+    tokens = list(prompt)
+    drawn = settings["temperature"] > 0
+    with torch.no_grad():
+        for _ in range(12):
+            tokens.append(sampler.choose(model(torch.tensor([tokens])).logits[0, -1].float()).token)
+        torch.manual_seed(5)
+        plain = {name: value for name, value in settings.items() if name != "temperature" or drawn}
+        made = model.generate(
+            torch.tensor([prompt]), do_sample=drawn, max_new_tokens=12, min_new_tokens=12, **plain
+        )
+    assert tokens == made[0].tolist()
+
+
+def test_what_the_checkpoint_says_holds_where_the_request_says_nothing(olmoe_store):
+    model = melinoe.load(olmoe_store, slots=8)
+    model.generation_config.update(do_sample=True, temperature=0.5, top_k=3, num_beams=4, eos_token_id=[1, 9])
+    defaults = Defaults(model)
+    assert defaults.end_tokens == [1, 9]
+    assert "TopK" in str(defaults.sampler([3], 4)._processors)
+    assert "TopK" not in str(defaults.sampler([3], 4, top_k=-1)._processors)
+    assert not defaults.sampler([3], 4, temperature=0.0)._drawn
+    model.generation_config.do_sample = False
+    greedy = Defaults(model)
+    assert not greedy.sampler([3], 4)._drawn
+    assert greedy.sampler([3], 4, top_p=0.5)._drawn  # whoever narrows down wants to draw
+
+
+def test_the_prior_is_the_mean_of_who_is_in_flight(olmoe_store):
+    model = melinoe.load(olmoe_store, slots=2)
+    paged = model.melinoe_paged
+    paged.predictor = Predictor(torch.randn(64, 16).half(), 2, 8, 2).eval()
+    one, two = (paged.predictor.scores([3, 4, token]) for token in (5, 6))
+    policy, step = paged.pager.policy, np.array([0, 1, 2])
+
+    def after(sequences):
+        paged.share_predictions(sequences)
+        paged._before_continuous_batch(step, 2)
+        return policy.prior
+
+    worth = paged.predictor.strength.tokens
+    assert after({"a": one}) == pytest.approx(one * worth)
+    policy.counts += 3.0
+    policy.trust_log_odds = 1.0
+    assert after({"a": one, "b": two}) == pytest.approx((one + two) / 2 * worth)
+    assert policy.trust_log_odds == pytest.approx((1.0 + INITIAL_TRUST) / 2)  # half of it is new
+    assert after({"b": two}) == pytest.approx(two * worth)
+    assert policy.trust_log_odds == pytest.approx((1.0 + INITIAL_TRUST) / 2)
+    assert policy.counts.min() == 3.0  # the evidence stays
+    assert after({}) is None
+
+
+def test_a_request_that_begins_alone_forgets_the_trust_of_the_one_before():
+    policy = DecayedCounts(1, 4, 2)
+    scores = np.array([[1.0, 0.5, 0.3, 0.2]])
+    policy.begin(scores)
+    for _ in range(5):
+        policy.request(0, decode_call([3, 2]))
+    assert policy.trust_log_odds < INITIAL_TRUST and policy.decoded == [5]
+    policy.begin(scores, kept=1.0)
+    assert policy.trust_log_odds < INITIAL_TRUST and policy.decoded == [5]
+    policy.begin(scores)
+    assert policy.trust_log_odds == INITIAL_TRUST and policy.decoded == [0]
+
+
+def test_transformers_has_what_the_batched_engine_builds_on(monkeypatch):
+    assert batched._unlike() is None
+    monkeypatch.setattr(batched.ModelRunner, "_sample", lambda self, scores: None)
+    assert "ModelRunner._sample" in batched._unlike()
+
+
+def test_places_are_given_back_whatever_happens():
+    async def all_of_it():
+        places = Admission(1, 1)
+        places.enter(2)
+        with pytest.raises(ApiError, match="busy"):
+            places.enter(1)
+        holding = asyncio.Event()
+
+        async def run(until):
+            async with places.place():
+                holding.set()
+                await until.wait()
+
+        forever = asyncio.Event()
+        first = asyncio.create_task(run(forever))
+        await holding.wait()
+        second = asyncio.create_task(run(forever))
+        await asyncio.sleep(0)
+        assert (places.running, places.waiting) == (1, 1)
+        second.cancel()  # while it waits
+        await asyncio.gather(second, return_exceptions=True)
+        assert (places.running, places.waiting) == (1, 0)
+        first.cancel()  # while it runs
+        await asyncio.gather(first, return_exceptions=True)
+        assert (places.running, places.waiting) == (0, 0)
+        places.enter(2)
+        places.leave(2)
+        assert places.waiting == 0
+
+    asyncio.run(all_of_it())
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+def chat(**more):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": [TOOL], **more}
+    return ChatRequest.model_validate(body)
+
+
+def test_calls_of_tools_are_read_where_transformers_can():
+    tokenizer, model = byte_level(), SimpleNamespace(config=SimpleNamespace(model_type="qwen3_moe"))
+    assert ToolCalls.of(tokenizer, model, chat(tool_choice="none")) is None
+    unknown = SimpleNamespace(config=SimpleNamespace(model_type="olmoe"))
+    assert ToolCalls.of(tokenizer, unknown, chat()) is None
+    calls = ToolCalls.of(tokenizer, model, chat())
+    text = 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    prompt = tokenizer("<|im_start|>assistant\n")["input_ids"]
+    request = SimpleNamespace(tokens=tokenizer(text)["input_ids"], prompt=prompt)
+    message, reason = calls.message(request, text, "stop")
+    assert reason == "tool_calls"
+    (call,) = message["tool_calls"]
+    assert call["type"] == "function" and call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Köln"}
+    assert message["content"] == "Let me see."
+    broken = SimpleNamespace(tokens=tokenizer("<tool_call>{")["input_ids"], prompt=prompt)
+    message, reason = calls.message(broken, "<tool_call>{", "length")
+    assert reason == "length" and "tool_calls" not in message

@@ -145,7 +145,7 @@ def occupancy(
     """[..., S, E] the state before token t of one of the caches above, differentiable in the requests.
 
     Args:
-        requests_NSE: [..., S, E] r(t) (objective.straight_through_requests); padding may only follow.
+        requests_NSE: [..., S, E] r(t) (cache_loss.straight_through_requests); padding may only follow.
         capacity: C slots. gamma: forgetting of plain, clipped and lru; the others have their own.
     """
     if cache == "previous":

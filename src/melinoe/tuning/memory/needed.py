@@ -145,12 +145,12 @@ class TuningMemory:
         return "\n".join(lines)
 
 
-def check_family(network: nn.Module) -> None:
+def check_family(model: nn.Module) -> None:
     """Raises MelinoeError for a family whose experts no adapter can name."""
-    if has_flat_experts(network):
+    if has_flat_experts(model):
         raise MelinoeError(
             "this family can be paged and traced, but not tuned: an adapter cannot name one of its experts",
-            got=type(network).__name__,
+            got=type(model).__name__,
             allowed="a model whose experts weights are [experts, in, out]",
         )
 

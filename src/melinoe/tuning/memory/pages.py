@@ -30,9 +30,9 @@ class Pages:
     record_format: str
     source: str
 
-    def to_json(self, network: Any) -> dict[str, Any]:
-        """What a run says of its paging. network: the model that was tuned."""
-        counted = stats(network)
+    def to_json(self, model: Any) -> dict[str, Any]:
+        """What a run says of its paging. model: the one that was tuned."""
+        counted = stats(model)
         return {
             "slots": self.slots,
             "slots_format": self.slots_format,

@@ -61,7 +61,7 @@ def page() -> str:
         + "".join(parts)
         + RECIPES
         + "".join(rows)
-        + f"\nNames of before are still read: {', '.join(old)}.\n"
+        + f"\nEarlier names are still read: {', '.join(old)}.\n"
     )
 
 

@@ -87,7 +87,7 @@ def convert(
     target: Path,
     adapter: Adapter = None,
     format: Annotated[
-        str, typer.Option(help="Of the experts: auto (the checkpoint's own dtype), int8 or int4.")
+        str, typer.Option(help="Dtype of the experts: auto (the checkpoint's own), int8 or int4.")
     ] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
@@ -137,11 +137,15 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
     adapter: Adapter = None,
-    predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
+    predictor: Annotated[
+        Path | None, typer.Option(help="Predictor that `melinoe fit-predictor` wrote.")
+    ] = None,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Experts of each layer to hold, instead of --memory.")
+    ] = None,
     policy: Annotated[
-        str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")
+        str, typer.Option(help="Decides which experts stay in memory: decay, lru, lfu or static.")
     ] = DEFAULT_POLICY,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     max_new_tokens: Annotated[
@@ -196,7 +200,9 @@ def generate(
 def plan(
     model: Model,
     memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(help="Experts of each layer to hold, instead of --memory.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of KV cache to set aside.", min=1)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     packed: Packed = None,
@@ -220,7 +226,7 @@ app.command(short_help="Fine-tune towards few experts.")(tune)
 @app.command(short_help="Write a plain checkpoint.")
 def merge(
     model: Model,
-    adapter: Annotated[Path, typer.Option(help="What `melinoe tune` wrote.")],
+    adapter: Annotated[Path, typer.Option(help="Adapter folder that `melinoe tune` wrote.")],
     output_dir: Annotated[Path, typer.Option(help="Checkpoint folder to write.")],
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -242,7 +248,7 @@ def trace(
     data: Data,
     output: Annotated[Path, typer.Option(help="Trace file to write.")],
     limit: Limit = None,
-    split: Annotated[str, typer.Option(help="Which split of a data folder.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of the data to read.")] = "train",
     adapter: Adapter = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -261,9 +267,11 @@ def trace(
 
 @app.command(short_help="Replay a trace through caches.")
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="What `melinoe trace` wrote.")],
+    trace: Annotated[Path, typer.Argument(help="Trace that `melinoe trace` wrote.")],
     policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "decay,lru,belady",
-    slots: Annotated[str, typer.Option(help="Records per layer; several separated by commas.")] = "8",
+    slots: Annotated[
+        str, typer.Option(help="Experts of each layer to hold; several, separated by commas.")
+    ] = "8",
     carry_over: Annotated[
         bool, typer.Option("--carry-over", help="Keep the slots between sequences.")
     ] = False,
@@ -290,7 +298,7 @@ def simulate(
 @app.command("fit-predictor", short_help="Fit the predictor of experts.")
 def fit_predictor(
     model: Model,
-    trace: Annotated[Path, typer.Option(help="What `melinoe trace` wrote.")],
+    trace: Annotated[Path, typer.Option(help="Trace that `melinoe trace` wrote.")],
     output: Annotated[Path, typer.Option(help="Predictor to write.")],
     seed: Seed = 0,
     as_json: Json = False,
@@ -311,8 +319,10 @@ def evaluate(
     model: Model,
     data: Data,
     limit: Limit = None,
-    metrics: Annotated[str, typer.Option(help="Separated by commas.")] = "perplexity,exact_match,rouge_l",
-    split: Annotated[str, typer.Option(help="Which split of a data folder.")] = "test",
+    metrics: Annotated[
+        str, typer.Option(help="Metrics, separated by commas.")
+    ] = "perplexity,exact_match,rouge_l",
+    split: Annotated[str, typer.Option(help="Split of the data to read.")] = "test",
     adapter: Adapter = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -352,12 +362,12 @@ def verify(store: Path) -> None:
         print(f"{store}: all records match")
 
 
-@app.command(short_help="The whole method, and one table.")
+@app.command(short_help="Show the whole method in one table.")
 def demo(
     model: Model = "tiny",
     data: Annotated[str | None, typer.Option(help="Data folder; the embedded workload if not given.")] = None,
     limit: Annotated[int | None, typer.Option(help="Held-out rows to score; fewer is faster.", min=8)] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where result.json and report.html go.")] = Path(
+    output_dir: Annotated[Path, typer.Option(help="Folder for result.json and report.html.")] = Path(
         "demo-output"
     ),
     seed: Seed = 0,

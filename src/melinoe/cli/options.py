@@ -22,13 +22,15 @@ Data = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MAX_SEED)]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
-Adapter = Annotated[Path | None, typer.Option(help="What `melinoe tune` wrote.")]
+Adapter = Annotated[Path | None, typer.Option(help="Adapter folder that `melinoe tune` wrote.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Packed = Annotated[
     bool | None,
-    typer.Option("--packed/--expanded", help="How slots hold int8 or int4 records; expanded if not given."),
+    typer.Option(
+        "--packed/--expanded", help="Hold int8 or int4 experts as stored, or at full size (the default)."
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 
 
 def is_first_process() -> bool:

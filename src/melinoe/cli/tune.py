@@ -54,7 +54,7 @@ def tune(
     memory: Memory = None,
     settings: dict[str, Any],
     resume: Annotated[
-        bool, typer.Option("--resume", help="There must be an interrupted run to go on with.")
+        bool, typer.Option("--resume", help="Go on with an interrupted run; an error if there is none.")
     ] = False,
     dry_run: DryRun = False,
     sweep: Sweep = None,

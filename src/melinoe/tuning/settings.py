@@ -128,7 +128,7 @@ class TuneSettings:
     rank: int = setting(32, "Rank of the experts' low-rank factors.", least=1)
     alpha: float = _for_recipes(16.0, "The factors are scaled by alpha / rank.", above=0)
     batch_tokens: int = setting(2048, "Padded tokens that a process holds at once.", least=1)
-    accumulate: int = _same_losses(1, "Such batches per step, as one large batch.", least=1)
+    accumulate: int = _same_losses(1, "Batches per step, which count as one large batch.", least=1)
     max_length: int = setting(
         256, "Tokens of the longest rows; longer ones are left out, never cut.", least=2
     )
@@ -154,7 +154,7 @@ class TuneSettings:
     eval_steps: int = _same_losses(
         0, "Every so many steps, measure loss, hit rate and loads on held-out rows; 0 is never.", least=0
     )
-    eval_rows: int = _same_losses(64, "At most so many of these rows.", least=1)
+    eval_rows: int = _same_losses(64, "Held-out rows to measure on, at most.", least=1)
     checkpoint_steps: int = _same_losses(
         50,
         "An interrupted run goes on from the last multiple of so many steps; 0 saves nothing.",

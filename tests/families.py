@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     ContinuousBatchingConfig,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -28,11 +29,18 @@ FAMILIES = (
     "hunyuan_v1_moe", "flex_olmo", "afmoe", "nemotron_h", "gemma4_text", "llama4_text", "dbrx",
 )  # fmt: skip
 # how routers score, where it is not by softmax (phimoe's sparsemixer is a softmax over what its mask leaves)
-SCORE_KINDS = {"gemma4_text": "probability"} | dict.fromkeys(
-    ("deepseek_v3", "glm4_moe", "minimax_m2", "lfm2_moe", "dots1", "afmoe", "nemotron_h", "llama4_text"),
+SCORE_KINDS = dict.fromkeys(("gemma4", "gemma4_text"), "probability") | {"deepseek_v4": "sqrtsoftplus"}
+SCORE_KINDS |= dict.fromkeys(
+    (
+        "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1",
+        "dots3_note", "dots3_note_text", "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
+        "hy_v3", "hy_v4", "inkling2_text", "inkling_text", "kimi_linear", "kolibri1", "laguna", "lfm2_moe",
+        "llama4", "llama4_text", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h",
+        "solar_open",
+    ),
     "sigmoid",
-)
-UNDECORATED = ("llama4_text", "dbrx")  # transformers knows one way to compute their experts
+)  # fmt: skip
+UNDECORATED = ("llama4", "llama4_text", "dbrx")  # transformers knows one way to compute their experts
 
 
 class RandomPolicy(DecayedCounts):
@@ -48,10 +56,16 @@ class RandomPolicy(DecayedCounts):
         return self.generator.random(self.num_experts).tolist()
 
 
-def save_tokenizer(folder: Path) -> None:
-    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(50)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+def save_tokenizer(folder: Path, family: str = "") -> None:
+    """A tokenizer of 64 entries: words, or bytes where transformers insists on its own way to cut words."""
+    special = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    if family.startswith(("qwen3_5", "qwen4")):
+        letters = {letter: i + 3 for i, letter in enumerate("\u0120w0123456789")}
+        tokenizer = Tokenizer(models.BPE(special | letters, [], unk_token="<unk>"))
+    else:
+        words = {f"w{i}": i + 3 for i in range(50)}
+        tokenizer = Tokenizer(models.WordLevel(special | words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -62,17 +76,24 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Writes config, weights and tokenizer; returns the folder."""
+    """Writes config, weights and tokenizer; returns the folder.
+
+    Types with a text part are written whole, with what makes tokens of pictures and sounds, as on the Hub.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family), dtype=dtype)
+    theirs = config(family)
+    whole = theirs.get_text_config() is not theirs
+    model = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(theirs, dtype=dtype)
     for name, parameter in model.named_parameters():  # correction biases and the like start at zero or empty
-        if parameter.is_floating_point() and "norm" not in name:
+        if parameter.is_floating_point() and "norm" not in name and parameter.numel() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     for name, buffer in model.named_buffers():
         if "correction" in name or "expert_bias" in name:
             buffer.normal_(std=0.05)
+        elif name.endswith("tid2eid"):  # deepseek_v4: the experts of every token of the vocabulary
+            buffer.copy_(torch.rand(len(buffer), 8).argsort(1)[:, : buffer.shape[1]])
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, family)
     return folder
 
 

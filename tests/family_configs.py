@@ -1,4 +1,7 @@
-"""A tiny config of every model type of transformers, derived from what its config class declares."""
+"""Every model type of transformers that mixes experts, and a tiny config of it.
+
+Both are derived from what the config classes declare.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from melinoe.models.supported import refusal
 
 # {size that a config may declare: the tiny one}. What a config class declares of these is shrunk, so a model
 # type that transformers gains has a tiny config before anybody has written an entry for it.
@@ -39,7 +43,7 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
-    "index_topk": 4,
+    "index_topk": 64,
     "index_head_dim": 16,
     "index_n_heads": 2,
     "swa_num_attention_heads": 2,
@@ -167,10 +171,15 @@ FIELDS: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 2,
         "hc_lowrank": 16,
     },
+    # logits that are not scaled down, so that a few steps of tuning show
+    "cohere2_moe": {"logit_scale": 1.0},
+    "inkling_text": {"logits_mup_width_multiplier": 1.0},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "beam": _SPARSE,
     "laguna": _SPARSE,
     "mimo_v2_flash": {"num_key_value_heads": 1, "layer_types": ["full_attention", "sliding_attention"]},
+    # the first layer looks experts up by token
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "flint": {"mlp_only_layers": []},
     "zaya": {"num_experts_per_tok": 1},  # it allows no other
 }
@@ -217,6 +226,11 @@ def mixture_types() -> tuple[str, ...]:
     return tuple(name for name in CONFIG_MAPPING_NAMES if about_experts(CONFIG_MAPPING[name]))
 
 
-def causal_mixture_types() -> tuple[str, ...]:
-    """Those of them that AutoModelForCausalLM opens."""
-    return tuple(name for name in mixture_types() if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+@cache
+def exact_types() -> tuple[str, ...]:
+    """Those of them that melinoe does not refuse: each must be exact, and stand in docs/families.md."""
+    return tuple(name for name in mixture_types() if refusal(name) is None)
+
+
+def refused_types() -> tuple[str, ...]:
+    return tuple(name for name in mixture_types() if refusal(name) is not None)

@@ -10,15 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, SCORE_KINDS, UNDECORATED, batch, save_checkpoint
-from family_configs import FIELDS
+from family_configs import FIELDS, exact_types
 from melinoe.data.rows import Encoded
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.measure.trace import read_routing
-from melinoe.models.layers import experts_per_token, moe_layers
+from melinoe.models.layers import experts_per_token, fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap, requests, router_probabilities, score_kind
 from melinoe.runtime.plan import plan
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 def opened(family, folder, dtype=torch.float32, **changes):
@@ -61,8 +59,11 @@ def by_expert(indices, weights, num_experts):
     return dense.scatter_(1, indices, weights)
 
 
-@DTYPES
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in exact_types()] + [(family, torch.bfloat16) for family in FAMILIES],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_the_tap_records_what_the_experts_receive(family, dtype, tmp_path):
     model, calls = opened(family, tmp_path / "model", dtype), []
     layers = moe_layers(model)
@@ -87,7 +88,7 @@ def test_the_tap_records_what_the_experts_receive(family, dtype, tmp_path):
         assert torch.allclose(p.sum(1), torch.ones(18), atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", exact_types())
 def test_the_trace_holds_what_the_experts_receive(family, tmp_path):
     """melinoe.trace's reading, in batches that are padded on the right, one sequence at a time as witness."""
     model = opened(family, tmp_path / "model")
@@ -136,6 +137,27 @@ def test_kind_of_a_router_that_takes_one_expert(family, tmp_path, monkeypatch):
     assert {score_kind(record) for record in tap.records} == {SCORE_KINDS.get(family, "softmax")}
 
 
+def test_a_layer_takes_no_other_layers_router(tmp_path):
+    """deepseek_v4's first layers have routers that transformers does not record, its later ones others."""
+    model = opened("deepseek_v4", tmp_path / "model")
+    names = [(type(layer.router).__name__, layer.router_name) for layer in moe_layers(model)]
+    assert names == [
+        ("DeepseekV4HashRouter", "model.layers.0.mlp.gate"),
+        ("DeepseekV4TopKRouter", "model.layers.1.mlp.gate"),
+    ]
+    model.model.layers[0].mlp.gate = torch.nn.Identity()  # as a router of a name that nobody can know
+    with pytest.raises(ValueError, match=r"no router found for model.layers.0.mlp.experts"):
+        moe_layers(model)
+
+
+def test_a_table_of_experts_by_token_is_part_of_the_fingerprint(tmp_path):
+    model = opened("deepseek_v4", tmp_path / "model")
+    before = fingerprint(model)
+    table = model.model.layers[0].mlp.gate.tid2eid
+    table[7] = table[7].flip(0)
+    assert fingerprint(model) != before
+
+
 def test_a_router_of_another_form_is_refused(tmp_path):
     model = opened("mixtral", tmp_path / "model")
     layer = moe_layers(model)[0]
@@ -149,13 +171,17 @@ def test_probabilities_by_hand():
     assert torch.allclose(router_probabilities(logits, "softmax"), torch.tensor([[0.5, 0.5], [0.25, 0.75]]))
     # sigmoid: 1/2 and 3/4, divided by their sum
     assert torch.allclose(router_probabilities(logits, "sigmoid"), torch.tensor([[0.5, 0.5], [0.4, 0.6]]))
+    # square roots of softplus: 1 and 2, divided by their sum
+    logits = torch.tensor([[1.0, 4.0]]).expm1().log()
+    expected = torch.tensor([[1 / 3, 2 / 3]])
+    assert torch.allclose(router_probabilities(logits, "sqrtsoftplus"), expected)
     given = torch.tensor([[0.2, 0.8]])
     assert torch.equal(router_probabilities(given, "probability"), given)
     assert requests(torch.tensor([[1, 2]]), 2).tolist() == [[0.0, 1.0]]  # 2 belongs to another process
 
 
 @pytest.mark.parametrize("family", UNDECORATED)
-def test_describing_an_undecorated_model_changes_nothing(family, tmp_path):
+def test_decorating_an_undecorated_model_changes_nothing(family, tmp_path):
     """Until it is switched to our function, the model computes and saves as transformers wrote it."""
     model = opened(family, tmp_path / "model")
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, save_checkpoint
+from family_configs import exact_types
 from melinoe.adapters.merge import merge
 from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
@@ -19,7 +20,7 @@ from melinoe.tuning.tune import tune
 
 NOT_TUNABLE = ("dbrx",)  # all experts of a layer in one flat matrix: PEFT cannot name one expert's factors
 IDS = torch.arange(3, 35).reshape(2, 16)
-STEPS = {"max_steps": 8, "batch_tokens": 256, "max_length": 32, "rank": 2, "warmup": 0.0, "progress": False}
+STEPS = {"batch_tokens": 256, "max_length": 32, "rank": 2, "warmup": 0.0, "progress": False}
 STEPS |= {"learning_rate": 0.02, "router_learning_rate": 0.02, "lambda_cs": 0.3}
 
 
@@ -69,12 +70,13 @@ def losses(folder):
     return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NOT_TUNABLE])
+@pytest.mark.parametrize("family", [family for family in exact_types() if family not in NOT_TUNABLE])
 def test_a_few_steps_of_every_family(family, tmp_path, data, trained):
     base = save_checkpoint(tmp_path / "base", family)
-    tune(base, data, tmp_path / "adapter", **STEPS)
+    steps, fall = (8, 0.97) if family in FAMILIES else (5, 0.99)
+    tune(base, data, tmp_path / "adapter", **STEPS, max_steps=steps)
     log = losses(tmp_path / "adapter")
-    assert log[-1]["nll"] < 0.97 * log[0]["nll"], [record["nll"] for record in log]
+    assert log[-1]["nll"] < fall * log[0]["nll"], [record["nll"] for record in log]
     before, applied = load(base), load(base)
     layers = moe_layers(before)
     assert len(trained["gradients"]) >= len(layers)
@@ -118,7 +120,7 @@ def test_a_few_steps_of_every_family(family, tmp_path, data, trained):
 def test_peft_opens_the_adapter(family, tmp_path, data):
     peft = pytest.importorskip("peft")
     base = save_checkpoint(tmp_path / "base", family)
-    tune(base, data, tmp_path / "adapter", **STEPS)
+    tune(base, data, tmp_path / "adapter", **STEPS, max_steps=8)
     ours = load(base)
     apply_adapter(ours, tmp_path / "adapter")
     theirs = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "adapter")).eval()
@@ -128,5 +130,12 @@ def test_peft_opens_the_adapter(family, tmp_path, data):
 def test_what_cannot_be_tuned_is_refused(tmp_path, data):
     base = save_checkpoint(tmp_path / "base", "dbrx")
     with pytest.raises(MelinoeError, match="not tuned"):
-        tune(base, data, tmp_path / "adapter", **STEPS)
+        tune(base, data, tmp_path / "adapter", **STEPS, max_steps=8)
     assert not (tmp_path / "adapter").exists()
+
+
+def test_a_family_whose_memory_cannot_be_counted_is_refused_and_tuned_without(tmp_path, data):
+    """What qwen4_exp attends to hangs on values, and a count has none: it was an error of torch's."""
+    base = save_checkpoint(tmp_path / "base", "qwen4_exp_text")
+    with pytest.raises(MelinoeError, match=r"cannot be counted for this type of model; got qwen4_exp_text"):
+        tune(base, data, tmp_path / "adapter", **STEPS, max_steps=1, memory="1GiB")

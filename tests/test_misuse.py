@@ -273,10 +273,10 @@ def test_moves_are_refused(olmoe_store, expected):
         "inside another": lambda: nn.Sequential(model).to(torch.bfloat16),
     }
     for name, move in moves.items():
-        with pytest.raises((melinoe.MelinoeError, ValueError), match=r"stays in its dtype|not supported"):
+        with pytest.raises(melinoe.MelinoeError, match="stays in its dtype"):
             move()
         assert {p.dtype for p in model.parameters()} == {torch.float32}, name
-    model.to("cpu").to(torch.float32)
+    model.to("cpu").to(torch.float32).float()
     assert exact(model, expected)
 
 

@@ -55,10 +55,16 @@ def local_folder(source: Path | str, weights: bool = True) -> Path:
 
 
 def skeleton(source: Path | str) -> nn.Module:
-    """The model of a checkpoint on the meta device: shapes and names, no weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model of a checkpoint on the meta device: shapes and names, no weights.
 
-    config = AutoConfig.from_pretrained(source)
+    Raises:
+        MelinoeError: a type of model that cannot be offloaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from melinoe.models.supported import supported_config
+
+    config = supported_config(source)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)

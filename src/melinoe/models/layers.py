@@ -20,6 +20,7 @@ from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.models import undecorated
+from melinoe.models.supported import no_experts
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,12 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
-def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """{name: (router, index of the logits in its output)}, from transformers' own recording table."""
+def _routers(model: nn.Module, experts_names: list[str]) -> dict[str, tuple[nn.Module, int]]:
+    """{name: (router, index of the logits in its output)}.
+
+    From transformers' own recording table; and, because that table has only routers whose choice is
+    learned, what is called a router beside experts (deepseek_v4's first layers look experts up by token).
+    """
     found: dict[str, tuple[nn.Module, int]] = {}
     for owner in model.modules():
         spec = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits")
@@ -71,6 +76,10 @@ def _routers(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
             for name, module in model.named_modules():
                 if isinstance(target, type) and isinstance(module, target):
                     found[name] = (module, getattr(one, "index", 0))
+    for owner_name in {name.rpartition(".")[0] for name in experts_names}:
+        for name, module in model.get_submodule(owner_name).named_children():
+            if type(module).__name__.endswith("Router"):
+                found.setdefault(f"{owner_name}.{name}", (module, 0))
     return found
 
 
@@ -80,28 +89,39 @@ def _shared_steps(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
+def _routing_of(
+    model: nn.Module, router_name: str, logits_index: int, num_experts: int, output: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a router decided, from what it returned: (logits [T, E], weights [T, K], indices [T, K])."""
+    if isinstance(output, tuple) and len(output) >= 3:
+        logits, weights, indices = output[logits_index], output[1], output[2]
+    else:
+        logits, weights, indices = undecorated.routing_of(model, router_name, output)
+    # zaya has one more column, for tokens that skip the experts: to those it gives expert 0 with weight 0
+    return logits.reshape(-1, logits.shape[-1])[:, :num_experts], weights, indices
+
+
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model, each with its router.
 
     Raises:
-        MelinoeError: a dense model, or experts whose router cannot be found.
+        MelinoeError: a dense model, a family that cannot be offloaded, or experts without a router.
     """
     modules = experts_modules(model)
     if not modules:
-        raise MelinoeError(
-            "not a mixture-of-experts model that transformers' ExpertsInterface covers",
-            got=type(model).__name__,
-            allowed="a model with experts modules, such as OLMoE, Mixtral, Qwen3-MoE or gpt-oss",
-        )
-    routers = _routers(model)
+        raise no_experts(model.config)
+    names = [name for name, _ in modules]
+    routers = _routers(model, names)
     layers = []
     for index, (name, module) in enumerate(modules):
-        # the router of a layer is the one that shares the longest path with the experts
-        nearest = max(routers, key=lambda router: _shared_steps(router, name), default=None)
-        if nearest is None:
+        # the router of a layer shares the longest path with its experts, and with no others so long a one
+        nearest = max(routers, key=lambda router: _shared_steps(router, name), default="")
+        others = (_shared_steps(nearest, other) for other in names if other != name)
+        if not nearest or _shared_steps(nearest, name) <= max(others, default=0):
             raise MelinoeError(f"no router found for {name}", got=type(model).__name__)
         router, logits_index = routers.pop(nearest)
-        routing_of = partial(undecorated.routing_of, model, nearest, logits_index=logits_index)
+        num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        routing_of = partial(_routing_of, model, nearest, logits_index, num_experts)
         layers.append(MoeLayer(index, name, module, nearest, router, routing_of))
     return layers
 
@@ -135,7 +155,8 @@ def fingerprint(model: nn.Module) -> str:
     for layer in moe_layers(model):
         digest.update(f"{layer.index}:{layer.num_experts}:{experts_per_token(model)};".encode())
         for name, tensor in sorted(layer.router.state_dict().items()):
-            if tensor.is_floating_point():
-                values = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
-                digest.update(name.encode() + values.numpy().tobytes())
+            values = tensor.detach().cpu().contiguous()
+            if tensor.is_floating_point():  # else a table of experts by token, as deepseek_v4 has
+                values = values.to(torch.bfloat16).view(torch.int16)
+            digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -45,7 +45,7 @@ class RouterTap:
     def _hook(self, layer: MoeLayer) -> Any:
         def record(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             logits, weights, indices = layer.routing_of(output)
-            self.records.append(RouterRecord(logits.reshape(-1, logits.shape[-1]), indices, weights, inputs))
+            self.records.append(RouterRecord(logits, indices, weights, inputs))
 
         return record
 
@@ -77,40 +77,40 @@ class RouterTap:
         return [row[:length].copy() for row, length in zip(rows, lengths, strict=True)]
 
 
-def score_kind(record: RouterRecord) -> str:
-    """How a router turns logits into scores: "softmax", "sigmoid" or "probability".
+# {kind: log scores from logits}: what routers make of logits before they choose and weigh
+_LOG_SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda logits: logits.log_softmax(-1),
+    "sigmoid": nn.functional.logsigmoid,
+    "sqrtsoftplus": lambda logits: nn.functional.softplus(logits).log() / 2,  # deepseek_v4
+}
 
-    Decided from one recorded call, without a table of names: the logarithm of the weights' ratios
-    within a token equals the difference of the logits (softmax), of their log-sigmoids (sigmoid), or of
-    the logarithms of values that already are probabilities. With one expert per token (llama4) its weights
-    are compared from token to token instead, up to a constant factor. "softmax" where none fits (sparsemixer)
-    and where nothing can be told (one expert with weight 1).
+
+def score_kind(record: RouterRecord) -> str:
+    """How a router turns logits into scores: "softmax", "sigmoid", "sqrtsoftplus" or "probability".
+
+    Decided from one recorded call, without a table of names: the logarithm of the weights' ratios within a
+    token equals the difference of the chosen experts' log scores, or of the logarithms of values that already
+    are probabilities. With one expert per token (llama4) its weights are compared from token to token
+    instead, up to a constant factor. "softmax" where none fits (sparsemixer) and where nothing can be told
+    (one expert with weight 1).
     """
     with torch.no_grad():
         logits = record.logits.float()
         if bool((logits >= 0).all()) and torch.allclose(logits.sum(-1), logits.new_ones(()), atol=1e-3):
             return "probability"
-        chosen = torch.gather(logits, 1, record.indices.clamp(max=logits.shape[1] - 1))
+        chosen = record.indices.clamp(max=logits.shape[1] - 1)
         log_weights = record.weights.float().clamp_min(1e-30).log()
-        ratios = log_weights[:, 1:] - log_weights[:, :1]
-        if record.indices.shape[1] > 1:
-            errors = {
-                "softmax": (chosen[:, 1:] - chosen[:, :1] - ratios).abs(),
-                "sigmoid": (nn.functional.logsigmoid(chosen).diff(dim=1).cumsum(1) - ratios).abs(),
-            }
-        elif bool((log_weights == log_weights[:1]).all()):  # normalised, so always 1: says nothing
+        one = record.indices.shape[1] == 1
+        if one and bool((log_weights == log_weights[:1]).all()):  # normalised, so always 1: says nothing
             return "softmax"
-        else:
-            log_scores = {
-                "softmax": chosen - logits.logsumexp(1, keepdim=True),
-                "sigmoid": nn.functional.logsigmoid(chosen),
-            }
-            errors = {
-                kind: (scores - log_weights - (scores - log_weights).median()).abs()
-                for kind, scores in log_scores.items()
-            }
-        scale = {kind: float(error.median()) if error.numel() else 0.0 for kind, error in errors.items()}
-    return "sigmoid" if scale["sigmoid"] < min(0.5 * scale["softmax"], 0.05) else "softmax"
+        off: dict[str, float] = {}
+        for kind, log_scores in _LOG_SCORES.items():
+            differences = log_scores(logits).gather(1, chosen) - log_weights
+            reference = differences.median() if one else differences[:, :1]
+            errors = (differences - reference).abs()[:, 0 if one else 1 :]
+            off[kind] = float(errors.median()) if errors.numel() else 0.0
+    nearest = min(off, key=lambda kind: off[kind])
+    return nearest if off[nearest] < min(0.5 * off["softmax"], 0.05) else "softmax"
 
 
 def router_probabilities(logits: torch.Tensor, kind: str) -> torch.Tensor:
@@ -118,10 +118,10 @@ def router_probabilities(logits: torch.Tensor, kind: str) -> torch.Tensor:
     logits = logits.float()
     if kind == "probability":
         return logits
-    if kind == "sigmoid":
-        scores = logits.sigmoid()
-        return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
-    return logits.softmax(-1)
+    if kind == "softmax":
+        return logits.softmax(-1)
+    scores = logits.sigmoid() if kind == "sigmoid" else nn.functional.softplus(logits).sqrt()
+    return scores / scores.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def requests(indices: torch.Tensor, num_experts: int) -> torch.Tensor:

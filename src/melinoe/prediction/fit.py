@@ -107,7 +107,11 @@ def _model_of(model: Any) -> Any:
     if isinstance(model, str | Path):
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(resolve_model(model), dtype="auto")
+        from melinoe.models.supported import supported_config
+
+        source = resolve_model(model)
+        supported_config(source)
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     return model[0] if isinstance(model, tuple) else model
 
 

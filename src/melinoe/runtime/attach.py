@@ -131,6 +131,8 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     model.generation_config.disable_compile = True  # the experts function talks to the disk
     model.save_pretrained = MethodType(_refuse_to_save, model)
     model._apply = MethodType(_refuse_to_move, model)
+    # transformers' own refuse before they come to _apply, as for models whose weights are of no dtype
+    model.float, model.half = MethodType(nn.Module.float, model), MethodType(nn.Module.half, model)
 
 
 def _refuse_to_move(self: Any, function: Any, *rest: Any) -> Any:

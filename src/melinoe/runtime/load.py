@@ -14,6 +14,7 @@ from melinoe.errors import MelinoeError
 from melinoe.machine import usable_device
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import moe_layers
+from melinoe.models.supported import supported_config
 from melinoe.paging.expansion import slots_packed
 from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.statistics import Statistics
@@ -136,6 +137,7 @@ def load_resident(
     if isinstance(resolved, Path) and is_store(resolved):
         raise MelinoeError(f"{resolved} is a store", allowed="the checkpoint it was made from")
     folder = local_folder(resolved)
+    supported_config(folder)  # else transformers lists every class that it knows
     model = _from_pretrained(folder, dtype=dtype or "auto")
     moe_layers(model)
     align(model)

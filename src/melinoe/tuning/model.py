@@ -16,6 +16,7 @@ from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
+from melinoe.models.supported import supported_config
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.load import load_for_tuning
 from melinoe.tuning.memory.needed import check_family, compute_dtype
@@ -61,6 +62,7 @@ def _load(source: str | Path, dtype: torch.dtype | None, device: str, pages: Pag
     if pages is not None:
         return load_for_tuning(pages.folder, pages.slots, dtype, device, pages.slots_format)
     folder = local_folder(resolve_model(source))
+    supported_config(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
 
 

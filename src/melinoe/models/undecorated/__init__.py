@@ -67,22 +67,17 @@ def take_over(model: nn.Module, function: ExpertsFunction) -> bool:
 
 
 def routing_of(
-    model: nn.Module, router_name: str, output: Any, logits_index: int
+    model: nn.Module, router_name: str, output: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a router decided, from what it returned: (logits [T, E], weights [T, K], indices [T, K]).
 
-    Decorated families return all three. Of the others a family's own function makes the choice again, by the
-    same operation on the same values as the model does behind the router, without gradient: what autograd
-    saved here, gradient checkpointing would miss in its second pass, to which nobody listens.
-
-    Args:
-        logits_index: where the logits stand in a decorated family's output, as transformers records them.
+    A family's own function makes the choice again, by the same operation on the same values as the model
+    does behind the router, without gradient: what autograd saved here, gradient checkpointing would miss in
+    its second pass, to which nobody listens.
 
     Raises:
         MelinoeError: an output of another form.
     """
-    if isinstance(output, tuple) and len(output) >= 3:
-        return output[logits_index], output[1], output[2]
     router = model.get_submodule(router_name)
     if _class_name(router) == "Llama4Router":
         return llama4.routing_of(router, output)

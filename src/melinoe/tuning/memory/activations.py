@@ -18,6 +18,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import projection_size
 from melinoe.models.layers import MoeLayer, experts_per_token
 from melinoe.models.undecorated import take_over
@@ -64,11 +65,18 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
         ids_BS = torch.zeros(batch.rows, batch.length, dtype=torch.long, device="meta")
         # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
         shape = (batch.rows, 1, batch.length, batch.length)
-        model(
-            input_ids=ids_BS,
-            attention_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
-            use_cache=False,
-        )
+        try:
+            model(
+                input_ids=ids_BS,
+                attention_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
+                use_cache=False,
+            )
+        except NotImplementedError as error:  # shapes that hang on values: qwen4_exp
+            raise MelinoeError(
+                "the memory that tuning needs cannot be counted for this type of model",
+                got=model.config.model_type,  # type: ignore[union-attr]
+                next_step="tune without --memory and --dry-run",
+            ) from error
     transient = 0
     for layer in layers:
         name = max((one for one in inputs if layer.experts_name.startswith(f"{one}.")), key=len, default=None)

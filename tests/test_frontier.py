@@ -23,8 +23,10 @@ from melinoe.adapters.merge import merge
 from melinoe.cli.main import app
 from melinoe.errors import MelinoeError
 from melinoe.frontier.held_out import evenly, held_out_only, hold_out
-from melinoe.frontier.points import read_sweep
-from melinoe.frontier.sources import sources_of, tuning_code
+from melinoe.frontier.points import Point, read_sweep
+from melinoe.frontier.run_point import Job
+from melinoe.frontier.runs import Run, run_all
+from melinoe.frontier.sources import measuring_code, sources_of, tuning_code
 from melinoe.frontier.sums import Sums, compare, pooled, summary
 from melinoe.frontier.sweep import _pool
 from melinoe.frontier.table import best_within, markdown, origins_table, sentences
@@ -35,6 +37,7 @@ from melinoe.routing.policies import DECODE
 from melinoe.routing.simulate import simulate
 from melinoe.tuning.objectives import OBJECTIVES
 from melinoe.tuning.settings import TuneSettings
+from melinoe.verbs import Stages
 
 SWEEPS = sorted((Path(__file__).parents[1] / "benchmarks" / "sweeps").glob("*.yaml"))
 
@@ -299,6 +302,30 @@ def test_an_edit_of_any_source_of_tuning_is_seen(tmp_path):
     for other in ("cli/main.py", "demonstration/demo.py", "frontier/page.py"):
         (package / other).write_text("# edited\n")
     assert tuning_code(package) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "warned"), [({}, False), ({"measured_by": "older"}, True), ({"code": "older"}, True)]
+)
+def test_a_finished_run_of_other_code_is_named(tmp_path, capsys, changed, warned):
+    folder = tmp_path / "strong"
+    folder.mkdir()
+    codes = {"code": tuning_code(), "measured_by": measuring_code()}
+    (folder / "measured.json").write_text(json.dumps(codes | changed))
+    job = Job("model", {}, "train", {}, {}, "measured.json")
+    run_all([Run(Point("strong", "counts"), 0, job, folder)], Stages(1), 1)
+    assert ("with other code: compare with care" in capsys.readouterr().err) == warned
+
+
+def test_measuring_code_covers_what_measures(tmp_path):
+    package = copied_package(tmp_path)
+    before = measuring_code(package)
+    for file in ("routing/simulate.py", "adapters/merge.py", "frontier/measuring.py", "models/layers.py"):
+        original = (package / file).read_bytes()
+        (package / file).write_bytes(original + b"# edited\n")
+        assert measuring_code(package) != before, file
+        (package / file).write_bytes(original)
+    assert measuring_code(package) == before == measuring_code()
 
 
 def test_no_source_of_tuning_is_forgotten(olmoe, data, tmp_path):

@@ -21,7 +21,7 @@ from typing import Any
 
 from melinoe.errors import MelinoeError
 from melinoe.files import whole_file
-from melinoe.frontier.sources import tuning_code
+from melinoe.frontier.sources import measuring_code, tuning_code
 
 JOB, CODE = "job.json", "tuned-by"
 
@@ -46,7 +46,7 @@ class Job:
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
-    """Does what is left to do; returns {"tuned", "code", "predictor", "data": {name: measurements}}."""
+    """Does what is left to do; returns {"tuned", "code", "measured_by", "predictor", "data": {name: ...}}."""
     from melinoe.frontier.measuring import Measuring, fit, measure
     from melinoe.measure.trace import open_model
 
@@ -55,6 +55,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         if output.is_file():
             return json.loads(output.read_text())
         result: dict[str, Any] = {"tuned": None, "code": None, "predictor": None}
+        result["measured_by"] = measuring_code()
         model, merged = job.model, folder / "merged"
         if job.settings is not None:
             result["tuned"] = _tuned(job, folder)

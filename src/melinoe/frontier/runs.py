@@ -17,7 +17,7 @@ from typing import Any
 from melinoe.frontier.measuring import Measuring
 from melinoe.frontier.points import CONTROL, Point
 from melinoe.frontier.run_point import JOB, Job
-from melinoe.frontier.sources import tuning_code
+from melinoe.frontier.sources import measuring_code, tuning_code
 from melinoe.frontier.sums import Sums, compare, summary
 from melinoe.verbs import Stages, Verb, run_verbs
 
@@ -100,10 +100,12 @@ def _key(identity: dict[str, Any]) -> str:
 
 def run_all(runs: list[Run], stages: Stages, at_once: int) -> None:
     """Does the runs that are not finished, and says so one by one."""
-    left, code = [], tuning_code()
+    left, tuned_by, measured_by = [], tuning_code(), measuring_code()
     for run in runs:
         if run.is_finished:
-            other = run.point is not None and run.measured.get("code") != code
+            found = run.measured
+            other = run.point is not None and found.get("code") != tuned_by
+            other = other or found.get("measured_by") != measured_by
             stages.start(
                 f"{run.label}: finished before" + (" with other code: compare with care" if other else "")
             )

@@ -1,5 +1,4 @@
-"""Which of our sources decide what tuning does, and their digest: so that a reused run of other code is
-named.
+"""Which of our sources decide what tuning or measuring does, so that a reused run of other code is named.
 
 Read from the sources themselves, by the imports that stand in them: a list written by hand forgot the
 experts' backward pass for as long as it existed.
@@ -14,8 +13,6 @@ from importlib.util import resolve_name
 from pathlib import Path
 
 import melinoe
-
-TUNING = "melinoe.tuning.tune"
 
 
 def sources_of(module: str, package: Path | None = None) -> list[Path]:
@@ -46,11 +43,20 @@ def sources_of(module: str, package: Path | None = None) -> list[Path]:
 
 
 def tuning_code(package: Path | None = None) -> str:
-    """A digest of the names and contents of everything that `tune` runs of this package; other packages are
-    not in it."""
+    """A digest of everything of this package that `tune` runs; other packages are not in it."""
+    return _digest(("melinoe.tuning.tune",), package)
+
+
+def measuring_code(package: Path | None = None) -> str:
+    """A digest of everything of this package that measures a tuned point, once it is tuned."""
+    return _digest(("melinoe.adapters.merge", "melinoe.frontier.measuring"), package)
+
+
+def _digest(modules: tuple[str, ...], package: Path | None) -> str:
+    """Of the names and contents of all files that the modules need."""
     package = package or Path(melinoe.__file__).parent
     digest = hashlib.sha256()
-    for source in sources_of(TUNING, package):
+    for source in sorted({source for module in modules for source in sources_of(module, package)}):
         digest.update(
             str(source.relative_to(package)).encode() + hashlib.sha256(source.read_bytes()).digest()
         )

@@ -56,6 +56,7 @@ def test_what_is_said_of_a_default_is_the_default(name):
         ("max_steps", None, "wrong kind"),
         ("shard", "yes", "wrong kind; got 'yes'; allowed: true | false"),
         ("alpha", "big", "wrong kind; got 'big'; allowed: a number"),
+        ("time_limit", 0, "time_limit is out of range; got 0; allowed: above 0"),
         ("alpha", float("nan"), "alpha is out of range; got nan; allowed: above 0"),
         ("alpha", float("inf"), "out of range"),
         ("temperature", 0.0, "out of range; got 0.0; allowed: above 0"),

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from melinoe.cli.chat import chat
 from melinoe.cli.options import (
     Adapter,
     Data,
@@ -219,6 +220,7 @@ def plan(
     print(describe(result))
 
 
+app.command(short_help="Talk to a model in the terminal.")(chat)
 app.command(short_help="Serve a model over HTTP.")(serve)
 app.command(short_help="Fine-tune towards few experts.")(tune)
 

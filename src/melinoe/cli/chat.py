@@ -1,0 +1,196 @@
+"""`melinoe chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from melinoe.cli.options import Adapter, Model, Packed, prepare, slots_format_of
+from melinoe.errors import MelinoeError
+
+if TYPE_CHECKING:
+    from melinoe.serving.conversation import Conversation
+
+HELP = """/system TEXT   say who the model is to be; /system alone shows it
+/stats         what the last answer cost: tokens, seconds, hit rate, bytes read
+/clear         start a new conversation
+/save FILE     add the conversation to FILE as a row that `melinoe tune --data` reads
+/help          this text
+/exit          leave (so does Ctrl-D)
+A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
+    policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    packed: Packed = None,
+    system: Annotated[str, typer.Option(help="The system message: who the model is to be.")] = "",
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; the checkpoint's own setting if not given.", min=0.0)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this share.", min=0, max=1)
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every answer; a fresh one if not given.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer; what the context leaves if not given.", min=1)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the whole conversation; 2048 at most if not given.", min=2)
+    ] = None,
+) -> None:
+    """Talk to a model in the terminal; earlier turns are not computed again.
+
+    /help shows what can be typed besides questions.
+    """
+    print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
+    prepare(model)
+    from transformers import AutoConfig
+
+    from melinoe.models.folder import local_folder, resolve_model
+    from melinoe.runtime.load import load, load_tokenizer
+    from melinoe.serving.conversation import Conversation
+    from melinoe.serving.engine.start import cached_tokens, context_tokens, start_engine
+    from melinoe.serving.settings import ServeSettings
+
+    settings = ServeSettings(concurrency=1, context=context)
+    tokens = context_tokens(AutoConfig.from_pretrained(local_folder(resolve_model(model))), settings)
+    loaded = load(
+        model,
+        adapter=adapter,
+        predictor=predictor,
+        memory=memory,
+        slots=slots,
+        policy=policy,
+        device=device,
+        slots_format=slots_format_of(packed),
+        context=cached_tokens(tokens, settings),
+    )
+    tokenizer = load_tokenizer(model)
+    engine = start_engine(loaded, tokenizer, settings)
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    try:
+        talk(
+            Conversation(
+                loaded,
+                tokenizer,
+                engine,
+                system=system,
+                settings=sampling,
+                stops=tuple(stop or ()),
+                max_new_tokens=max_new_tokens,
+            )
+        )
+    finally:
+        engine.stop()
+
+
+def talk(conversation: Conversation) -> None:
+    """Reads questions and commands from stdin until it ends; answers go to stdout, all else to stderr."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys and history for input()
+        _say("Type a question; /help shows more, Ctrl-D leaves.")
+    while (text := _read("> " if interactive else "")) is not None:
+        if not text.strip():
+            continue
+        try:
+            if text.startswith("/"):
+                if not command(conversation, text):
+                    return
+                continue
+            _answer(conversation, text)
+        except MelinoeError as error:
+            _say(f"melinoe: {error}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _read(prompt: str) -> str | None:
+    """One question, of several lines where they end in a backslash; None at the end of the input."""
+    lines: list[str] = []
+    while True:
+        try:
+            line = input(prompt if not lines else "... " if prompt else "")
+        except EOFError:
+            return "\n".join(lines) if lines else None
+        except KeyboardInterrupt:  # as in a shell: drops what was typed
+            _say("")
+            lines = []
+            continue
+        if not line.endswith("\\"):
+            return "\n".join([*lines, line])
+        lines.append(line[:-1])
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    with contextlib.closing(conversation.ask(text)) as pieces:  # type: ignore[type-var]
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+    print(flush=True)
+
+
+def command(conversation: Conversation, text: str) -> bool:
+    """Does what a line with a slash says; False: leave.
+
+    Raises:
+        MelinoeError: no such command, or a file that cannot be written.
+    """
+    name, _, rest = text[1:].strip().partition(" ")
+    rest = rest.strip()
+    if name in ("exit", "quit"):
+        return False
+    actions: dict[str, Callable[[], Any]] = {
+        "help": lambda: _say(HELP),
+        "clear": conversation.clear,
+        "stats": lambda: _say(str(conversation.statistics or "nothing was asked yet")),
+        "save": lambda: _save(conversation, rest),
+        "system": lambda: _system(conversation, rest),
+    }
+    if name not in actions:
+        raise MelinoeError(
+            f"unknown command /{name}", allowed=", ".join(f"/{one}" for one in [*actions, "exit"])
+        )
+    actions[name]()
+    return True
+
+
+def _system(conversation: Conversation, text: str) -> None:
+    if text:
+        conversation.system = text
+    _say(f"system: {conversation.system or '(none)'}")
+
+
+def _save(conversation: Conversation, name: str) -> None:
+    if not name:
+        raise MelinoeError("/save needs the name of a file")
+    if not conversation.turns:
+        raise MelinoeError("nothing was said yet, there is nothing to save")
+    line = json.dumps({"messages": conversation.messages}, ensure_ascii=False) + "\n"
+    try:
+        with Path(name).expanduser().open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        raise MelinoeError(f"cannot write {name}", got=error.strerror or error) from None
+    _say(f"added to {name}")

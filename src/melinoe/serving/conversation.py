@@ -1,0 +1,186 @@
+"""A conversation with a model in this process: what `melinoe chat` speaks to.
+
+It goes through the engine that serves clients, so earlier turns are not computed again where the engine keeps
+them (serving/engine/batched.py), and the same settings give the same answers as the server does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from melinoe.config import format_bytes
+from melinoe.data.rows import encode_prompt
+from melinoe.errors import MelinoeError
+from melinoe.serving.engine.answer_text import AnswerText
+from melinoe.serving.engine.interface import Engine
+from melinoe.serving.engine.request import EngineRequest, Progress
+from melinoe.serving.engine.sampling import Defaults
+
+POLL_SECONDS = 0.1  # how long a wait for text may keep Ctrl-C from being noticed
+
+
+@dataclass(frozen=True)
+class TurnStatistics:
+    """Of one answer. Seconds are wall clock; hits, loads and bytes_read are None where nothing is offloaded.
+
+    cached_tokens: of the prompt, known from earlier turns and not computed again.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    tokens: int
+    first_seconds: float
+    seconds: float
+    hits: int | None = None
+    loads: int | None = None
+    bytes_read: int | None = None
+
+    def __str__(self) -> str:
+        after = self.seconds - self.first_seconds
+        parts = [
+            f"prompt {self.prompt_tokens} tokens ({self.cached_tokens} known from before)",
+            f"first token after {self.first_seconds:.2f} s",
+            f"answer {self.tokens} tokens"
+            + (f", {(self.tokens - 1) / after:.1f} tok/s" if after > 0 else ""),
+        ]
+        if self.hits is not None and self.loads is not None and self.bytes_read is not None:
+            share = self.hits / max(1, self.hits + self.loads)
+            each = self.bytes_read / max(1, self.tokens)
+            parts.append(f"hit rate {share:.3f}, {format_bytes(each)} read per token")
+        return " | ".join(parts)
+
+
+class Conversation:
+    """Turns of one conversation, and the answers to them.
+
+    Args:
+        model, tokenizer: as `melinoe.load` and `load_tokenizer` give them.
+        engine: started.
+        system: text of the system message; "" for none.
+        settings: of `Defaults.sampler` (temperature, top_p, top_k, min_p, repetition_penalty, seed).
+        stops: an answer ends before the first of these.
+        max_new_tokens: of an answer; None: whatever the context leaves.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        engine: Engine,
+        *,
+        system: str = "",
+        settings: dict[str, Any] | None = None,
+        stops: tuple[str, ...] = (),
+        max_new_tokens: int | None = None,
+    ) -> None:
+        self.system, self.settings, self.stops = system, settings or {}, stops
+        self.max_new_tokens = max_new_tokens
+        self.turns: list[dict[str, str]] = []
+        self.statistics: TurnStatistics | None = None
+        self._model, self._tokenizer, self._engine = model, tokenizer, engine
+        self._defaults = Defaults(model)
+        self._names = itertools.count(1)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as chat templates and `melinoe tune` read it."""
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+    def clear(self) -> None:
+        """Forgets the turns; the system message stays."""
+        self.turns, self.statistics = [], None
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Yields the answer as it grows. Closing the iterator stops it; what was said until then stays.
+
+        Raises:
+            MelinoeError: the conversation does not fit the template or the context, or the engine failed; the
+                question is not part of the turns then.
+        """
+        self.turns.append({"role": "user", "content": text})
+        answer, began, arrived = "", time.perf_counter(), queue.SimpleQueue[Progress]()
+        before = self._counted()
+        try:
+            request = self._request(arrived)
+            self._engine.submit(request)
+        except BaseException:
+            self.turns.pop()
+            raise
+        first = 0.0
+        try:
+            while True:
+                try:
+                    progress = arrived.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    continue
+                if progress.error is not None:
+                    raise MelinoeError("the answer cannot go on", got=progress.error)
+                first = first or progress.at - began
+                if progress.text:
+                    answer += progress.text
+                    yield progress.text
+                if progress.finish_reason is not None:
+                    break
+        finally:
+            if not request.finished:
+                self._engine.cancel(request)
+            if answer or request.finished:
+                self.turns.append({"role": "assistant", "content": answer})
+            else:
+                self.turns.pop()
+            self.statistics = self._statistics(request, before, first, time.perf_counter() - began)
+
+    def _request(self, arrived: queue.SimpleQueue[Progress]) -> EngineRequest:
+        prompt = encode_prompt(self._tokenizer, tuple(self.messages))
+        room = self._engine.capacity - len(prompt)
+        length = room if self.max_new_tokens is None else self.max_new_tokens
+        if length < 1 or length > room:
+            raise MelinoeError(
+                "the conversation and its answer are longer than the context",
+                got=f"{len(prompt)} + {max(length, 1)} tokens",
+                allowed=f"{self._engine.capacity} together",
+                next_step="/clear starts a new conversation; --context sets more aside",
+            )
+        return EngineRequest(
+            f"turn-{next(self._names)}",
+            prompt,
+            self._defaults.sampler(prompt, length, **self.settings),
+            AnswerText(self._tokenizer, [*self._defaults.stop_strings, *self.stops]),
+            length,
+            self._defaults.end_tokens,
+            arrived.put,
+            self._prediction(prompt),
+        )
+
+    def _prediction(self, prompt: list[int]) -> Any:
+        paged = getattr(self._model, "melinoe_paged", None)
+        return paged.predictor.scores(prompt) if paged is not None and paged.predictor is not None else None
+
+    def _counted(self) -> tuple[int, int, int] | None:
+        """(hits, loads, bytes) until now; None where nothing is offloaded."""
+        paged = getattr(self._model, "melinoe_paged", None)
+        if paged is None:
+            return None
+        counted = paged.pager.statistics
+        return (
+            counted.decode_hits + counted.prefill_hits,
+            counted.decode_loads + counted.prefill_loads + counted.preload_loads,
+            counted.decode_bytes + counted.prefill_bytes + counted.preload_bytes,
+        )
+
+    def _statistics(
+        self, request: EngineRequest, before: tuple[int, int, int] | None, first: float, seconds: float
+    ) -> TurnStatistics:
+        after = self._counted()
+        moved = {}
+        if before is not None and after is not None:
+            names = ("hits", "loads", "bytes_read")
+            moved = {name: new - old for name, old, new in zip(names, before, after, strict=True)}
+        return TurnStatistics(
+            len(request.prompt), max(request.cached_tokens, 0), len(request.tokens), first, seconds, **moved
+        )

@@ -1,0 +1,125 @@
+"""`melinoe chat`: a real process that is typed to, through a pipe and through a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import melinoe
+from melinoe.cli.chat import command
+from melinoe.data.rows import read_rows
+from melinoe.errors import MelinoeError
+from melinoe.runtime.load import load_tokenizer
+from melinoe.serving.conversation import Conversation
+from melinoe.serving.engine.batched import PAGE_TOKENS
+from melinoe.serving.engine.start import start_engine
+from melinoe.serving.settings import ServeSettings
+
+QUESTION = "sort 31,58,18,72"
+COMMAND = [sys.executable, "-m", "melinoe", "chat", "--model", "tiny", "--slots", "8", "--temperature", "0"]
+
+
+@pytest.fixture(scope="module")
+def conversation():
+    model = melinoe.load("tiny", slots=8)
+    tokenizer = load_tokenizer("tiny")
+    settings = ServeSettings(concurrency=1)
+    engine = start_engine(model, tokenizer, settings)
+    yield Conversation(model, tokenizer, engine, settings={"temperature": 0.0}, max_new_tokens=48)
+    engine.stop()
+
+
+@pytest.fixture(autouse=True)
+def empty(request):
+    if "conversation" in request.fixturenames:
+        request.getfixturevalue("conversation").clear()
+
+
+def test_first_turn_is_what_generate_answers(conversation):
+    text = "".join(conversation.ask(QUESTION))
+    model, tokenizer = melinoe.load("tiny", slots=8), load_tokenizer("tiny")
+    expected, _ = melinoe.generate(model, tokenizer, QUESTION, max_new_tokens=48, temperature=0.0)
+    assert text == expected
+    assert conversation.messages == [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": text},
+    ]
+
+
+def test_earlier_turns_are_not_computed_again(conversation):
+    list(conversation.ask(QUESTION))
+    list(conversation.ask("sort 5,3"))
+    found = conversation.statistics
+    assert found.prompt_tokens > found.cached_tokens >= 3 * PAGE_TOKENS  # of 14 + 48 tokens, whole pages
+    assert found.hits is not None and "hit rate" in str(found)
+
+
+def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(conversation):
+    pieces = conversation.ask(QUESTION)
+    said = next(pieces)
+    pieces.close()
+    assert conversation.turns[-1] == {"role": "assistant", "content": said}
+    assert "".join(conversation.ask(QUESTION))  # the engine is free again
+
+
+def test_a_conversation_that_does_not_fit_is_refused_and_forgotten(conversation):
+    with pytest.raises(MelinoeError, match="longer than the context"):
+        next(conversation.ask("1," * 4000))
+    assert conversation.turns == []
+
+
+def test_commands(conversation, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(MelinoeError, match="nothing was said"):
+        command(conversation, f"/save {file}")
+    answer = "".join(conversation.ask(QUESTION))
+    assert command(conversation, f"/save {file}")
+    [row] = read_rows(file)
+    assert row.completion == answer
+    assert command(conversation, "/stats")
+    assert "first token after" in capsys.readouterr().err
+    assert command(conversation, "/clear")
+    assert conversation.turns == []
+    list(conversation.ask(QUESTION))
+    with pytest.raises(MelinoeError, match="cannot write"):
+        command(conversation, f"/save {tmp_path}")
+    with pytest.raises(MelinoeError, match="unknown command /nonsense"):
+        command(conversation, "/nonsense")
+    assert not command(conversation, "/exit")
+
+
+def _until(descriptor: int, wanted: str, seconds: float = 120) -> str:
+    text, end = "", time.monotonic() + seconds
+    while wanted not in text and time.monotonic() < end:
+        if select.select([descriptor], [], [], 0.2)[0]:
+            text += os.read(descriptor, 4096).decode(errors="replace")
+    assert wanted in text, text
+    return text
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_program():
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        COMMAND, stdin=follower, stdout=follower, stderr=follower, start_new_session=True
+    )
+    os.close(follower)
+    try:
+        _until(leader, "> ")
+        os.write(leader, f"{QUESTION}\n".encode())
+        _until(leader, "take")
+        process.send_signal(signal.SIGINT)
+        _until(leader, "> ")
+        os.write(leader, b"/system be kind\n")
+        _until(leader, "system: be kind")
+        os.write(leader, b"/exit\n")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(leader)

@@ -9,7 +9,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from melinoe.cli.main import app
@@ -46,27 +45,16 @@ def commands() -> list[list[str]]:
     return [line[1:] for line in lines if line]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Where the commands run one after the other, each on what those before it wrote."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "data").mkdir()
-    write_splits(folder / "data", 40, 8, 24, seed=0)
-    (folder / "points.yaml").write_text(POINTS)
-    return folder
-
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_a_command_of_the_readme_works(command, folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    arguments = [PLACEHOLDERS.get(word, word) for word in command] + SHORTER[command[0]]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-
-
-def test_the_python_of_the_readme_works(folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    assert {"store", "predictor"} <= {path.name for path in folder.iterdir()}  # what the commands above wrote
+def test_what_the_readme_says_works(tmp_path, monkeypatch, capsys):
+    """The commands one after the other, each on what those before it wrote; then the block of Python."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    write_splits(Path("data"), 40, 8, 24, seed=0)
+    Path("points.yaml").write_text(POINTS)
+    for command in commands():
+        arguments = [PLACEHOLDERS.get(word, word) for word in command] + SHORTER[command[0]]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, f"melinoe {' '.join(arguments)}: {result.output}"
     (block,) = blocks("python")
     exec(compile(block, "README.md", "exec"), {})
     *_, last = capsys.readouterr().out.split()

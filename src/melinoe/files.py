@@ -59,7 +59,7 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any, **style: Any) -> None:
-    """Writes a value as JSON, whole or not at all. style: of `json.dumps`."""
+    """Writes a value as JSON, whole or not at all; `style` goes to `json.dumps`."""
     write_text(path, json.dumps(value, **style))
 
 

@@ -123,7 +123,7 @@ def _with_recipe(recipe: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slots_within(memory: str, model: str, slots: int | None) -> int:
-    """`--deploy-memory` as a number of slots per layer. slots: what --slots says."""
+    """`--deploy-memory` as a number of slots per layer; `slots` is what --slots says."""
     if slots is not None:
         raise MelinoeError("give --slots or --deploy-memory, not both", got=f"{slots} and {memory}")
     from melinoe.runtime.plan import deployed_slots

@@ -22,7 +22,7 @@ DryRun = Annotated[
 
 
 def print_needs(memory: str | None, settings: dict[str, Any], as_json: bool) -> None:
-    """`tune --dry-run`. settings: model and data among them."""
+    """Prints what `tune --dry-run` answers; `settings` holds model and data, too."""
     from melinoe.tuning.tune import plan_memory
 
     needed = plan_memory(**{name: value for name, value in settings.items() if name != "eval_data"})

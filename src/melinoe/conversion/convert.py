@@ -84,7 +84,10 @@ def convert(
 
 @dataclass(frozen=True)
 class _Records:
-    """The records of one layer. expanded: the layout of the module's own; packing: how they are stored."""
+    """The records of one layer.
+
+    expanded: the layout of the module's own parameters. packing: how they are stored.
+    """
 
     layer: MoeLayer
     expanded: RecordLayout

@@ -120,7 +120,7 @@ def _stored(checkpoint: Checkpoint, layer: MoeLayer) -> StoredLayer:
 
 
 def _pieces(parameter: ExpertParameter) -> list[list[tuple[Path, int, int]]]:
-    """For each expert: (file, byte offset, bytes) of its pieces, in the parameter's order."""
+    """(file, byte offset, bytes) of the pieces of every expert, in the parameter's order."""
     parameter.check_counts()
     groups, entries = list(parameter.sources.values()), parameter.entries()
     for entry, name in ((e, n) for es, ns in zip(entries, groups) for e, n in zip(es, ns)):

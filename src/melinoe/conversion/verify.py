@@ -15,7 +15,10 @@ from melinoe.store.record_file import StoredLayer, layer_to_json
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. damaged: names of records. compared: False where no checksums were known."""
+    """What was found.
+
+    damaged: names of records. compared: False where no checksums were known before.
+    """
 
     damaged: tuple[str, ...]
     compared: bool

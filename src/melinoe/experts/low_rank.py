@@ -90,7 +90,10 @@ def attach_low_rank(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> LowRankExperts:
-    """Puts fresh factors on an experts module, resident or paged. device: None: that of its weights."""
+    """Puts fresh factors on an experts module, resident or paged.
+
+    device: where they are; None: where the module's weights are.
+    """
     if device is None and not is_paged(module):
         device = module.down_proj.device
     up, down = projection_size(module, "up"), projection_size(module, "down")

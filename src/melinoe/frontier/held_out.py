@@ -17,7 +17,10 @@ Item = TypeVar("Item")
 
 
 class Split(NamedTuple):
-    """train, test: lines of JSON as they stand in the files. origin: the source of every test line."""
+    """What is trained on and what is measured on.
+
+    train, test: lines of JSON as they stand in the files. origin: the source of every test line.
+    """
 
     train: list[str]
     test: list[str]

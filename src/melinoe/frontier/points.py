@@ -33,7 +33,7 @@ FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the default objective's weights
 
 @dataclass(frozen=True)
 class Point:
-    """One way to tune. settings: overrides of TuneSettings, without the seed."""
+    """One way to tune; `settings` override those of TuneSettings, and the seed is not among them."""
 
     name: str
     curve: str

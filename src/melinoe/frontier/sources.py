@@ -53,7 +53,7 @@ def measuring_code(package: Path | None = None) -> str:
 
 
 def _digest(modules: tuple[str, ...], package: Path | None) -> str:
-    """Of the names and contents of all files that the modules need."""
+    """A digest of the names and contents of all files that the modules need."""
     package = package or Path(melinoe.__file__).parent
     digest = hashlib.sha256()
     for source in sorted({source for module in modules for source in sources_of(module, package)}):

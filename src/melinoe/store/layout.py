@@ -24,7 +24,10 @@ def _round_up(count: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class Field:
-    """One tensor of a record. shape: without the expert dimension; dtype: torch's name; offset in bytes."""
+    """One tensor of a record.
+
+    shape: without the dimension of experts. dtype: torch's name of it. offset: in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]

@@ -57,7 +57,7 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself. metadata: the strings beside the tensors."""
+    """What a safetensors file says of itself; `metadata` are the strings beside the tensors."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]

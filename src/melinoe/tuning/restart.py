@@ -24,7 +24,10 @@ RUN = "run.json"
 
 @dataclass(frozen=True)
 class Restart:
-    """saved, steps_done: None where the run starts anew. note: what a person should know, or nothing."""
+    """Where a run starts.
+
+    saved, steps_done: None where it starts anew. note: what a person should know, or nothing.
+    """
 
     saved: Path | None = None
     steps_done: int | None = None

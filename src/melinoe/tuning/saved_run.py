@@ -26,7 +26,7 @@ Trained = dict[str, nn.Parameter]
 def save_run(
     work: Path, trained: Trained, optimizer: torch.optim.Optimizer, state: TrainerState, notes: dict[str, str]
 ) -> None:
-    """Writes WORK/checkpoint. notes: strings that come back from `load_weights`."""
+    """Writes WORK/checkpoint; `notes` are strings that come back from `load_weights`."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in trained.items():
         tensors[name] = parameter

@@ -113,7 +113,7 @@ class SettingField:
 
 
 def setting(default: Any, help: str, if_not_given: str = "", **more: Any) -> Any:
-    """The default of a dataclass's field, with its description. more: fields of SettingField."""
+    """The default of a dataclass's field, with its description; `more` are fields of SettingField."""
     if not if_not_given and default is not None:
         is_number = isinstance(default, int | float) and not isinstance(default, bool)
         if_not_given = f"{default:g}" if is_number else str(default).lower()

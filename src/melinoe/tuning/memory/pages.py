@@ -22,7 +22,7 @@ from melinoe.tuning.settings import TuneSettings
 
 @dataclass(frozen=True)
 class Pages:
-    """How experts are paged while tuning. source: the checkpoint behind the store, where it is known."""
+    """How experts are paged while tuning; `source` is the checkpoint behind the store, where it is known."""
 
     folder: Path
     slots: int
@@ -31,7 +31,7 @@ class Pages:
     source: str
 
     def to_json(self, model: Any) -> dict[str, Any]:
-        """What a run says of its paging. model: the one that was tuned."""
+        """What a run says of its paging; `model` is the one that was tuned."""
         counted = stats(model)
         return {
             "slots": self.slots,

@@ -21,7 +21,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """index: of this process, 0 .. count - 1. device: where collective operations want their tensors."""
+    """The place of this process among those of the run.
+
+    index: of this process, 0 .. count - 1. device: where collective operations want their tensors.
+    """
 
     index: int = 0
     count: int = 1

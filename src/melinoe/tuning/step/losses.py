@@ -162,7 +162,7 @@ class StepLosses:
         ]
 
     def _strength(self, scored_tokens: float) -> float:
-        """What both weights are multiplied by now. scored_tokens: of a mean step."""
+        """What both weights are multiplied by now; `scored_tokens` are those of a mean step."""
         if not self.settings.relative or self.settings.form.gradient != "boundary":
             return self.cooling
         return boundary_strength(self.nll_level, scored_tokens) * self.cooling

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 
 import melinoe
 from melinoe.prediction.predictor import Predictor
@@ -22,6 +25,7 @@ from melinoe.serving.http.admission import Admission
 from melinoe.serving.http.errors import ApiError
 from melinoe.serving.http.protocol import ChatRequest
 from melinoe.serving.http.tools import ToolCalls
+from melinoe.serving.metrics import Metrics
 from text_model import tokenizer as characters
 from tokenizers_of_all_kinds import byte_fallback, byte_level
 
@@ -203,3 +207,13 @@ def test_calls_of_tools_are_read_where_transformers_can():
     broken = SimpleNamespace(tokens=tokenizer("<tool_call>{")["input_ids"], prompt=prompt)
     message, reason = calls.message(broken, "<tool_call>{", "length")
     assert reason == "length" and "tool_calls" not in message
+
+
+def test_the_dashboard_draws_what_the_server_counts(olmoe_store):
+    metrics = Metrics()
+    metrics.watch_experts(melinoe.load(olmoe_store, slots=2))
+    shown = generate_latest(metrics.registry).decode()
+    page = (Path(__file__).parents[1] / "docs" / "grafana.json").read_text()
+    drawn = set(re.findall(r"\b(?:melinoe|process)_\w+", page))
+    assert len(drawn) > 15
+    assert not [name for name in drawn if f"# HELP {name.removesuffix('_bucket')} " not in shown]

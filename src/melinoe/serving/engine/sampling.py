@@ -94,7 +94,7 @@ class Sampler:
             config, input_ids_seq_length=len(prompt), device=device, model_kwargs={}
         )
         self._drawn = bool(config.do_sample)
-        self.seed = seed if seed is not None else secrets.randbits(63)
+        self.seed = _within_64_bits(seed) if seed is not None else secrets.randbits(63)
         self._generator: torch.Generator | None = None
         if self._drawn:
             self._generator = torch.Generator(device=device).manual_seed(self.seed)
@@ -119,3 +119,8 @@ class Sampler:
         best = own.topk(min(self._logprobs, len(own))) if self._logprobs else None
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best is not None else ()
         return Choice(token, float(own[token]), tuple(pairs))
+
+
+def _within_64_bits(seed: int) -> int:
+    """What torch takes as it is; any other number folded."""
+    return seed if -(2**63) <= seed < 2**64 else seed % 2**63

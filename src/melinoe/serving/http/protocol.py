@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-MOST_STOPS, LONGEST_STOP = 16, 256
-INT64 = 2**63
+MOST_STOPS, LONGEST_STOP, LONGEST_LIST = 16, 256, 2**17
+
+
+def _whole(value: Any) -> Any:
+    """To JSON 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 Zero = Annotated[float, Field(ge=0, le=0, description="Only 0: not supported.")]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-Token = Annotated[int, Field(ge=0, lt=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+Token = Annotated[Whole, Field(ge=0, lt=2**31)]
 Schema = dict[str, Any]
 
 
@@ -40,14 +48,14 @@ class _Request(Strict):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 or -1: all tokens.")] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31, description="0 or -1: all tokens.")] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Whole | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on until max_tokens; for measurements.")] | None = None
-    n: Annotated[int, Field(ge=1, le=1, description="Only 1.")] | None = None
+    n: Annotated[Whole, Field(ge=1, le=1, description="Only 1.")] | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -140,9 +148,9 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -156,14 +164,14 @@ class CompletionRequest(_Request):
     """POST /v1/completions."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Token], Field(min_length=1)]
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=LONGEST_LIST)]
+        | Annotated[list[Token], Field(min_length=1, max_length=LONGEST_LIST)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
     suffix: None = None
 
     @property

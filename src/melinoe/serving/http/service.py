@@ -61,22 +61,17 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._check_model(body.model)
-        top = body.top_logprobs
-        if top is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
-            raise ApiError(
-                400, "max_tokens and max_completion_tokens mean the same: give one", param="max_tokens"
-            )
-        words = ChatJson(self.tokenizer, body.model, bool(body.logprobs))
+        with_logprobs = bool(body.logprobs or body.top_logprobs)
+        words = ChatJson(self.tokenizer, body.model, with_logprobs)
         calls = ToolCalls.of(self.tokenizer, self.model, body) if body.tools else None
-        wanted = body.max_completion_tokens or body.max_tokens
+        limits = [body.max_completion_tokens, body.max_tokens]  # two names of one thing; the smaller holds
+        wanted = min((limit for limit in limits if limit is not None), default=None)
         param = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
 
         def prompts() -> list[list[int]]:
             return [self.prompts.of_chat(body)]
 
-        logprobs = (top or 0) if body.logprobs else None
+        logprobs = (body.top_logprobs or 0) if with_logprobs else None
         return await self._respond(request, body, 1, prompts, (wanted, param), logprobs, words, calls)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:

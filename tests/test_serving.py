@@ -143,8 +143,10 @@ def test_a_seed_gives_its_answer_in_any_company(server, offline, conversations):
     assert len(set(wanted)) > 2
 
 
-def test_without_a_seed_answers_differ(server, conversations):
-    answers = {ask(server, conversations[0], temperature=2).choices[0].message.content for _ in range(4)}
+def test_without_a_seed_answers_differ(server):
+    """To a prompt that the model does not know; it is too sure of those it was trained on."""
+    unsure = [{"role": "user", "content": "hi"}]
+    answers = {ask(server, unsure, temperature=2).choices[0].message.content for _ in range(4)}
     assert len(answers) > 1
 
 

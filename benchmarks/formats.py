@@ -23,10 +23,10 @@ from typing import Any
 import melinoe
 from common import begin, close, parser_of, spread, turns, write_result, written
 from melinoe.config import format_bytes
+from melinoe.data.rows import data_rows
 from melinoe.demonstration.widen import widen
 from melinoe.measure.intervals import ratio_of_sums
 from melinoe.measure.quality import evaluate
-from melinoe.measure.trace import data_rows
 from melinoe.models.folder import resolve_model
 from melinoe.report.setting import data_folder
 from melinoe.runtime.generation import generate

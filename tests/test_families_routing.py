@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from families import FAMILIES, SCORE_KINDS, UNDECORATED, batch, save_checkpoint
 from family_configs import FIELDS, exact_types
-from melinoe.data.rows import Encoded
+from melinoe.data.encoding import Encoded
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.measure.trace import read_routing
 from melinoe.models.layers import experts_per_token, fingerprint, moe_layers
@@ -93,7 +93,7 @@ def test_the_trace_holds_what_the_experts_receive(family, tmp_path):
     """melinoe.trace's reading, in batches that are padded on the right, one sequence at a time as witness."""
     model = opened(family, tmp_path / "model")
     generator = np.random.default_rng(3)
-    rows = [Encoded(generator.integers(3, 50, length).tolist(), 3) for length in (12, 7, 9, 12)]
+    rows = [Encoded(generator.integers(3, 50, length).tolist(), ((3, length),)) for length in (12, 7, 9, 12)]
     traced = read_routing(model, rows, batch_size=2, progress=False)
     calls = []
     listen(model, calls)

@@ -70,12 +70,15 @@ def batch(model):
     ids = torch.randint(3, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
-    return {"input_ids": ids, "attention_mask": mask, "prompt_lengths": torch.tensor([4, 3])}
+    answers = mask.bool()
+    answers[0, :4] = answers[1, :3] = False
+    return {"input_ids": ids, "attention_mask": mask, "answers": answers}
 
 
 def test_positions_by_hand():
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 1, 1, 1]])
-    follows, completion = next_token_positions(mask, torch.tensor([2, 2, 2]))
+    answers = mask.bool() & torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).bool()
+    follows, completion = next_token_positions(mask, answers)
     assert follows.tolist() == [
         [True, True, True, False],
         [True, True, False, False],

@@ -113,10 +113,11 @@ def test_rows_of_different_length_count_by_token():
 
 
 def test_scored_positions_are_what_decoding_processes():
-    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
-    scored = scored_positions(mask, torch.tensor([2, 3, 2]))
-    assert scored.int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0] * 6]
-    nothing = soft_cache_misses(torch.ones(1, 3, 6, 4, requires_grad=True), mask, scored & False, 2, 1)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1] * 6])
+    answers = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0], [0, 1, 1, 0, 1, 1]])
+    scored = scored_positions(mask, answers.bool())  # the last row is a conversation of two answers
+    assert scored.int().tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0] * 6, [0, 1, 0, 0, 1, 0]]
+    nothing = soft_cache_misses(torch.ones(1, 4, 6, 4, requires_grad=True), mask, scored & False, 2, 1)
     assert float(nothing.detach()) == 0.0
     nothing.backward()
 
@@ -180,7 +181,9 @@ def test_gradient_by_finite_differences(gamma, clipped):
     r = torch.rand(2, 2, 9, 5, dtype=torch.float64, requires_grad=True)
     mask = torch.ones(2, 9)
     mask[1, :3] = 0
-    scored = scored_positions(mask, torch.tensor([4, 2]))
+    answers = mask.bool()
+    answers[0, :4] = answers[1, :5] = False
+    scored = scored_positions(mask, answers)
     assert torch.autograd.gradcheck(
         lambda x: soft_cache_misses(x, mask, scored, 3, 2, gamma, CLIP[clipped], chunk=4), (r,), eps=1e-7
     )

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from melinoe.data.rows import Row, encode
+from melinoe.data.encoding import encode
+from melinoe.data.rows import Row
 from melinoe.errors import MelinoeError
 from melinoe.measure.trace import trace
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap
-from melinoe.routing.trace import Trace
+from melinoe.routing.calls import PREFILL
+from melinoe.routing.trace import Trace, from_sequences
 from text_model import model_and_tokenizer, rows, save
 
 
@@ -47,6 +49,42 @@ def test_trace_equals_decoding_token_by_token():
     assert (result.num_experts, result.fingerprint) == (8, fingerprint(model))
 
 
+def test_a_conversation_is_traced_as_its_turns_would_go():
+    """What stands between two answers is another prompt, read in one call behind the last token of the
+    first."""
+    model, tokenizer = model_and_tokenizer()
+    turns = ({"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "23"})
+    row = Row((*turns, {"role": "user", "content": "say ab"}), "abc")
+    encoded = encode(tokenizer, row)
+    (first, behind), (second, end) = encoded.answers
+    result = trace((model, tokenizer), [row], progress=False)
+    ids, layers, cache, seen, sizes = encoded.ids, moe_layers(model), None, [], []
+    calls = [ids[:first], *([token] for token in ids[first : behind - 1])]
+    calls += [ids[behind - 1 : second], *([token] for token in ids[second : end - 1])]
+    for tokens in calls:
+        with torch.no_grad(), RouterTap(layers) as tap:
+            cache = model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).past_key_values
+        seen.append(tap.indices().permute(1, 0, 2))
+        sizes.append(len(tokens))
+    assert np.array_equal(np.sort(result.indices), np.sort(torch.cat(seen).numpy()))
+    assert np.diff(result.call_offsets).tolist() == sizes
+    assert result.call_phase.tolist() == [int(size == 1) for size in sizes]
+    assert result.prompts() == [ids[:first]] and result.prompt_lengths.tolist() == [first]
+    assert result.request_counts(PREFILL).sum() == first * len(layers) * 2
+    assert int(result.decoded.sum()) == (behind - first - 1) + (end - second - 1)
+    alone = trace((model, tokenizer), [row], last_turn_only=True, progress=False)
+    assert alone.prompts() == [ids[:second]] and int(alone.decoded.sum()) == end - second - 1
+
+
+def test_calls_of_a_conversation_by_hand():
+    indices = [np.zeros((9, 1, 1), np.int16)]
+    # tokens 2, 3 and 4 are an answer, 5 and 6 another right behind it, 9 is one of a single token
+    result = from_sequences(indices, [list(range(12))], [[(2, 5), (5, 7), (9, 10)]], num_experts=2)
+    assert np.diff(result.call_offsets).tolist() == [2, 1, 1, 1, 1, 3]
+    assert result.call_phase.tolist() == [0, 1, 1, 1, 1, 0]
+    assert result.token_ids.tolist() == list(range(9)) and result.ages.tolist() == [1, 0, 0, 0, 0, 0, 2, 1, 0]
+
+
 def test_from_files_to_a_file(tmp_path):
     folder = save(tmp_path / "model")
     data = tmp_path / "test.jsonl"
@@ -66,6 +104,10 @@ def test_long_rows_are_left_out_and_counted():
     result = trace(model_and_tokenizer(), data, max_length=40, progress=False)
     assert result.num_sequences == 4
     assert result.settings["num_rows_left_out"] == 1
+    assert result.settings["left_out"] == {"too_long": 1, "empty": 0}
+    assert result.settings["notes"] == ["1 of 5 rows left out: 1 over 40 tokens"]
+    whole = trace(model_and_tokenizer(), data, progress=False)  # the model sees 256 tokens
+    assert whole.num_sequences == 5 and whole.settings["max_length"] == 256
 
 
 def test_mistakes_are_named(tmp_path):

@@ -25,7 +25,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<sep>"],
         padding_side="left",
     )
-    result.chat_template = "{% for m in messages %}{{ m['content'] }}<sep>{% endfor %}"
+    result.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<eos>{% else %}<sep>{% endif %}{% endfor %}"
+    )
     return result
 
 

@@ -21,7 +21,9 @@ from melinoe.cli.options import (
     Adapter,
     Data,
     Json,
+    LastTurnOnly,
     Limit,
+    MaxLength,
     Model,
     Overwrite,
     Packed,
@@ -29,6 +31,7 @@ from melinoe.cli.options import (
     Seed,
     prepare,
     print_json,
+    print_notes,
     slots_format_of,
 )
 from melinoe.cli.serve import serve
@@ -152,7 +155,10 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0, max=100)] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 is greedy. [default: the checkpoint's own settings]", min=0, max=100),
+    ] = None,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     packed: Packed = None,
@@ -160,7 +166,7 @@ def generate(
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
     prepare(model)
-    from melinoe.data.rows import encode_prompt
+    from melinoe.data.encoding import encode_prompt
     from melinoe.runtime.budget import DEFAULT_CONTEXT
     from melinoe.runtime.generation import DEFAULT_NEW_TOKENS, stream_generate
     from melinoe.runtime.load import load, load_tokenizer, plan
@@ -191,6 +197,8 @@ def generate(
         if not as_json:
             print(piece.text, end="", flush=True)
     assert statistics is not None
+    for note in statistics.notes:
+        print(f"melinoe: {note}", file=sys.stderr)
     if as_json:
         return print_json({"text": answer, **statistics.to_json()})
     print()
@@ -250,6 +258,8 @@ def trace(
     data: Data,
     output: Annotated[Path, typer.Option(help="Trace file to write.")],
     limit: Limit = None,
+    max_length: MaxLength = None,
+    last_turn_only: LastTurnOnly = False,
     split: Annotated[str, typer.Option(help="Split of the data to read.")] = "train",
     adapter: Adapter = None,
     as_json: Json = False,
@@ -259,11 +269,23 @@ def trace(
     prepare(model)
     from melinoe.measure.trace import trace as run
 
-    recorded = run(model, data, output, limit=limit, split=split, adapter=adapter, progress=not quiet)
+    recorded = run(
+        model,
+        data,
+        output,
+        limit=limit,
+        split=split,
+        max_length=max_length,
+        adapter=adapter,
+        progress=not quiet,
+        last_turn_only=last_turn_only,
+    )
+    found = {"output": str(output), "sequences": recorded.num_sequences, "tokens": len(recorded.indices)}
+    names = ("data", "num_rows_left_out", "left_out", "max_length", "notes")
+    found |= {name: recorded.settings[name] for name in names}
+    print_notes(found)
     if as_json:
-        return print_json(
-            {"output": str(output), "sequences": recorded.num_sequences, "tokens": len(recorded.indices)}
-        )
+        return print_json(found)
     print(f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens")
 
 
@@ -324,6 +346,15 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Metrics, separated by commas.")
     ] = "perplexity,exact_match,rouge_l",
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            help="What exact_match compares: text, or the final number: behind #### (strict) or the last one"
+            " (flexible). [default: what the data set is known for, else text]"
+        ),
+    ] = None,
+    max_length: MaxLength = None,
+    last_turn_only: LastTurnOnly = False,
     split: Annotated[str, typer.Option(help="Split of the data to read.")] = "test",
     adapter: Adapter = None,
     as_json: Json = False,
@@ -334,12 +365,24 @@ def evaluate(
     from melinoe.measure.quality import evaluate as run
 
     names = tuple(name.strip() for name in metrics.split(",") if name.strip())
-    result = run(model, data, limit=limit, metrics=names, split=split, adapter=adapter, progress=not quiet)
+    result = run(
+        model,
+        data,
+        limit=limit,
+        metrics=names,
+        split=split,
+        max_length=max_length,
+        adapter=adapter,
+        progress=not quiet,
+        answers=answers,
+        last_turn_only=last_turn_only,
+    )
+    print_notes(result)
     if as_json:
         return print_json(result)
     for name, value in result.items():
         if isinstance(value, int | float):
-            print(f"{name:<16}{value:.4f}" if isinstance(value, float) else f"{name:<16}{value}")
+            print(f"{name:<22}{value:.4f}" if isinstance(value, float) else f"{name:<22}{value}")
 
 
 @app.command(short_help="Check a store's checksums.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,10 +18,20 @@ from melinoe.models.folder import resolve_model
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
 Data = Annotated[
-    str, typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny.")
+    str,
+    typer.Option(
+        help="A file of rows (jsonl, JSON, csv, parquet), a folder with one per split, a Hub id, or tiny."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MAX_SEED)]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Rows of more tokens are left out, and counted. [default: the model's context]", min=2),
+]
+LastTurnOnly = Annotated[
+    bool, typer.Option("--last-turn-only", help="Of several answers in a conversation, the last alone.")
+]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder that `melinoe tune` wrote.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
@@ -40,6 +51,12 @@ def is_first_process() -> bool:
 
 def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, allow_nan=False, default=float))
+
+
+def print_notes(result: dict[str, Any]) -> None:
+    """What the rows were read from, and the sentences that come with a result, on stderr."""
+    for note in (result["data"], *result["notes"]):
+        print(f"melinoe: {note}", file=sys.stderr)
 
 
 def slots_format_of(packed: bool | None) -> str | None:

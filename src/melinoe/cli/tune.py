@@ -36,7 +36,10 @@ def tune(
         str | None, typer.Option(help="Model folder, Hub id, or tiny (the embedded model).")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A .jsonl file, a folder of train/valid/test.jsonl, a Hub id, or tiny.")
+        str | None,
+        typer.Option(
+            help="A file of rows (jsonl, JSON, csv, parquet), a folder with one per split, a Hub id, or tiny."
+        ),
     ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Held-out rows of --eval-steps. [default: the valid split of --data]")

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 
+from melinoe.data.encoding import Encoded
+
 
 def length_batches(
     lengths: Sequence[int],
@@ -60,3 +62,17 @@ def pad(
         ids[number, place] = torch.tensor(row)
         mask[number, place] = 1
     return ids.to(device), mask.to(device)
+
+
+def batch_of(rows: Sequence[Encoded], pad_token_id: int, device: Any = None) -> dict[str, torch.Tensor]:
+    """Rows as one batch, padded on the right: {input_ids, attention_mask [B, S] int64, answers [B, S] bool}.
+
+    answers: the tokens of answers, as `Encoded` has them.
+    """
+    ids, mask = pad([row.ids for row in rows], pad_token_id)
+    answers_BS = torch.zeros_like(mask, dtype=torch.bool)
+    for number, row in enumerate(rows):
+        for start, end in row.answers:
+            answers_BS[number, start:end] = True
+    batch = {"input_ids": ids, "attention_mask": mask, "answers": answers_BS}
+    return {name: tensor.to(device) for name, tensor in batch.items()}

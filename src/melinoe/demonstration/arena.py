@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from melinoe.conversion.convert import convert
-from melinoe.data.rows import Row, encode_prompt
+from melinoe.data.encoding import encode_prompt
+from melinoe.data.rows import Row
 from melinoe.demonstration.peers import write_disk_offload
 from melinoe.demonstration.widen import widen
 from melinoe.errors import MelinoeError
@@ -64,7 +65,7 @@ def prepare(
         convert(wide[name], stores[name], progress=False)
     model, tokenizer = load_resident(wide["base"])
     layer_bytes = write_disk_offload(model, folder / "accelerate")
-    prompts = [encode_prompt(tokenizer, row.messages) for row in rows if row.messages]
+    prompts = [encode_prompt(tokenizer, row) for row in rows if row.messages]
     prompts = [prompt for prompt in prompts if len(prompt) <= MAX_PROMPT][: size.prompts]
     if not prompts:
         raise MelinoeError(

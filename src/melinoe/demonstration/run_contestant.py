@@ -37,7 +37,8 @@ def _request(
     model: Any, tokenizer: Any, prompt: list[int], new_tokens: int
 ) -> tuple[list[int], GenerationStatistics]:
     tokens, statistics = [], None
-    for piece in stream_generate(model, tokenizer, prompt, max_new_tokens=new_tokens, ignore_eos=True):
+    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 0.0}
+    for piece in stream_generate(model, tokenizer, prompt, **settings):
         if piece.token is not None:
             tokens.append(piece.token)
         statistics = piece.statistics

@@ -6,10 +6,12 @@ several folders become one: train without its held-out end, and test with it.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from melinoe.data.rows import read_rows, resolve_data
+from melinoe.data import files
+from melinoe.data.rows import read_records, read_rows, resolve_data
 from melinoe.errors import MelinoeError
 from melinoe.files import write_text
 
@@ -49,7 +51,7 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> Split
             )
         end = len(rows) - number
         train += rows[:end]
-        own = _lines(source, "test") if (source / "test.jsonl").is_file() else []
+        own = _lines(source, "test") if source.is_dir() and files.has_split(source, "test") else []
         test += [(line, str(name)) for line in own + rows[end:]]
     if not test:
         raise MelinoeError(
@@ -77,16 +79,21 @@ def _local(source: str | Path) -> Path:
     path = Path(resolve_data(source))
     if not path.exists():
         raise MelinoeError(
-            "no such data", got=source, allowed="a .jsonl file, a folder of train and test.jsonl, or tiny"
+            "no such data", got=source, allowed="a file of rows, a folder of train and test.jsonl, or tiny"
         )
     return path
 
 
 def _lines(source: Path, split: str) -> list[str]:
     read_rows(source, split)  # a malformed line is named with the user's own file
-    file = source / f"{split}.jsonl" if source.is_dir() else source
-    lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: text may hold other line ends
-    return [line for line in lines if line.strip()]
+    records = [record for _, record in read_records(source, split)]
+    found = files.split_files(source, split) if source.is_dir() else [source]
+    if [file.suffix for file in found] == [".jsonl"]:
+        text = found[0].read_text(encoding="utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]  # not splitlines: text holds other ends
+        if len(lines) == len(records):
+            return lines  # as they stand, so that a sweep finds its runs again
+    return [json.dumps(record, ensure_ascii=False) for record in records]
 
 
 def write_split(target: Path, split: str, rows: list[str]) -> None:

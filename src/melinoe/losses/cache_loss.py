@@ -59,16 +59,20 @@ def boundary_surrogate(
     return slope * (logits_TE - (share * logits_TE).sum(-1, keepdim=True))
 
 
-def scored_positions(mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor) -> torch.Tensor:
-    """[B, S] bool: the inputs that decoding processes, positions P .. n-2 of the real tokens of a row.
+def scored_positions(mask_BS: torch.Tensor, answers_BS: torch.Tensor) -> torch.Tensor:
+    """[B, S] bool: the inputs that decoding processes: of each answer all tokens but the last.
 
-    The prompt (P tokens) only warms the cache, and the last token is never fed back. A completion of one
-    token leaves nothing to score. (likelihood.next_token_positions begins one position earlier, with reason.)
+    What stands before an answer only warms the cache, and its last token is never fed back by decoding. An
+    answer of one token leaves nothing to score. (likelihood.next_token_positions begins one position earlier,
+    with reason.)
+
+    Args:
+        mask_BS: [B, S] 1 for real tokens.
+        answers_BS: [B, S] bool, the tokens of answers.
     """
-    real_BS = mask_BS.bool()
-    position_BS = real_BS.long().cumsum(1) - 1
-    last_B1 = real_BS.sum(1, keepdim=True) - 2
-    return real_BS & (position_BS >= prompt_lengths_B[:, None]) & (position_BS <= last_B1)
+    follows_BS = mask_BS.bool().roll(-1, 1) & answers_BS.roll(-1, 1)
+    follows_BS[:, -1] = False
+    return mask_BS.bool() & answers_BS & follows_BS
 
 
 def _one_row_per_cache(mask_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

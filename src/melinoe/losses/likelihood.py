@@ -15,19 +15,22 @@ from torch.nn import functional as F
 
 
 def next_token_positions(
-    mask_BS: torch.Tensor, prompt_lengths_B: torch.Tensor
+    mask_BS: torch.Tensor, answers_BS: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, S] positions that predict a real token, [B, S] those that predict a completion token).
 
     These are not cache_loss.scored_positions, though they look alike: a likelihood counts the position that
     predicts the first completion token, which is the prompt's last, while the loads of decoding begin when
     that token is fed.
+
+    Args:
+        mask_BS: [B, S] 1 for real tokens.
+        answers_BS: [B, S] bool, the completion tokens.
     """
     mask_BS = mask_BS.bool()
-    position_BS = mask_BS.long().cumsum(1) - 1
     follows_BS = mask_BS & mask_BS.roll(-1, 1)
     follows_BS[:, -1] = False
-    return follows_BS, follows_BS & (position_BS + 1 >= prompt_lengths_B[:, None])
+    return follows_BS, follows_BS & answers_BS.roll(-1, 1)
 
 
 @dataclass

@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from melinoe.data.batching import length_batches, pad
-from melinoe.data.rows import Encoded, Row, encode_rows
+from melinoe.data.batching import batch_of, length_batches, pad
+from melinoe.data.encoding import Encoded, encode_prompt, encode_rows
+from melinoe.data.rows import Row, data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.losses.likelihood import next_token_positions, sequence_nll
-from melinoe.measure.trace import TOKENS_PER_BATCH, data_rows, open_model, track
+from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
+from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, track
 from melinoe.models.logits import logits_at
+from melinoe.runtime.generation_settings import Request, context_length, end_tokens, request
 
 METRICS = ("perplexity", "exact_match", "rouge_l")
-GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given
+GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given,
+COMPLETION_TOKENS = 2**16  # and not more padded tokens of prompt and completion than these
 MAX_LOGITS = 2**27  # elements of one [B, S, V] block: half a GiB in float32
 
 
@@ -36,17 +42,15 @@ def completion_nll(
     pad_token_id: int = 0,
     progress: bool = True,
 ) -> np.ndarray:
-    """[S] float64: negative log-likelihood of each completion, nats, summed over its tokens and end token."""
+    """[S] float64: negative log-likelihood of each row's answers, nats, summed over their tokens and ends."""
     result = np.zeros(len(sequences))
     budget = max(1, min(TOKENS_PER_BATCH, MAX_LOGITS // model.config.get_text_config().vocab_size))
     batches = length_batches([len(sequence.ids) for sequence in sequences], budget, batch_size)
     for positions in track(batches, "likelihood", progress):
-        rows = [sequences[position] for position in positions]
-        ids, mask = pad([row.ids for row in rows], pad_token_id, device=model.device)
-        lengths = torch.tensor([row.prompt_length for row in rows], device=model.device)
-        _, completion_BS = next_token_positions(mask, lengths)
-        logits_NV = logits_at(model, {"input_ids": ids, "attention_mask": mask}, completion_BS)
-        result[positions] = sequence_nll(logits_NV, ids, completion_BS).cpu().numpy()
+        batch = batch_of([sequences[position] for position in positions], pad_token_id, model.device)
+        _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
+        logits_NV = logits_at(model, batch, completion_BS)
+        result[positions] = sequence_nll(logits_NV, batch["input_ids"], completion_BS).cpu().numpy()
     return result
 
 
@@ -59,38 +63,40 @@ def greedy_completions(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """The text that greedy decoding appends to each prompt, up to the end token."""
+    """The text that greedy decoding appends to each prompt, up to what the checkpoint says ends a generation.
+
+    The end itself, a token or one of its stop_strings, is no part of the text.
+    """
     result = [""] * len(prompts)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    lengths = [len(prompt) for prompt in prompts]
-    batches = length_batches(lengths, TOKENS_PER_BATCH, batch_size or GENERATION_BATCH)
-    for batch in track(batches, "completions", progress):
-        ids, mask = pad([prompts[position] for position in batch], padding, "left", model.device)
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=padding,
-        )
-        for position, text in zip(
-            batch, tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True), strict=True
-        ):
+    context = context_length(model)
+    ends = set(end_tokens(model.generation_config, tokenizer))
+    stops = model.generation_config.stop_strings or []
+    for batch in track(_completion_batches(prompts, max_new_tokens, batch_size), "completions", progress):
+        width = max(len(prompts[position]) for position in batch)
+        room = max_new_tokens if context is None else max(1, min(max_new_tokens, context - width))
+        settings = greedy_request(model, tokenizer, room).arguments
+        ids, mask = pad([prompts[one] for one in batch], settings["pad_token_id"], "left", model.device)
+        output = model.generate(input_ids=ids, attention_mask=mask, **settings)[:, width:].tolist()
+        for position, said in zip(batch, output, strict=True):
+            end = next((place for place, token in enumerate(said) if token in ends), len(said))
+            text = tokenizer.decode(said[:end], skip_special_tokens=True)
+            for stop in [stops] if isinstance(stops, str) else stops:
+                text = text.partition(stop)[0]
             result[position] = text
     return result
 
 
-def final_answer(text: str) -> str | None:
-    """The number after GSM8K's `####`, without separators, dollar or full stop; None without one."""
-    found = re.findall(r"####\s*(-?[$]?-?[\d.,]+)", text)
-    return found[-1].replace(",", "").replace("$", "").rstrip(".") if found else None
+def greedy_request(model: Any, tokenizer: Any, max_new_tokens: int) -> Request:
+    """How completions are generated: as the checkpoint says, but without chance."""
+    why = "completions are compared"
+    asked = request(model, tokenizer, max_new_tokens, temperature=0.0, why_greedy=why)
+    return replace(asked, arguments=asked.arguments | {"prompt_lookup_num_tokens": None})  # of one row alone
 
 
-def exact_match(completion: str, reference: str) -> bool:
-    """Equality of the stripped texts; of the final answers, where the reference has one after `####`."""
-    answer = final_answer(reference)
-    return completion.strip() == reference.strip() if answer is None else final_answer(completion) == answer
+def _completion_batches(prompts: list[list[int]], new: int, batch_size: int | None) -> list[list[int]]:
+    batches = length_batches([len(prompt) + new for prompt in prompts], COMPLETION_TOKENS, batch_size)
+    size = batch_size or GENERATION_BATCH
+    return [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
 
 
 def rouge_l(completions: list[str], references: list[str]) -> np.ndarray:
@@ -105,8 +111,8 @@ def rouge_l(completions: list[str], references: list[str]) -> np.ndarray:
 
 
 def _metrics(metrics: str | Iterable[str]) -> list[str]:
-    names = re.split(r"[,\s]+", metrics.strip()) if isinstance(metrics, str) else list(metrics)
-    for name in names:
+    names = re.split(r"[,\s]+", metrics.strip(", ")) if isinstance(metrics, str) else list(metrics)
+    for name in names or [""]:
         if name not in METRICS:
             raise MelinoeError("unknown metric", got=repr(name), allowed=", ".join(METRICS))
     return names
@@ -118,7 +124,7 @@ def _summary(rows: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
     if "nll" in rows:
         summary["nll"] = float(rows["nll"][chosen].sum() / summary["num_tokens"])
         summary["perplexity"] = math.exp(min(summary["nll"], 700.0))
-    for name in ("exact_match", "rouge_l"):
+    for name in ("exact_match", "exact_match_flexible", "rouge_l"):
         if name in rows:
             summary[name] = float(rows[name][chosen].mean())
     return summary
@@ -133,40 +139,54 @@ def evaluate(
     batch_size: int | None = None,
     max_new_tokens: int | None = None,
     adapter: str | Path | None = None,
-    max_length: int | None = 512,
+    max_length: int | None = None,
     dtype: Any = None,
     progress: bool = True,
     per_row: bool = False,
+    answers: str | None = None,
+    last_turn_only: bool = False,
 ) -> dict[str, Any]:
     """Quality of a model on rows of text.
 
+    The likelihood is that of every answer of a conversation; what is generated and compared is the last one.
+
     Args:
         model: a path, hub id or `tiny`; or (model, tokenizer).
-        data: a .jsonl file, a folder with splits, or a list of `data.Row`.
+        data: a file, a folder with splits, a Hub id (data.read_rows), or a list of `data.Row`.
         limit: at most this many rows.
         metrics: of perplexity, exact_match, rouge_l; a list, or text with commas.
         split: of a data folder.
         batch_size: rows side by side; None: about 4096 tokens for likelihood, 64 rows for completions.
         max_new_tokens: of a completion; None: as many as the longest reference has.
         adapter: what `tune` wrote, for a model given by path.
-        max_length: rows with more tokens are left out.
+        max_length: rows with more tokens are left out, and counted; None: the model's own context.
         dtype: of the weights, for a model given by path; None: the checkpoint's.
         progress: bars on stderr.
-        per_row: adds arrays over the rows, in their order, for a comparison in pairs:
-            `intervals.ratio_of_sums` of two models' ["per_row"]["nll"] is the ratio of their likelihoods.
+        per_row: adds arrays over the rows, in their order, for paired comparison. The ratio of two models'
+            likelihoods with its interval: `routing.paired.ratio_of_sums(a["per_row"]["nll"],
+            b["per_row"]["nll"])`.
+        answers: how exact_match compares: text, or the final answers that a filter finds, strict or flexible
+            (measure.answers); None: the filter of the data set where it has one (answers.FILTERS), else text.
+        last_turn_only: the likelihood is that of the last answer alone.
 
     Returns:
         nll: nats per completion token, the end token included; perplexity: its exponential;
-        exact_match, rouge_l: means over rows, 0 to 1; num_rows; num_tokens: of the completions;
-        tasks: the same for each task, where rows name more than one. Metrics not asked for are absent.
+        exact_match, rouge_l: means over rows, 0 to 1; exact_match_flexible: with the other filter, where the
+        data set has the strict one; num_rows; num_tokens: of the completions; tasks: the same for each task,
+        where rows name more than one. Metrics not asked for are absent. answers: how many rows were compared
+        how. num_rows_left_out, left_out (by reason), max_length; data: what the rows were read from; notes:
+        sentences for people, of what was left out and what the checkpoint would have done otherwise.
 
     Raises:
-        MelinoeError: an unknown metric, no such model or data, rows of plain text where completions are
-            to be generated.
+        MelinoeError: an unknown metric or filter, no such model or data, a row that cannot be rendered, rows
+            of
+            plain text where completions are to be generated.
     """
     names, rows = _metrics(metrics), data_rows(data, split, limit)
+    if answers not in (None, "text", *FILTER_NAMES):
+        raise MelinoeError("unknown way to compare", got=answers, allowed=", ".join(("text", *FILTER_NAMES)))
     generated = [name for name in names if name != "perplexity"]
-    if generated and not all(row.messages for row in rows):
+    if generated and any(row.is_text for row in rows):
         raise MelinoeError(
             f"{' and '.join(generated)} need prompts",
             got="rows of plain text",
@@ -174,34 +194,67 @@ def evaluate(
             next_step="use --metrics perplexity",
         )
     model, tokenizer = open_model(model, adapter, dtype)
-    pairs = encode_rows(tokenizer, rows, max_length)
-    sequences = [encoded for _, encoded in pairs]
-    arrays = {"tokens": np.array([len(encoded.ids) - encoded.prompt_length for encoded in sequences])}
+    usable = encode_rows(
+        tokenizer,
+        rows,
+        max_length or context_length(model),
+        end_tokens=end_tokens(model.generation_config, tokenizer),
+        last_turn_only=last_turn_only,
+    )
+    kept, sequences, notes = usable.rows, usable.encoded, [str(usable)] * bool(usable.left_out)
+    arrays = {"tokens": np.array([encoded.num_answer_tokens for encoded in sequences])}
     if "perplexity" in names:
         arrays["nll"] = completion_nll(model, sequences, batch_size, tokenizer.pad_token_id or 0, progress)
     texts: list[str] = []
+    result: dict[str, Any] = {}
     if generated:
-        prompts = [encoded.ids[: encoded.prompt_length] for encoded in sequences]
-        longest = max_new_tokens or int(arrays["tokens"].max())
+        prompts = [encode_prompt(tokenizer, row) for row in kept]
+        longest = max_new_tokens or max(end - start for start, end in (one.answers[-1] for one in sequences))
+        notes += greedy_request(model, tokenizer, longest).overridden
         texts = greedy_completions(model, tokenizer, prompts, longest, batch_size, progress)
-        arrays |= _judge(generated, texts, [row for row, _ in pairs])
-    result = _summary(arrays, np.arange(len(pairs)))
-    tasks = np.array([row.task for row, _ in pairs])
+        if "exact_match" in names:
+            filters = [_filter(answers, data, row) for row in kept]
+            arrays |= _matches(texts, kept, filters, flexible_too=answers is None)
+            result["answers"] = dict(Counter(filter or "text" for filter in filters))
+            notes += _hint(kept, filters) if answers is None else []
+        if "rouge_l" in names:
+            arrays["rouge_l"] = rouge_l(texts, [row.completion for row in kept])
+    result = _summary(arrays, np.arange(len(kept))) | result
+    tasks = np.array([row.task for row in kept])
     if len(set(tasks.tolist())) > 1:
         result["tasks"] = {
             task: _summary(arrays, np.flatnonzero(tasks == task)) for task in sorted(set(tasks.tolist()))
         }
     if per_row:
         result["per_row"] = arrays | {"completions": texts}
-    return result
+    return result | usable.to_json() | {"data": describe_rows(rows), "notes": notes}
 
 
-def _judge(names: list[str], texts: list[str], rows: list[Row]) -> dict[str, np.ndarray]:
-    """[S] for each metric of generated text."""
-    references, judged = [row.completion for row in rows], {}
-    if "exact_match" in names:
-        matches = [exact_match(text, reference) for text, reference in zip(texts, references, strict=True)]
-        judged["exact_match"] = np.array(matches, float)
-    if "rouge_l" in names:
-        judged["rouge_l"] = rouge_l(texts, references)
-    return judged
+def _filter(answers: str | None, data: Any, row: Row) -> Filter | None:
+    """How the completion of a row is compared: as asked, else as its task or its data set has it."""
+    if answers is not None:
+        return next((name for name in FILTER_NAMES if name == answers), None)
+    name = Path(str(data)).name.partition(":")[0] if isinstance(data, str | Path) else ""
+    return FILTERS.get(row.task.lower()) or FILTERS.get(name.lower())
+
+
+def _matches(
+    texts: list[str], rows: list[Row], filters: list[Filter | None], flexible_too: bool
+) -> dict[str, np.ndarray]:
+    """[S] exact_match, and with the flexible filter where all rows have the strict one."""
+    triples = list(zip(texts, [row.completion for row in rows], filters, strict=True))
+    found = {"exact_match": [exact_match(*triple) for triple in triples]}
+    if flexible_too and set(filters) == {"strict"}:
+        found["exact_match_flexible"] = [exact_match(text, right, "flexible") for text, right, _ in triples]
+    return {name: np.array(matches, float) for name, matches in found.items()}
+
+
+def _hint(rows: list[Row], filters: list[Filter | None]) -> list[str]:
+    """A filter is never guessed, but that one may be meant is said."""
+    marked = sum(
+        filter is None and final_answer(row.completion) is not None
+        for row, filter in zip(rows, filters, strict=True)
+    )
+    if not marked:
+        return []
+    return [f"{marked:,} references hold a number behind ####: --answers strict compares that number alone"]

@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melinoe.data.batching import length_batches, pad
-from melinoe.data.rows import Encoded, Row, encode_rows, read_rows
+from melinoe.data.encoding import Encoded, encode_rows
+from melinoe.data.rows import data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap
 from melinoe.routing.trace import Trace, from_sequences
+from melinoe.runtime.generation_settings import context_length, end_tokens
 from melinoe.runtime.load import load, load_resident, load_tokenizer
 from melinoe.store.manifest import is_store
 
@@ -54,11 +56,6 @@ def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None)
     return model
 
 
-def data_rows(data: Any, split: str, limit: int | None) -> list[Row]:
-    """Rows of a path (`read_rows`), or the first of a list of rows."""
-    return read_rows(data, split, limit) if isinstance(data, str | Path) else list(data)[:limit]
-
-
 def track(batches: list[list[int]], title: str, show: bool) -> Iterator[list[int]]:
     """The batches, with a progress bar over their sequences on stderr."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -77,13 +74,14 @@ def read_routing(
     pad_token_id: int = 0,
     progress: bool = True,
 ) -> list[np.ndarray]:
-    """The experts that each sequence asked for: [n - 1, L, K] int16 each (the last token is never fed)."""
+    """The experts that each sequence asked for: [n - 1, L, K] int16 each, n with the last answer (whose last
+    token is never fed)."""
     layers = moe_layers(model)
     backbone = model.base_model  # the logits are not needed
     result: list[np.ndarray] = [np.empty(0)] * len(sequences)
-    lengths = [len(sequence.ids) - 1 for sequence in sequences]
+    lengths = [sequence.end - 1 for sequence in sequences]
     for batch in track(length_batches(lengths, TOKENS_PER_BATCH, batch_size), "tracing", progress):
-        fed = [sequences[position].ids[:-1] for position in batch]
+        fed = [sequences[position].ids[: lengths[position]] for position in batch]
         ids, mask = pad(fed, pad_token_id, device=next(model.parameters()).device)
         with RouterTap(layers) as tap:
             backbone(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -99,43 +97,57 @@ def trace(
     limit: int | None = None,
     split: str = "train",
     batch_size: int | None = None,
-    max_length: int | None = 512,
+    max_length: int | None = None,
     progress: bool = True,
     adapter: str | Path | None = None,
+    last_turn_only: bool = False,
 ) -> Trace:
     """Records which experts a resident model asks for on rows of text, teacher-forced.
 
+    Decoding begins with the first answer; what stands between two answers of a conversation is another
+    prompt, read in one call.
+
     Args:
         model: a path, hub id or `tiny`; or (model, tokenizer).
-        data: a .jsonl file, a folder with splits, or a list of `data.Row`.
+        data: a file, a folder with splits, a Hub id (data.read_rows), or a list of `data.Row`.
         output: where the trace file goes; None: nowhere.
         limit: at most this many rows.
         split: of a data folder.
         batch_size: rows per forward pass; None: about 4096 tokens of similar length.
-        max_length: longer rows are left out.
+        max_length: rows of more tokens are left out, and counted in the trace's settings; None: the model's
+            own context.
         progress: a bar on stderr.
         adapter: what `tune` wrote, for a model given by path.
+        last_turn_only: of conversations of several turns the last answer alone is decoded.
 
     Raises:
-        MelinoeError: no such model or data, a dense model, no row that fits.
+        MelinoeError: no such model or data, a row that cannot be rendered, a dense model, no row that fits.
     """
     rows = data_rows(data, split, limit)
     model, tokenizer = open_model(model, adapter)
     moe_layers(model)  # a dense model is refused before the work
-    encoded = [pair[1] for pair in encode_rows(tokenizer, rows, max_length)]
-    indices = read_routing(model, encoded, batch_size, tokenizer.pad_token_id or 0, progress)
+    usable = encode_rows(
+        tokenizer,
+        rows,
+        max_length or context_length(model),
+        end_tokens=end_tokens(model.generation_config, tokenizer),
+        last_turn_only=last_turn_only,
+    )
+    indices = read_routing(model, usable.encoded, batch_size, tokenizer.pad_token_id or 0, progress)
     result = from_sequences(
         indices,
-        [sequence.ids for sequence in encoded],
-        [sequence.prompt_length for sequence in encoded],
+        [sequence.ids for sequence in usable.encoded],
+        [sequence.answers for sequence in usable.encoded],
         num_experts=moe_layers(model)[0].num_experts,
         fingerprint=fingerprint(model),
         model=str(getattr(model, "name_or_path", "") or type(model).__name__),
         settings={
             "split": split,
             "limit": limit,
-            "max_length": max_length,
-            "num_rows_left_out": len(rows) - len(encoded),
+            "last_turn_only": last_turn_only,
+            "data": describe_rows(rows),
+            "notes": [str(usable)] * bool(usable.left_out),
+            **usable.to_json(),
         },
     )
     if output is not None:

@@ -11,7 +11,7 @@ everything else is JSON in its metadata. Numpy only: a trace is read without tor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -106,6 +106,23 @@ class Trace:
         return np.repeat(self.call_phase == 1, np.diff(self.call_offsets)) & self.valid
 
     @cached_property
+    def _before_answers(self) -> np.ndarray:
+        """[N] True for the first prompt_lengths tokens of each sequence, padding not counted."""
+        tokens = np.flatnonzero(self.valid)
+        sequence = self.sequence[tokens]
+        counts = np.bincount(sequence, minlength=self.num_sequences)
+        place = np.empty(len(tokens), np.int64)  # of each token in its sequence
+        starts = np.repeat(np.cumsum(counts) - counts, counts)
+        place[np.argsort(sequence, kind="stable")] = np.arange(len(tokens)) - starts
+        before = np.zeros(len(self.valid), bool)
+        before[tokens] = place < self.prompt_lengths[sequence]
+        return before
+
+    def _tokens_of(self, phase: str) -> np.ndarray:
+        """[N] True for the tokens that decoding fed, or for those of the prompts."""
+        return self.decoded if phase == DECODE else self.valid & ~self.decoded & self._before_answers
+
+    @cached_property
     def begins(self) -> np.ndarray:
         """[C] True where a sequence appears for the first time: a new request starts there."""
         _, first_token = np.unique(self.sequence, return_index=True)
@@ -123,9 +140,9 @@ class Trace:
                 yield call, layer, Call(by_layer[:, layer], ages, valid, phase)
 
     def prompts(self) -> list[list[int]]:
-        """Token ids of each sequence's prompt."""
+        """Token ids of each sequence's prompt: what is read before its first decoded token."""
         ids: list[list[int]] = [[] for _ in range(self.num_sequences)]
-        prompt = self.valid & ~self.decoded
+        prompt = self._tokens_of(PREFILL)
         for sequence, token in zip(
             self.sequence[prompt].tolist(), self.token_ids[prompt].tolist(), strict=True
         ):
@@ -133,8 +150,11 @@ class Trace:
         return ids
 
     def request_counts(self, phase: str) -> np.ndarray:
-        """[S, L, E] float32: how many tokens of each sequence asked for each expert in one phase."""
-        tokens = self.decoded if phase == DECODE else self.valid & ~self.decoded
+        """[S, L, E] float32: how many tokens of each sequence asked for each expert in one phase.
+
+        Prefill is the prompt before the first answer: what is known when decoding begins.
+        """
+        tokens = self._tokens_of(phase)
         chosen = self.indices[tokens].astype(np.int64)  # [n, L, K]
         rows = self.sequence[tokens].astype(np.int64)[:, None, None] * self.num_layers
         width = self.num_experts + 1  # the last column takes sentinels
@@ -144,7 +164,7 @@ class Trace:
 
     def frequencies(self, phase: str = DECODE) -> np.ndarray:
         """[S, L, E] float32: requests per token of a phase; each layer sums to K (0 without such tokens)."""
-        tokens = self.decoded if phase == DECODE else self.valid & ~self.decoded
+        tokens = self._tokens_of(phase)
         lengths = np.bincount(self.sequence[tokens], minlength=self.num_sequences)
         return self.request_counts(phase) / np.maximum(lengths, 1)[:, None, None].astype(np.float32)
 
@@ -207,30 +227,42 @@ def as_trace(trace: Trace | str | Path) -> Trace:
 def from_sequences(
     indices: list[np.ndarray],
     token_ids: list[list[int]],
-    prompt_lengths: list[int],
+    prompt_lengths: Sequence[int | Sequence[tuple[int, int]]],
     num_experts: int,
     **identity: Any,
 ) -> Trace:
     """The trace of unpadded sequences that were read whole (teacher-forced), as decoding would have gone.
 
     One prefill call of the P prompt tokens, then one decode call for each of the positions P .. n - 2:
-    the last token of a sequence is never fed.
+    the last token of a sequence is never fed. In a conversation of several answers, what stands between two
+    of
+    them is another prefill call, which begins with the last token of the first: the cache is kept.
 
     Args:
         indices: per sequence [>= n - 1, L, K].
-        token_ids: per sequence its n tokens; n > P >= 1.
+        token_ids: per sequence its n tokens; n > P >= 1. Those behind the last answer are left out.
+        prompt_lengths: per sequence P, or its answers as [first token, the one behind the last).
         identity: fingerprint, model, settings.
     """
-    lengths = np.array([len(ids) - 1 for ids in token_ids], np.int64)
-    prompts = np.array(prompt_lengths, np.int64)
+    answers = [
+        [(prompt, len(ids))] if isinstance(prompt, int | np.integer) else list(prompt)
+        for prompt, ids in zip(prompt_lengths, token_ids, strict=True)
+    ]
+    lengths = np.array([spans[-1][1] - 1 for spans in answers], np.int64)
+    prompts = np.array([spans[0][0] for spans in answers], np.int64)
     sound = (prompts >= 1) & (lengths >= prompts)
     assert sound.all(), "a prompt and a completion of at least one token"
-    sizes, phases, ages = [], [], []
-    for length, prompt in zip(lengths.tolist(), prompts.tolist(), strict=True):
-        decoded = length - prompt
-        sizes += [prompt, *[1] * decoded]
-        phases += [0, *[1] * decoded]
-        ages.append(np.concatenate([np.arange(prompt - 1, -1, -1), np.zeros(decoded, np.int64)]))
+    sizes: list[int] = []
+    phases: list[int] = []
+    for spans in answers:
+        fed = 0
+        for start, end in spans:
+            start = fed if fed and start == fed + 1 else start  # one answer right behind another
+            read, decoded = start - fed, end - 1 - start
+            sizes += [read] * (read > 0) + [1] * decoded
+            phases += [0] * (read > 0) + [1] * decoded
+            fed = end - 1
+    ages = [np.arange(size - 1, -1, -1) for size in sizes]
     return Trace(
         indices=np.concatenate([rows[:length] for rows, length in zip(indices, lengths, strict=True)]),
         call_offsets=np.concatenate([[0], np.cumsum(sizes)]),
@@ -238,7 +270,7 @@ def from_sequences(
         sequence=np.repeat(np.arange(len(lengths)), lengths),
         ages=np.concatenate(ages),
         valid=np.ones(int(lengths.sum()), bool),
-        token_ids=np.concatenate([ids[:-1] for ids in token_ids]),
+        token_ids=np.concatenate([ids[:n] for ids, n in zip(token_ids, lengths, strict=True)]),
         prompt_lengths=prompts,
         num_experts=num_experts,
         **identity,

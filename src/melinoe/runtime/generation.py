@@ -10,16 +10,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from melinoe.config import format_bytes
-from melinoe.data.rows import encode_prompt
+from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.machine import peak_memory
 from melinoe.paging.statistics import Statistics
 from melinoe.runtime.budget import PREFILL_CHUNK
+from melinoe.runtime.detokenize import Detokenizer
+from melinoe.runtime.generation_settings import context_length, request
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -31,6 +32,7 @@ class GenerationStatistics:
     ttft_seconds: from the call to the first token, prediction and preload included.
     generation_tokens_per_second: tokens after the first, over the time after the first.
     peak_memory_bytes: the largest resident set of the process so far.
+    notes: what the checkpoint's generation settings ask for and was done otherwise.
     """
 
     prompt_tokens: int
@@ -44,6 +46,7 @@ class GenerationStatistics:
     decode_loads: int | None = None
     loads_per_token: float | None = None
     bytes_per_token: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def prompt_tokens_per_second(self) -> float:
@@ -114,7 +117,7 @@ def stream_generate(
     prompt: str | list[int] | tuple[dict[str, str], ...],
     *,
     max_new_tokens: int | None = None,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     seed: int | None = None,
     raw: bool = False,
     ignore_eos: bool = False,
@@ -125,16 +128,19 @@ def stream_generate(
         model: offloaded (`melinoe.load`) or resident.
         prompt: text, messages, or token ids; text goes through the chat template unless `raw`.
         max_new_tokens: None: 256, or what the model's context leaves room for.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; None: as the checkpoint's generation settings have it, which hold for
+            everything that is not said here. With several beams all text comes at the end.
         ignore_eos: go on for exactly `max_new_tokens` (for measurements).
 
     Raises:
-        MelinoeError: an empty prompt, or whatever stops the generation (a read error).
+        MelinoeError: an empty prompt, settings of the checkpoint that cannot be followed, or whatever stops
+            the
+            generation (a read error).
     """
     ids = prompt if isinstance(prompt, list) else encode_prompt(tokenizer, prompt, raw)
     if not ids:
         raise MelinoeError("the prompt is empty", allowed="at least one token")
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context_length(model)
     if max_new_tokens is None:
         max_new_tokens = (
             DEFAULT_NEW_TOKENS if limit is None else max(1, min(DEFAULT_NEW_TOKENS, limit - len(ids)))
@@ -148,13 +154,10 @@ def stream_generate(
             allowed=f"{limit} together",
             next_step="lower --max-new-tokens or shorten the prompt",
         )
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    asked = request(model, tokenizer, max_new_tokens, temperature=temperature, exactly=ignore_eos)
+    settings = asked.arguments
     if len(ids) > PREFILL_CHUNK:  # resident models too: what is computed must not depend on where experts are
         settings["prefill_chunk_size"] = PREFILL_CHUNK
-    if temperature > 0:
-        settings["temperature"] = temperature
-    if ignore_eos:
-        settings["min_new_tokens"] = max_new_tokens
     if seed is not None:
         torch.manual_seed(seed)
     tokens, stopped = _Tokens(), _Stopped()
@@ -162,14 +165,17 @@ def stream_generate(
     def work() -> None:
         try:
             inputs = torch.tensor([ids], device=model.device)
-            model.generate(
+            whole = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                streamer=tokens,
+                streamer=tokens if asked.beams == 1 else None,
                 stopping_criteria=StoppingCriteriaList([stopped]),
-                pad_token_id=tokenizer.pad_token_id,
                 **settings,
             )
+            if asked.beams > 1:  # which beam wins is known at the end
+                tokens.put(inputs)
+                tokens.put(whole[0, len(ids) :])
+                tokens.end()
         except BaseException as error:  # the reading thread raises it again
             tokens.queue.put(error)
 
@@ -179,7 +185,7 @@ def stream_generate(
     began = time.perf_counter()
     first = 0.0
     count = 0
-    decoder = DecodeStream(skip_special_tokens=True)
+    decoder = Detokenizer(tokenizer)
     thread.start()
     try:
         while (token := tokens.queue.get()) is not None:
@@ -187,20 +193,28 @@ def stream_generate(
                 raise token
             count += 1
             first = first or time.perf_counter() - began
-            yield Piece(decoder.step(tokenizer._tokenizer, token) or "", token)
+            yield Piece(decoder.add(token), token)
     finally:  # also when the reader stops early: the model is never left running
         stopped.event.set()
         thread.join()
     seconds = time.perf_counter() - began
-    yield Piece("", None, _statistics(len(ids), count, first, seconds, model, before))
+    yield Piece(
+        decoder.finish(), None, _statistics(len(ids), count, first, seconds, model, before, asked.overridden)
+    )
 
 
 def _statistics(
-    prompt: int, generated: int, ttft: float, seconds: float, model: Any, before: Statistics | None
+    prompt: int,
+    generated: int,
+    ttft: float,
+    seconds: float,
+    model: Any,
+    before: Statistics | None,
+    notes: tuple[str, ...],
 ) -> GenerationStatistics:
     peak = peak_memory()
     if before is None:
-        return GenerationStatistics(prompt, generated, ttft, seconds, peak)
+        return GenerationStatistics(prompt, generated, ttft, seconds, peak, notes=notes)
     new = model.melinoe_paged.pager.statistics.since(before)
     return GenerationStatistics(
         prompt,
@@ -214,6 +228,7 @@ def _statistics(
         decode_loads=new.decode_loads,
         loads_per_token=new.loads_per_token,
         bytes_per_token=new.bytes_per_token,
+        notes=notes,
     )
 
 

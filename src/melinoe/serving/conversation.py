@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from melinoe.config import format_bytes
-from melinoe.data.rows import encode_prompt
+from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.serving.engine.answer_text import AnswerText
 from melinoe.serving.engine.interface import Engine

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from melinoe.config import DEFAULT_POLICY
-from melinoe.data.batching import length_batches, pad
-from melinoe.data.rows import Encoded
+from melinoe.data.batching import batch_of, length_batches
+from melinoe.data.encoding import Encoded
 from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.models.layers import MoeLayer
 from melinoe.models.logits import logits_at
@@ -89,23 +89,22 @@ class Evaluation:
 
     def _batch(self, model: nn.Module, rows: list[Encoded]) -> np.ndarray:
         device = next(model.parameters()).device
-        ids, mask = pad([row.ids for row in rows], self.pad_token_id, device=device)
-        lengths = torch.tensor([row.prompt_length for row in rows], device=device)
-        batch = {"input_ids": ids, "attention_mask": mask}
-        _, completion_BS = next_token_positions(mask, lengths)
+        batch = batch_of(rows, self.pad_token_id, device)
+        ids = batch["input_ids"]
+        _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
         with RouterTap(self.layers) as tap:
             logits_NV = logits_at(model, batch, completion_BS)
         nll = float(sequence_nll(logits_NV, ids, completion_BS).sum())
         trace = from_sequences(
-            tap.by_sequence(ids.shape, [len(row.ids) - 1 for row in rows]),
+            tap.by_sequence(ids.shape, [row.end - 1 for row in rows]),
             [row.ids for row in rows],
-            [row.prompt_length for row in rows],
+            [row.answers for row in rows],
             num_experts=self.layers[0].num_experts,
         )
         (result,) = simulate(trace, DEFAULT_POLICY, self.slots, per_sequence=True)["results"]
         counted = result["per_sequence"]
         numbers = [counted[name].sum() for name in ("hits", "loads", "tokens")]
-        completion = sum(len(row.ids) - row.prompt_length for row in rows)
+        completion = sum(row.num_answer_tokens for row in rows)
         return np.array([nll, completion, *numbers], dtype=np.float64)
 
 

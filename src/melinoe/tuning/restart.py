@@ -41,7 +41,8 @@ def run_identity(settings: TuneSettings, rows: TrainingRows, base: Base) -> dict
     may have been paged before and resident now; the base's format says how they are rounded, which its
     fingerprint does not.
     """
-    digest = hashlib.sha256(json.dumps([row.ids for row in rows.encoded]).encode()).hexdigest()[:16]
+    tokens = json.dumps([(row.ids, row.answers) for row in rows.encoded])
+    digest = hashlib.sha256(tokens.encode()).hexdigest()[:16]
     named = {name: value for name, value in settings.as_dict().items() if SETTINGS[name].changes_losses}
     return {
         "settings": named,

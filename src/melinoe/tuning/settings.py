@@ -132,6 +132,9 @@ class TuneSettings:
     max_length: int = setting(
         256, "Tokens of the longest rows; longer ones are left out, never cut.", least=2
     )
+    last_turn_only: bool = setting(
+        False, "Of conversations of several turns, learn the last answer alone instead of every answer."
+    )
     gradient_checkpointing: bool = _same_losses(
         False, "Compute inner values again in the backward pass: less memory, a third more time."
     )

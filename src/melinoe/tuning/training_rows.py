@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from melinoe.data.rows import Encoded, describe_rows, encode_rows, read_rows
+from melinoe.data.encoding import Encoded, EncodedRows, encode_rows
+from melinoe.data.rows import Row, describe_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
+from melinoe.runtime.generation_settings import end_tokens, folder_settings
 from melinoe.tuning.memory.activations import BatchShape
 from melinoe.tuning.memory.needed import batch_shape
 from melinoe.tuning.settings import TuneSettings
@@ -22,13 +24,18 @@ from melinoe.tuning.step.batches import TokensPerStep, padding_share, plan_batch
 class TrainingRows:
     """What a run trains on.
 
-    encoded: the rows as tokens. plan: row numbers of every step. parts: into which a step is divided.
+    usable: the rows as tokens, and how many were left out. plan: row numbers of every step. parts: into which
+    a step is divided.
     """
 
     tokenizer: Any
-    encoded: list[Encoded]
+    usable: EncodedRows
     plan: list[list[int]]
     parts: int
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        return self.usable.encoded
 
     @property
     def pad_token_id(self) -> int:
@@ -43,37 +50,54 @@ class TrainingRows:
 
     def tokens_per_step(self) -> TokensPerStep:
         rows = [self.encoded[row] for numbers in self.plan for row in numbers]
-        completion = sum(len(row.ids) - row.prompt_length for row in rows)
-        return TokensPerStep(completion / len(self.plan), (completion - len(rows)) / len(self.plan))
+        completion = sum(row.num_answer_tokens for row in rows)
+        answers = sum(len(row.answers) for row in rows)  # the last token of each is not fed by decoding
+        return TokensPerStep(completion / len(self.plan), (completion - answers) / len(self.plan))
 
 
 def read_training_rows(
-    model: str | Path, data: str | Path, settings: TuneSettings, processes: int = 1, show: bool = False
+    model: str | Path,
+    data: str | Path,
+    settings: TuneSettings,
+    processes: int = 1,
+    show: bool = False,
+    quiet: bool = False,
 ) -> TrainingRows:
     """Reads what a run trains on, with the model's own tokenizer.
 
     Args:
         show: say on stderr what was found.
+        quiet: of that, only what was left out.
 
     Raises:
         MelinoeError: no such data, or no usable rows.
     """
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(resolve_model(model)))
+    folder = local_folder(resolve_model(model))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = read_rows(data)
-    encoded = [row for _, row in encode_rows(tokenizer, rows, settings.max_length)]
-    lengths = [len(row.ids) for row in encoded]
+    usable = _encoded(folder, tokenizer, rows, settings)
+    lengths = [len(row.ids) for row in usable.encoded]
     parts = settings.accumulate * processes
     plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts)
-    if show:
-        left_out = len(rows) - len(encoded)
-        why = f"{left_out:,} left out (over {settings.max_length} tokens or empty); " if left_out else ""
+    if show and (usable.left_out or not quiet):
+        why = f"{usable}; " if usable.left_out else ""
         padding = f"{padding_share(lengths, plan, parts):.1%} of a batch is padding"
         print(f"melinoe: {data}: {describe_rows(rows)}; {why}{padding}", file=sys.stderr)
-    return TrainingRows(tokenizer, encoded, plan, parts)
+    return TrainingRows(tokenizer, usable, plan, parts)
+
+
+def _encoded(folder: Path, tokenizer: Any, rows: list[Row], settings: TuneSettings) -> EncodedRows:
+    return encode_rows(
+        tokenizer,
+        rows,
+        settings.max_length,
+        end_tokens=end_tokens(folder_settings(folder), tokenizer),
+        last_turn_only=settings.last_turn_only,
+    )
 
 
 def read_held_out_rows(
-    tokenizer: Any, data: str | Path, eval_data: str | Path | None, settings: TuneSettings
+    model: str | Path, tokenizer: Any, data: str | Path, eval_data: str | Path | None, settings: TuneSettings
 ) -> list[Encoded]:
     """The rows to measure on while tuning; none where that was not asked.
 
@@ -92,4 +116,5 @@ def read_held_out_rows(
             next_step="give --eval-data, or --data a folder with valid.jsonl",
         )
     rows = read_rows(data if eval_data is None else eval_data, "valid")
-    return [row for _, row in encode_rows(tokenizer, rows, settings.max_length)][: settings.eval_rows]
+    folder = local_folder(resolve_model(model))
+    return _encoded(folder, tokenizer, rows, settings).encoded[: settings.eval_rows]

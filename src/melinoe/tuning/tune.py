@@ -76,8 +76,8 @@ def tune(
     started, device = time.monotonic(), str(usable_device(device_of(chosen)))
     processes = Processes.join(device)
     show = progress and processes.is_first
-    rows = read_training_rows(model, data, chosen, processes.count, show)
-    held_out = read_held_out_rows(rows.tokenizer, data, eval_data, chosen)
+    rows = read_training_rows(model, data, chosen, processes.count, processes.is_first, not progress)
+    held_out = read_held_out_rows(model, rows.tokenizer, data, eval_data, chosen)
     pages = paging(model, memory, chosen, rows.largest_batch(chosen), device)
     tuned, layers = prepare_model(model, chosen, device, pages)
     if pages is None:
@@ -112,6 +112,7 @@ def tune(
         "tokens": rows.tokens(trainer.state.global_step),
         "resumed_from": restart.steps_done,
         "rows": len(rows.encoded),
+        **rows.usable.to_json(),
         "slots": slots,
         **({} if pages is None else {"paged": pages.to_json(tuned)}),
     }

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from melinoe.config import RECORD_ALIGNMENT, format_bytes
-from melinoe.data.rows import Encoded
+from melinoe.data.encoding import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import projection_size
 from melinoe.models.folder import local_folder, resolve_model, skeleton
@@ -177,7 +177,7 @@ def batch_shape(
     rows, length = max(sizes, key=lambda size: size[0] * size[1])
     predicted = max(
         sum(
-            len(encoded[row].ids) - (1 if settings.distills_prompt else encoded[row].prompt_length)
+            len(encoded[row].ids) - 1 if settings.distills_prompt else encoded[row].num_answer_tokens
             for row in rows
         )
         for rows in batches

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from melinoe.data.batching import length_batches, pad
-from melinoe.data.rows import Encoded
+from melinoe.data.batching import batch_of, length_batches
+from melinoe.data.encoding import Encoded
 from melinoe.tuning.parallel.processes import Processes
 from melinoe.tuning.settings import TuneSettings
 
@@ -93,8 +93,8 @@ class StepCounts:
 class StepBatches(torch.utils.data.Dataset):
     """Dataset of the batches that one process computes, in order, `accumulate` of them per step.
 
-    An item is padded right: {input_ids, attention_mask [B, S], prompt_lengths [B], ranked [B, S] bool (the
-    tokens whose ranks are matched), counts (StepCounts)}.
+    An item is padded right: {input_ids, attention_mask, answers (batch_of), ranked [B, S] bool (the tokens
+    whose ranks are matched), counts (StepCounts)}.
 
     Args:
         plan: of plan_batches, for accumulate * processes parts.
@@ -149,12 +149,10 @@ class StepBatches(torch.utils.data.Dataset):
         ranked, counts = self._step(step)
         rows = [self.encoded[row] for row in part_of(numbers, part, parts)]
         chosen = ranked[part::parts]
-        ids, mask = pad([row.ids for row in rows], self.pad_token_id)
-        ranked_BS = torch.zeros_like(mask, dtype=torch.bool)
+        batch = batch_of(rows, self.pad_token_id)
+        ranked_BS = torch.zeros_like(batch["answers"])
         for number, chosen_S in enumerate(chosen):
             ranked_BS[number, : len(chosen_S)] = chosen_S
-        lengths = torch.tensor([row.prompt_length for row in rows])
-        batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": lengths}
         return {**batch, "ranked": ranked_BS, "counts": counts}
 
     def _step(self, step: int) -> tuple[list[torch.Tensor], StepCounts]:
@@ -168,5 +166,5 @@ class StepBatches(torch.utils.data.Dataset):
             ranked[torch.randperm(tokens, generator=generator)[: self.rank_tokens]] = True
         else:
             ranked = torch.ones(tokens, dtype=torch.bool)
-        completion = tokens - sum(row.prompt_length for row in rows)
+        completion = sum(row.num_answer_tokens for row in rows)
         return list(ranked.split(sizes)), StepCounts(tokens, len(rows), completion, int(ranked.sum()))

@@ -72,7 +72,7 @@ class StepLosses:
         counts: StepCounts = batch["counts"]
         found, tap = self.quality(model, batch)
         probabilities = self._probabilities(tap.records)
-        scored_BS = scored_positions(mask_BS, batch["prompt_lengths"])
+        scored_BS = scored_positions(mask_BS, batch["answers"])
         with torch.set_grad_enabled(settings.lambda_cs > 0):
             misses, missed_share, asked = self._cache_loss(tap, probabilities, mask_BS, scored_BS)
         with torch.set_grad_enabled(settings.lambda_rm > 0):
@@ -139,7 +139,7 @@ class StepLosses:
         """
         settings = self.settings
         compared = settings.distill > 0 or settings.max_quality_loss is not None
-        follows_BS, completion_BS = next_token_positions(batch["attention_mask"], batch["prompt_lengths"])
+        follows_BS, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
         chosen_BS = follows_BS if settings.distills_prompt else completion_BS
         base_NV = None
         if compared:

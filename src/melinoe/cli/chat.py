@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from melinoe.cli.options import Adapter, Model, Packed, prepare, slots_format_of
+from melinoe.config import MAX_SEED
 from melinoe.errors import MelinoeError
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def chat(
     stop: Annotated[
         list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of every answer; a fresh one if not given.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of every answer; a fresh one if not given.", min=0, max=MAX_SEED)
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Of an answer; what the context leaves if not given.", min=1)
     ] = None,

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import melinoe
-from melinoe.data.rows import encode_prompt, read_rows
+from melinoe.data.encoding import encode_prompt
+from melinoe.data.rows import read_rows
 from melinoe.runtime.load import load_tokenizer
 from serving_process import ServerProcess
 

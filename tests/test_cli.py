@@ -153,15 +153,17 @@ def test_ctrl_c_exits_with_130_and_says_what_is_kept(olmoe, data, tmp_path):
     command = [sys.executable, "-m", "melinoe", "tune", "--model", str(olmoe), "--data", str(data)]
     command += ["--output-dir", "adapter", "--max-steps", "100000"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "adapter.partial" / "losses.jsonl"
+    log = tmp_path / "adapter.melinoe-partial" / "losses.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    saved = (tmp_path / "adapter.partial" / "checkpoint").exists()  # after 50 steps, if it came so far
-    kept = "steps are kept in adapter.partial" if saved else "nothing is kept to go on with"
+    saved = (
+        tmp_path / "adapter.melinoe-partial" / "checkpoint"
+    ).exists()  # after 50 steps, if it came so far
+    kept = "steps are kept in adapter.melinoe-partial" if saved else "nothing is kept to go on with"
     assert errors.splitlines()[-1].startswith("melinoe: stopped; ") and kept in errors.splitlines()[-1]
     assert log.exists()
     assert not (tmp_path / "adapter").exists()

@@ -39,7 +39,7 @@ def verb(*arguments, **settings):
 
 def test_kill_9_at_any_point_of_convert(wide, tmp_path):
     """The next call goes on behind what was finished, and no half store ever loads."""
-    target, partial = tmp_path / "store", tmp_path / "store.partial"
+    target, partial = tmp_path / "store", tmp_path / "store.melinoe-partial"
     moments = {
         "first bytes of the first layer": lambda: any(partial.glob("experts-00000*")),
         "third layer": lambda: any(partial.glob("experts-00002*")),

@@ -98,7 +98,7 @@ def test_a_folder_to_go_on_with_keeps_what_is_there(tmp_path):
     with partial_folder(tmp_path / "folder") as partial:
         assert tree(partial) == {"done": "1"}
         plant(tmp_path / "folder", OLD)
-        with pytest.raises(OSError, match="not empty"):
+        with pytest.raises(MelinoeError, match="appeared meanwhile"):
             put_folder(partial, tmp_path / "folder", replace=False)
         put_folder(partial, tmp_path / "folder")
     assert tree(tmp_path / "folder") == {"done": "1"}

@@ -362,7 +362,9 @@ def test_mistakes_of_a_sweep_are_one_line(olmoe, data, tmp_path):
     assert "seeds; got [0, 0]" in refused("--sweep", "default", "--seeds", "0,0", *out)
     assert "--seeds, --limit: only with --sweep" in refused("--seeds", "0,1", "--limit", "5", *out)
     assert "--overwrite" in refused("--sweep", "default", "--overwrite", *out)
-    assert "holds something else" in refused("--sweep", "default", "--output-dir", str(tmp_path / "other"))
+    assert "without the points of a sweep" in refused(
+        "--sweep", "default", "--output-dir", str(tmp_path / "other")
+    )
     file = tmp_path / "policy.json"
     file.write_text(json.dumps({"points": [{"name": "a"}], "measure": {"policies": ["mru"]}}))
     assert "policies; got ['mru']" in refused("--sweep", str(file), *out)

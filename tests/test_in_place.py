@@ -376,7 +376,7 @@ def test_the_experts_are_no_unexpected_keys(sharded, tmp_path, capfd):
 def test_two_processes_index_the_same_checkpoint(sharded, tmp_path):
     one = index_in_place(sharded, tmp_path / "store")
     assert index_in_place(sharded, tmp_path / "store").store_id == one.store_id  # nothing was replaced
-    assert not (tmp_path / "store.partial").exists()
+    assert not (tmp_path / "store.melinoe-partial").exists()
 
 
 def test_killed_while_the_index_is_written(sharded, tmp_path, monkeypatch):
@@ -394,10 +394,10 @@ def test_killed_while_the_index_is_written(sharded, tmp_path, monkeypatch):
         index_in_place(sharded, tmp_path / "store")
     assert not (tmp_path / "store").exists()
     with pytest.raises(melinoe.MelinoeError):
-        melinoe.load(tmp_path / "store.partial", slots=4)
+        melinoe.load(tmp_path / "store.melinoe-partial", slots=4)
     monkeypatch.undo()
     index_in_place(sharded, tmp_path / "store")
-    assert not (tmp_path / "store.partial").exists()
+    assert not (tmp_path / "store.melinoe-partial").exists()
     greedy(melinoe.load(tmp_path / "store", slots=4), 2)
 
 

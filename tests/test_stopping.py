@@ -66,18 +66,16 @@ def test_a_conversion_keeps_what_it_wrote(base, monkeypatch, tmp_path):
     assert early == "melinoe: stopped; nothing is kept to go on with"
     monkeypatch.undo()
     late = stopped(monkeypatch, conversion, "write_resident", "convert", base, tmp_path / "b", "--quiet")
-    assert (
-        late
-        == f"melinoe: stopped; what is written is kept in {tmp_path / 'b.partial'}, and the same call goes on"
-    )
+    work = tmp_path / "b.melinoe-partial"
+    assert late == f"melinoe: stopped; what is written is kept in {work}, and the same call goes on"
     monkeypatch.undo()
     again = CliRunner().invoke(app, ["convert", str(base), str(tmp_path / "b"), "--quiet"])
-    assert again.exit_code == 0 and not (tmp_path / "b.partial").exists()
+    assert again.exit_code == 0 and not (tmp_path / "b.melinoe-partial").exists()
 
 
 def test_tuning_keeps_what_it_saved(base, data, interrupted, monkeypatch, tmp_path):
-    work = tmp_path / "adapter.partial"
-    shutil.copytree(interrupted / "adapter.partial", work)
+    work = tmp_path / "adapter.melinoe-partial"
+    shutil.copytree(interrupted / "adapter.melinoe-partial", work)
     (tmp_path / "r.yaml").write_text(json.dumps({**SHORT, "model": str(base), "data": str(data)}))
     command = ["tune", "--recipe", tmp_path / "r.yaml", "--quiet", "--output-dir"]
     said = stopped(monkeypatch, LocalityTrainer, "compute_loss", *command, tmp_path / "adapter")
@@ -90,14 +88,14 @@ def test_tuning_keeps_what_it_saved(base, data, interrupted, monkeypatch, tmp_pa
 
 
 def test_another_run_is_refused_before_it_replaces_what_was_saved(base, data, interrupted, tmp_path):
-    shutil.copytree(interrupted / "adapter.partial", tmp_path / "adapter.partial")
+    shutil.copytree(interrupted / "adapter.melinoe-partial", tmp_path / "adapter.melinoe-partial")
     saved = sorted(tmp_path.rglob("*"))
     options = {"progress": False, **SHORT, "max_steps": 3}
     with pytest.raises(
         MelinoeError, match=r"interrupted run in .*partial is another one; got other max_steps"
     ):
         tune(base, data, tmp_path / "adapter", **options)
-    (tmp_path / "adapter.partial" / "run.json").write_text("{")  # it cannot be told: not lost either
+    (tmp_path / "adapter.melinoe-partial" / "run.json").write_text("{")  # it cannot be told: not lost either
     with pytest.raises(MelinoeError, match="another one"):
         tune(base, data, tmp_path / "adapter", **options)
     assert sorted(tmp_path.rglob("*")) == saved

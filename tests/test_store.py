@@ -147,10 +147,10 @@ def test_an_interrupted_convert_goes_on(olmoe, olmoe_store, tmp_path, monkeypatc
         melinoe.convert(olmoe, tmp_path / "store", progress=False)
     assert not (tmp_path / "store").exists()
     with pytest.raises(melinoe.MelinoeError):
-        melinoe.load(tmp_path / "store.partial", slots=4)
+        melinoe.load(tmp_path / "store.melinoe-partial", slots=4)
     melinoe.convert(olmoe, tmp_path / "store", progress=False)
     assert calls == [0, 1, 1]
-    assert not (tmp_path / "store.partial").exists()
+    assert not (tmp_path / "store.melinoe-partial").exists()
     expected = melinoe.load(olmoe_store, slots=8)(**batch()).logits
     assert torch.equal(melinoe.load(tmp_path / "store", slots=8)(**batch()).logits, expected)
 

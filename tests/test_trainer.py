@@ -140,7 +140,7 @@ def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
         assert mine["step"] == theirs["step"] and mine["rows"] == theirs["rows"]
         for name in ("nll", "hit_rate", "loads_per_token"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-3), name
-    assert not (tmp_path / "two.partial").exists()
+    assert not (tmp_path / "two.melinoe-partial").exists()
 
 
 def test_a_group_of_processes_is_left(tmp_path):
@@ -253,7 +253,7 @@ def test_evaluation_changes_nothing_and_needs_held_out_rows(tmp_path, base, data
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     with pytest.raises(MelinoeError, match="held-out"):
         tune(base, data / "train.jsonl", tmp_path / "c", eval_steps=2, **SHORT)
-    assert not (tmp_path / "c").exists() and not (tmp_path / "c.partial").exists()
+    assert not (tmp_path / "c").exists() and not (tmp_path / "c.melinoe-partial").exists()
     file = {"eval_data": data / "test.jsonl", "eval_steps": 3}
     tune(base, data / "train.jsonl", tmp_path / "c", **file, **SHORT)
     assert len(lines(tmp_path / "c", "evaluations.jsonl")) == 3
@@ -266,7 +266,7 @@ def test_resume_demands_what_it_goes_on_with(tmp_path, base, data):
     settings = SHORT | {"checkpoint_steps": 2, "eval_steps": 2, "accumulate": 2}
     with pytest.raises(MelinoeError, match="nothing to resume"):
         tune(base, data, tmp_path / "cut", resume=True, **settings)
-    assert not (tmp_path / "cut.partial").exists()
+    assert not (tmp_path / "cut.melinoe-partial").exists()
     tune(base, data, tmp_path / "whole", **settings)
     with interrupted_at(2 * 5 + 1):  # in the sixth step
         tune(base, data, tmp_path / "cut", **settings)

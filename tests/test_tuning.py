@@ -217,7 +217,7 @@ def test_a_few_steps_reduce_the_losses(tmp_path, base, data):
         assert sum(r[name] for r in last) < 0.9 * sum(r[name] for r in first), name
     assert result["skipped_steps"] == 0
     assert result["tokens"] > 0
-    assert not (tmp_path / "a.partial").exists()
+    assert not (tmp_path / "a.melinoe-partial").exists()
 
 
 def test_every_router_and_factor_moves_and_nothing_else(tuned, base):
@@ -280,7 +280,7 @@ def test_interrupted_run_resumes_to_the_same_adapter(tmp_path, base, data):
     with interrupted_at(6):
         tune(base, data, tmp_path / "cut", **settings)
     assert not (tmp_path / "cut").exists()
-    assert (tmp_path / "cut.partial" / "checkpoint").is_dir()
+    assert (tmp_path / "cut.melinoe-partial" / "checkpoint").is_dir()
     result = tune(base, data, tmp_path / "cut", **settings)
     assert result["resumed_from"] == 4
     names = ("adapter_model.safetensors",)
@@ -318,10 +318,12 @@ def test_time_limit_ends_a_run_early(tmp_path, base, data):
 def test_output_folder_is_respected(tmp_path, base, data):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(MelinoeError, match="exists already"):
-        tune(base, data, tmp_path / "mine", **SHORT)
-    with pytest.raises(MelinoeError, match="exists already"):
-        merge(base, tmp_path / "no-adapter", tmp_path / "mine")
+    for overwrite in (False, True):
+        with pytest.raises(MelinoeError, match="exists already and is not replaced"):
+            tune(base, data, tmp_path / "mine", overwrite=overwrite, **SHORT)
+        with pytest.raises(MelinoeError, match="exists already and is not replaced"):
+            merge(base, tmp_path / "no-adapter", tmp_path / "mine", overwrite=overwrite)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(

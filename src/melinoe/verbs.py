@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from melinoe.errors import MelinoeError
 
@@ -41,13 +42,13 @@ class Stages:
         self.number += 1
         elapsed = time.perf_counter() - self.began
         self.console.print(
-            f"[bold]\\[{self.number}/{self.total}][/bold] {text} [dim]({elapsed:.0f} s)[/dim]",
+            f"[bold]\\[{self.number}/{self.total}][/bold] {escape(text)} [dim]({elapsed:.0f} s)[/dim]",
             highlight=False,
             soft_wrap=True,
         )
 
     def note(self, text: str) -> None:
-        self.console.print(f"      [dim]{text}[/dim]", highlight=False, soft_wrap=True)
+        self.console.print(f"      [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
 
     @property
     def seconds(self) -> float:

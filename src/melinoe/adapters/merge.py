@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from melinoe._version import __version__
 from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import fold_low_rank
 from melinoe.files import whole_folder
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.outputs import Output, carded_folder
+
+MERGED_CARD, MERGED_FORMAT = "melinoe-merged.json", "melinoe-merged"
+MERGED = carded_folder("a merged checkpoint", MERGED_CARD, MERGED_FORMAT)
 
 
 def merge(
     model: str | Path, adapter: str | Path, output_dir: str | Path, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Writes the tuned checkpoint: transformers' own folder, without a trace of melinoe.
+    """Writes the tuned checkpoint: transformers' own folder, which nobody needs melinoe to open.
 
     Summed in float32, then rounded once to the base checkpoint's dtype. Tokenizer, chat template and
-    generation config come along. The folder appears complete or not at all.
+    generation config come along; melinoe-merged.json says what was merged into what. The folder appears
+    complete or not at all.
 
     Args:
         model: the checkpoint that was tuned, folder or Hub id.
         adapter: the folder that `tune` wrote.
         output_dir: where the plain checkpoint goes.
-        overwrite: replace what stands there.
+        overwrite: replace a merged checkpoint that stands there.
 
     Returns:
         {"output_dir", "fingerprint", "dtype", "bytes"}.
 
     Raises:
-        MelinoeError: the adapter is of another model, or the output folder holds something else.
+        MelinoeError: the adapter is of another model, or nothing may be written at `output_dir`
+            (melinoe.outputs).
     """
-    output = Path(output_dir)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
-        raise MelinoeError(
-            f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
-        )
+    output = Output(Path(output_dir), MERGED, {"model": model, "adapter": adapter}, overwrite)
+    output.check()
     model = resolve_model(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
@@ -56,15 +61,25 @@ def merge(
     for name, parameter in network.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     network.set_experts_implementation("eager")  # our function's name means nothing to others
-    with whole_folder(output) as new:
+    with whole_folder(output.path, output.check) as new:
         network.save_pretrained(new)
         AutoTokenizer.from_pretrained(model).save_pretrained(new)
         _keep_generation_config(model, new)
+        card = {
+            "format": MERGED_FORMAT,
+            "format_version": 1,
+            "base": str(model),
+            "adapter": str(adapter),
+            "fingerprint": fingerprint(network),
+            "melinoe": __version__,
+            "files": sorted(file.name for file in new.iterdir()),
+        }
+        (new / MERGED_CARD).write_text(json.dumps(card, indent=2) + "\n")
     return {
-        "output_dir": str(output),
-        "fingerprint": fingerprint(network),
+        "output_dir": str(output.path),
+        "fingerprint": card["fingerprint"],
         "dtype": str(network.dtype).removeprefix("torch."),
-        "bytes": sum(file.stat().st_size for file in output.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in output.path.glob("*.safetensors")),
     }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,13 @@ from melinoe.experts.forward import use_melinoe_experts
 from melinoe.experts.low_rank import LowRankExperts, Projection, projection_parameter
 from melinoe.files import whole_folder
 from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
+from melinoe.outputs import carded_folder
 
 FORMAT_VERSION = 1
 CARD, WEIGHTS, CONFIG = "melinoe.json", "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = carded_folder(
+    "an adapter", CARD, "melinoe-adapter", files=(WEIGHTS, CONFIG, "losses.jsonl", "evaluations.jsonl")
+)
 _PREFIX = "base_model.model."
 _PEFT_VERSION = "0.21.2"  # whose names and shapes these are
 
@@ -115,6 +120,7 @@ def write_adapter(
     settings: dict[str, Any] | None = None,
     result: dict[str, Any] | None = None,
     keep: tuple[Path, ...] = (),
+    check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the adapter of a tuned model (routers changed, `low_rank` on every experts module).
 
@@ -124,6 +130,7 @@ def write_adapter(
         base: what was tuned.
         settings, result: put into melinoe.json.
         keep: files to copy into the folder.
+        check: whether the folder may be replaced, asked when the new one is complete.
 
     Returns:
         What melinoe.json holds.
@@ -142,6 +149,7 @@ def write_adapter(
     card = {
         "format": "melinoe-adapter",
         "format_version": FORMAT_VERSION,
+        "files": [WEIGHTS, CONFIG, *(file.name for file in keep)],
         "base": base.name,
         "base_fingerprint": base.fingerprint,
         "base_format": base.format,
@@ -155,7 +163,7 @@ def write_adapter(
             "python": platform.python_version(),
         },
     }
-    with whole_folder(folder) as new:
+    with whole_folder(folder, check) as new:
         save_file(tensors, new / WEIGHTS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(_peft_config(model, layers, base.name), indent=2) + "\n")
         (new / CARD).write_text(json.dumps(card, indent=2) + "\n")

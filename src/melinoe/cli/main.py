@@ -7,16 +7,19 @@ stand inside the verbs, so that `melinoe --help` needs neither torch nor transfo
 
 from __future__ import annotations
 
-import errno
 import os
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from melinoe._version import __version__
 from melinoe.cli.chat import chat
+from melinoe.cli.explain import explain
 from melinoe.cli.options import (
     Adapter,
     Data,
@@ -35,25 +38,15 @@ from melinoe.cli.options import (
     slots_format_of,
 )
 from melinoe.cli.serve import serve
-from melinoe.cli.stopped import saying_what_is_kept, stopped_line
+from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.cli.tune import tune
 from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT)
 
-
-def _explain(error: BaseException) -> int:
+def _say(error: BaseException) -> int:
     """Prints one line for what stopped a verb and returns the exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        line, code = stopped_line(error), 130
-    elif isinstance(error, MelinoeError):
-        line, code = str(error), 1
-    elif isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        line, code = f"cannot write: {error}", 1
-    else:
-        text = " ".join(str(error).split())[:300]
-        line, code = f"unexpected {type(error).__name__}: {text}; MELINOE_TRACEBACK=1 shows where", 1
+    line, code = explain(error)
     same_for_all = isinstance(error, MelinoeError) and os.environ.get("LOCAL_RANK", "0") != "0"
     if not same_for_all:  # of several processes on a machine, one says it
         print(f"melinoe: {line}", file=sys.stderr)
@@ -71,7 +64,7 @@ class _Verbs(typer.core.TyperGroup):
         except (Exception, KeyboardInterrupt) as error:
             if hasattr(error, "exit_code") or os.environ.get("MELINOE_TRACEBACK") == "1":
                 raise  # typer's own: wrong usage, help, exit
-            sys.exit(_explain(error))
+            sys.exit(_say(error))
 
 
 app = typer.Typer(
@@ -83,6 +76,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_versions(asked: bool) -> None:
+    if not asked:
+        return
+    names = [f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors")]
+    print(f"melinoe {__version__}, Python {platform.python_version()}, {', '.join(names)}")
+    raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Say the versions and exit.", callback=_print_versions, is_eager=True),
+    ] = False,
+) -> None:
+    """Mixture-of-experts models inside a memory budget, exactly and fast."""
 
 
 @app.command(short_help="Write a store: experts as records.")

@@ -24,6 +24,7 @@ from melinoe.cli.tune_options import with_settings
 from melinoe.cli.tuning_memory import DryRun, Memory, print_needs
 from melinoe.config import DEFAULT_SEED
 from melinoe.errors import MelinoeError
+from melinoe.outputs import Output
 
 
 @with_settings
@@ -99,10 +100,12 @@ def tune(
             )
         return run_sweep(sweep, chosen, output_dir, swept, overwrite, as_json, progress=not quiet)
     refuse_without_sweep(**swept)
+    from melinoe.adapters.peft_folder import ADAPTER
     from melinoe.tuning.parallel.processes import leave
     from melinoe.tuning.restart import kept_of
     from melinoe.tuning.tune import tune as run
 
+    Output(output_dir, ADAPTER, {"recipe": recipe}, overwrite).check()
     how: dict[str, Any] = {"memory": memory, "resume": resume, "overwrite": overwrite, "progress": not quiet}
     with saying_what_is_kept(lambda: kept_of(output_dir)):
         result = run(output_dir=output_dir, **how, **chosen)

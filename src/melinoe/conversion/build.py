@@ -1,4 +1,4 @@
-"""A store while it is being built: in TARGET.partial, renamed when complete (melinoe.files).
+"""A store while it is being built: in TARGET.melinoe-partial, renamed when complete (melinoe.files).
 
 No half store ever loads.
 
@@ -21,10 +21,12 @@ from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.fold_adapter import Tuning
 from melinoe.files import empty, put_folder, write_json
 from melinoe.models.layers import fingerprint
+from melinoe.outputs import Kind
 from melinoe.store.manifest import Store, write_manifest
 from melinoe.store.record_file import StoredLayer, layer_from_json, layer_to_json
 
 STATE = "convert-state.json"
+STORE = Kind("a store", True, lambda folder: "")  # none is ever replaced, so none is ever recognised
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 

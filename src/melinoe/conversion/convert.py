@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melinoe.config import format_bytes
-from melinoe.conversion.build import BuildState, copy_small_files, finish
+from melinoe.conversion.build import STORE, BuildState, copy_small_files, finish
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.fold_adapter import Tuning, open_tuning
 from melinoe.conversion.resident import write_resident
@@ -25,6 +25,7 @@ from melinoe.errors import MelinoeError
 from melinoe.files import partial_folder
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer
+from melinoe.outputs import Output
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
 from melinoe.store.packing import Packing, check_format, packing_of
@@ -61,12 +62,7 @@ def convert(
     folder = source.folder if isinstance(source, Checkpoint) else local_folder(resolve_model(source))
     if is_store(folder):
         raise MelinoeError(f"{folder} is a store already", allowed="a checkpoint folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise MelinoeError(
-            f"{target} exists", allowed="a new folder", next_step="remove it or choose another name"
-        )
-    if folder.resolve() == target.resolve():
-        raise MelinoeError("source and target are the same folder", got=target)
+    Output(target, STORE, {"model": folder, "adapter": adapter}).check()
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(folder, source)
     checkpoint.resident()  # what cannot be converted is refused before anything is written
     tuning = open_tuning(adapter, checkpoint) if adapter is not None else None

@@ -25,6 +25,7 @@ from melinoe.conversion.parameter import ExpertParameter, separable
 from melinoe.errors import MelinoeError
 from melinoe.files import empty, partial_folder
 from melinoe.models.layers import MoeLayer
+from melinoe.outputs import Kind, Output
 from melinoe.store.layout import RecordLayout, torch_dtype
 from melinoe.store.manifest import MANIFEST, Store, is_store, open_store
 from melinoe.store.record_file import StoredLayer
@@ -55,8 +56,8 @@ def index_in_place(source: str | Path | Checkpoint, target: str | Path) -> Store
     for layer in (checkpoint.layers[0], checkpoint.layers[-1]):
         _compare(checkpoint, layer, layers[layer.index])
     known = checkpoint.fingerprint()
-    if target.exists() and not is_in_place(target) and (not target.is_dir() or any(target.iterdir())):
-        raise MelinoeError(f"{target} exists", allowed="a new folder", next_step="choose another name")
+    output = Output(target, IN_PLACE, {"model": folder}, replace=True)
+    output.check()
     with partial_folder(target) as partial:
         if is_in_place(target) and _is_of(target, shards):
             partial.rmdir()
@@ -77,6 +78,13 @@ def _not(reason: str) -> NotInPlaceError:
     return NotInPlaceError(
         "this checkpoint's experts cannot be read in place", got=reason, next_step="convert it"
     )
+
+
+def _not_in_place(folder: Path) -> str:
+    return "" if is_in_place(folder) else "a folder that is no such index"
+
+
+IN_PLACE = Kind("an index of a checkpoint", True, _not_in_place)
 
 
 def is_in_place(folder: Path) -> bool:

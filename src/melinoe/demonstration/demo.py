@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe.adapters.peft_folder import ADAPTER
 from melinoe.config import default_slots, format_bytes
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.data.rows import read_rows
@@ -34,7 +35,9 @@ from melinoe.demonstration.table import print_table
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.prediction.fit import Predictor
+from melinoe.outputs import Kind, Output, json_file
+from melinoe.prediction.predictor import PREDICTOR, Predictor
+from melinoe.report.page import PAGE
 from melinoe.report.setting import data_folder, machine
 from melinoe.routing.calls import DECODE
 from melinoe.routing.concentration import load_by_rank
@@ -43,6 +46,14 @@ from melinoe.routing.trace import Trace
 from melinoe.runtime.load import load_resident
 from melinoe.verbs import Stages, Verb, run_verbs
 
+FORMAT, VERSION = "melinoe-demo", "1"
+WRITES = {
+    "tuned": ADAPTER,
+    "control": ADAPTER,
+    "predictor": PREDICTOR,
+    "result.json": json_file("a result of the demo", FORMAT),
+    "report.html": PAGE,
+}
 HELD_OUT_ROWS = 320
 TUNING_STEPS = 150
 TUNING_SECONDS = 90
@@ -68,15 +79,18 @@ def demo(
         seed: of tuning, predictor, prompts and widening.
 
     Returns:
-        What result.json holds: {"rows": [...], "teacher_forced": {...}, "settings": {...}, ...}.
+        What result.json holds: {"format", "version", "rows": [...], "teacher_forced": {...}, "settings":
+        {...}, ...}.
 
     Raises:
-        MelinoeError: see the verbs; a missing extra or too little disk is found before anything starts.
+        MelinoeError: see the verbs; a missing extra, too little disk or something else where the demo would
+            write is found before anything starts.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise missing_extra("matplotlib", "report")
     output, source = Path(output_dir), local_folder(resolve_model(model))
     folder = data_folder(model, data)
+    _check_output(output, {"model": source, "data": folder})
     for split in ("train", "test"):
         read_rows(folder, split, limit=1)
     shape = Checkpoint(source).shape
@@ -89,9 +103,6 @@ def demo(
             allowed=f"{format_bytes(needed)} or more",
             next_step="set TMPDIR to a folder with room",
         )
-    output.mkdir(parents=True, exist_ok=True)
-    for leftover in ("tuned", "control"):
-        shutil.rmtree(output / leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="melinoe-demo-") as scratch:
         run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape)
         result = run.run()
@@ -100,6 +111,13 @@ def demo(
     print_table(result)
     print(f"report: {output / 'report.html'}   numbers: {output / 'result.json'}")
     return result
+
+
+def _check_output(output: Path, reads: dict[str, Any]) -> None:
+    """The demo writes a few names into its folder; what else stands there is left alone."""
+    Output(output, Kind("a folder", True, lambda folder: ""), reads, replace=True).check()
+    for name, kind in WRITES.items():
+        Output(output / name, kind, reads, replace=True).check()
 
 
 class _Demo:
@@ -132,6 +150,8 @@ class _Demo:
         speeds = self.measure_speed()
         rows = [self._row(row, quality, forced) for row in speeds["rows"]]
         return {
+            "format": FORMAT,
+            "version": VERSION,
             "rows": rows,
             "teacher_forced": forced,
             "quality": quality,
@@ -158,6 +178,7 @@ class _Demo:
         self.stages.start(f"tuning, and the control without our losses: {steps} steps or {seconds} s each")
         common = ["--model", self.source, "--data", str(self.data), "--seed", str(self.seed)]
         common += ["--max-steps", str(steps), "--time-limit", str(seconds), "--slots", str(self.slots)]
+        common.append("--overwrite")  # what a demo before has left
         off = ["--lambda-cs", "0", "--lambda-rm", "0"]
         control, tuned = run_verbs(
             [

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.errors import MelinoeError
-from melinoe.files import whole_file
+from melinoe.files import whole_file, write_text
 from melinoe.frontier.sources import measuring_code, tuning_code
 
 JOB, CODE = "job.json", "tuned-by"
@@ -88,7 +88,7 @@ def _tuned(job: Job, folder: Path) -> dict[str, Any]:
 
     adapter = folder / "adapter"
     if not adapter.is_dir():
-        (folder / CODE).write_text(tuning_code())
+        write_text(folder / CODE, tuning_code())
         tune(job.model, job.train, adapter, progress=False, **(job.settings or {}))
     return json.loads((adapter / "melinoe.json").read_text())["result"]
 

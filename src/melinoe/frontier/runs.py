@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from melinoe.files import write_json
 from melinoe.frontier.measuring import Measuring
 from melinoe.frontier.points import CONTROL, Point
 from melinoe.frontier.run_point import JOB, Job
@@ -110,8 +111,7 @@ def run_all(runs: list[Run], stages: Stages, at_once: int) -> None:
                 f"{run.label}: finished before" + (" with other code: compare with care" if other else "")
             )
             continue
-        run.folder.mkdir(exist_ok=True)
-        (run.folder / JOB).write_text(json.dumps(asdict(run.job), indent=1))
+        write_json(run.folder / JOB, asdict(run.job), indent=1)
         left.append(run)
     logs = runs[0].folder.parent
     stages.note(f"{len(left)} runs to do, {at_once} at once")

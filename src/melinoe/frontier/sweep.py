@@ -19,14 +19,16 @@ from typing import Any
 from melinoe._version import __version__
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError, missing_extra
-from melinoe.files import write_json
+from melinoe.files import NEW, write_json
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
 from melinoe.frontier.measuring import Measuring
 from melinoe.frontier.page import write_frontier
 from melinoe.frontier.points import Point, read_sweep
+from melinoe.frontier.run_point import JOB
 from melinoe.frontier.runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, run_all, runs_of
 from melinoe.frontier.sums import Sums, compare, pooled, summary
 from melinoe.models.folder import local_folder, resolve_model
+from melinoe.outputs import Kind, Output
 from melinoe.report.setting import machine
 from melinoe.verbs import Stages
 
@@ -78,7 +80,8 @@ def sweep(
         "to_control", "seeds", ...}, "out_of_domain": the same}]}; docs/sweep.md describes it.
 
     Raises:
-        MelinoeError: a bad sweep, settings, model or data, or a point that failed; finished ones are kept.
+        MelinoeError: a bad sweep, settings, model or data, something else than a sweep at `output_dir`, or a
+            point that failed; finished ones are kept.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise missing_extra("matplotlib", "report")
@@ -96,7 +99,10 @@ def sweep(
     tests, origins = {IN_DOMAIN: split.test}, {IN_DOMAIN: split.origin, OUT_OF_DOMAIN: []}
     if out_of_domain is not None:
         tests[OUT_OF_DOMAIN] = held_out_only(out_of_domain, limit)
-    output = _output_folder(Path(output_dir))
+    output = Path(output_dir)
+    reads = {"model": source, "data": _list(data), "out-of-domain data": out_of_domain}
+    Output(output, SWEEP, reads | ({"list of points": points} if points != "default" else {}), True).check()
+    (output / "points").mkdir(parents=True, exist_ok=True)
     held_out = {name: output / "data" / name for name in tests}
     write_split(held_out[IN_DOMAIN], "train", split.train)
     for name, rows in tests.items():
@@ -132,14 +138,19 @@ def _list(data: str | Path | list[str | Path]) -> list[str | Path]:
     return list(data) if isinstance(data, list | tuple) else [data]
 
 
-def _output_folder(output: Path) -> Path:
-    """The folder of a new sweep or of one that goes on."""
-    if output.exists() and not output.is_dir():
-        raise MelinoeError(f"{output} is a file", allowed="a folder for the sweep")
-    if output.is_dir() and any(output.iterdir()) and not (output / "points").is_dir():
-        raise MelinoeError(f"{output} holds something else than a sweep", next_step="choose another folder")
-    (output / "points").mkdir(parents=True, exist_ok=True)
-    return output
+def _no_sweep(output: Path) -> str:
+    """What is wrong with a folder that a sweep would go on in; "" where it is one, finished or not."""
+    points = output / "points"
+    if not points.is_dir():
+        return "a folder without the points of a sweep"
+    for entry in points.iterdir():
+        begun = entry.is_dir() and all(file.name.endswith(NEW) for file in entry.iterdir())
+        if not (begun or (entry / JOB).is_file() or entry.suffix == ".log"):
+            return f"{entry.relative_to(output)}, which is no run of a sweep"
+    return ""
+
+
+SWEEP = Kind("a sweep", True, _no_sweep)
 
 
 def _budgets(slots: Any, shape: dict[str, int]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Table = tuple[list[str], list[list[str]]]  # headings, rows
@@ -142,10 +143,16 @@ def sentences(result: dict[str, Any], data: str) -> list[str]:
     return said
 
 
+def escaped(text: str) -> str:
+    """Text that means itself in Markdown: in it no cell or line ends, and no link, code or HTML begins."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return " ".join(re.sub(r"([\\`*|\[\]])", r"\\\1", text).split())
+
+
 def markdown(table: Table) -> str:
     headings, rows = table
     lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(headings) - 1) + "|"]
-    cells = [[text.replace("|", "\\|") for text in row] for row in rows]
+    cells = [[escaped(text) for text in row] for row in rows]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
 
 
@@ -153,8 +160,8 @@ def document(result: dict[str, Any]) -> str:
     """All of it as Markdown, in the manner of docs/results.md."""
     settings, machine = result["settings"], result["machine"]
     parts = [
-        f"## Frontier: {settings['model']}",
-        f"{machine['processor']}, {machine['cores']} cores; Python {machine['python']}, "
+        f"## Frontier: {escaped(settings['model'])}",
+        f"{escaped(machine['processor'])}, {machine['cores']} cores; Python {machine['python']}, "
         f"torch {machine['torch']}, transformers {machine['transformers']}, melinoe {machine['melinoe']}; "
         f"seeds {', '.join(map(str, settings['seeds']))}; {result['seconds']:.0f} s of this call.",
     ]
@@ -163,8 +170,8 @@ def document(result: dict[str, Any]) -> str:
             continue
         count = result["base"][data]["num_sequences"]
         source = settings["out_of_domain"] if data == "out_of_domain" else ", ".join(settings["data"])
-        parts.append(f"### {title}: {count} sequences of {source}")
-        parts += [*sentences(result, data), markdown(pooled_table(result, data))]
+        parts.append(f"### {title}: {count} sequences of {escaped(source)}")
+        parts += [*map(escaped, sentences(result, data)), markdown(pooled_table(result, data))]
         by_origin = origins_table(result, data)
         parts += [markdown(by_origin)] if by_origin else []
         parts.append(markdown(seeds_table(result, data)))

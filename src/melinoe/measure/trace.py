@@ -23,7 +23,8 @@ from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap
-from melinoe.routing.trace import Trace, from_sequences
+from melinoe.outputs import Output
+from melinoe.routing.trace import TRACE, Trace, from_sequences
 from melinoe.runtime.generation_settings import context_length, end_tokens
 from melinoe.runtime.load import load, load_resident, load_tokenizer
 from melinoe.store.manifest import is_store
@@ -110,7 +111,7 @@ def trace(
     Args:
         model: a path, hub id or `tiny`; or (model, tokenizer).
         data: a file, a folder with splits, a Hub id (data.read_rows), or a list of `data.Row`.
-        output: where the trace file goes; None: nowhere.
+        output: the file to write, or the trace to replace; None: none.
         limit: at most this many rows.
         split: of a data folder.
         batch_size: rows per forward pass; None: about 4096 tokens of similar length.
@@ -121,8 +122,15 @@ def trace(
         last_turn_only: of conversations of several turns the last answer alone is decoded.
 
     Raises:
-        MelinoeError: no such model or data, a row that cannot be rendered, a dense model, no row that fits.
+        MelinoeError: nothing may be written at `output` (melinoe.outputs), no such model or data, a row that
+            cannot be rendered, a dense model, no row that fits.
     """
+    written = None
+    if output is not None:
+        written = Output(
+            Path(output), TRACE, {"model": model, "data": data, "adapter": adapter}, replace=True
+        )
+        written.check()
     rows = data_rows(data, split, limit)
     model, tokenizer = open_model(model, adapter)
     moe_layers(model)  # a dense model is refused before the work
@@ -150,6 +158,6 @@ def trace(
             **usable.to_json(),
         },
     )
-    if output is not None:
-        result.save(output)
+    if written is not None:
+        result.save(written.path, written.check)
     return result

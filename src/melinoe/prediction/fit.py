@@ -20,8 +20,9 @@ from melinoe.config import default_slots
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import fingerprint as model_fingerprint
+from melinoe.outputs import Output
 from melinoe.prediction.features import prompt_features, token_table
-from melinoe.prediction.predictor import Predictor, check_same_model
+from melinoe.prediction.predictor import PREDICTOR, Predictor, check_same_model
 from melinoe.routing.policies import DECODE, PREFILL, Strength
 from melinoe.routing.trace import Trace, as_trace
 
@@ -133,7 +134,7 @@ def fit_predictor(
     Args:
         model: a path, hub id or `tiny`; a model, or (model, tokenizer). With an adapter: the loaded model.
         trace: of that model; a thousand sequences are a good start.
-        output: the file to write; None: none.
+        output: the file to write, or the predictor to replace; None: none.
         slots: C of the recall that is reported; None: a quarter of the experts, at least K.
         seed: of the split, the initial weights and the order.
         held_out: share of the sequences that only measure.
@@ -146,8 +147,13 @@ def fit_predictor(
         many decoded tokens (`routing.policies.Strength`): as many as the sequences had on average.
 
     Raises:
-        MelinoeError: a trace of another model, or fewer than 10 sequences with decoded tokens.
+        MelinoeError: nothing may be written at `output` (melinoe.outputs), a trace of another model, or fewer
+            than 10 sequences with decoded tokens.
     """
+    written = None
+    if output is not None:
+        written = Output(Path(output), PREDICTOR, {"model": model, "trace": trace}, replace=True)
+        written.check()
     started, trace, model = time.perf_counter(), as_trace(trace), _model_of(model)
     fingerprint = model_fingerprint(model)
     check_same_model("the trace", trace.fingerprint, fingerprint)
@@ -209,6 +215,6 @@ def fit_predictor(
         "seed": seed,
         "fingerprint": fingerprint,
     }
-    if output is not None:
-        predictor.save(output, report)
+    if written is not None:
+        predictor.save(written.path, report, written.check)
     return report | {"seconds": time.perf_counter() - started}

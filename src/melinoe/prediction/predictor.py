@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import nn
 from melinoe.errors import MelinoeError
 from melinoe.files import whole_file
 from melinoe.models.layers import fingerprint as model_fingerprint
+from melinoe.outputs import tensor_file
 from melinoe.prediction.features import num_features, prompt_features
 from melinoe.routing.policies import Strength
 
 FORMAT, VERSION = "melinoe-predictor", "1"
+PREDICTOR = tensor_file("a predictor", FORMAT)
 
 
 class Predictor(nn.Module):
@@ -76,8 +79,10 @@ class Predictor(nn.Module):
         self.train(training)
         return self.experts_per_token * shares.double().numpy()
 
-    def save(self, path: str | Path, report: dict[str, Any] | None = None) -> Path:
-        """Writes one safetensors file, whole or not at all."""
+    def save(
+        self, path: str | Path, report: dict[str, Any] | None = None, check: Callable[[], None] | None = None
+    ) -> Path:
+        """Writes one safetensors file, whole or not at all. check: whether it may be replaced, asked last."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -89,7 +94,7 @@ class Predictor(nn.Module):
             "report": json.dumps(report or {}, sort_keys=True),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with whole_file(path) as partial:
+        with whole_file(path, check) as partial:
             save_file(tensors, partial, metadata)
         return Path(path)
 

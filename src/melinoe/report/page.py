@@ -8,6 +8,16 @@ from typing import Any
 import jinja2
 
 from melinoe.files import write_text
+from melinoe.outputs import Kind
+
+_MARK = b'<meta name="generator" content="melinoe">'  # of base.html
+
+
+def _foreign(path: Path) -> str:
+    return "" if _MARK in path.read_bytes() else "a file that is not a page of melinoe"
+
+
+PAGE = Kind("a page", False, _foreign)
 
 
 def write_page(template: str, path: Path, **values: Any) -> None:

@@ -9,13 +9,16 @@ from markupsafe import Markup
 
 
 def use_matplotlib() -> None:
-    """Sets the style; called once by whoever writes a page."""
+    """Sets the style; called once by whoever writes a page.
+
+    A name with a dollar in it is no formula: it would be drawn as one, or stop the drawing.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update(
-        {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+        {"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 10,
+         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
          "figure.constrained_layout.use": True}
     )  # fmt: skip
 

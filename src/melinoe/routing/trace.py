@@ -11,7 +11,7 @@ everything else is JSON in its metadata. Numpy only: a trace is read without tor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,11 @@ from safetensors.numpy import save_file
 
 from melinoe.errors import MelinoeError
 from melinoe.files import whole_file
+from melinoe.outputs import tensor_file
 from melinoe.routing.policies import DECODE, PREFILL, Call
 
 FORMAT, VERSION = "melinoe-trace", "1"
+TRACE = tensor_file("a trace", FORMAT)
 PHASES = (PREFILL, DECODE)  # call_phase holds positions in this tuple
 _ARRAYS = {
     "indices": np.int16,
@@ -168,8 +170,8 @@ class Trace:
         lengths = np.bincount(self.sequence[tokens], minlength=self.num_sequences)
         return self.request_counts(phase) / np.maximum(lengths, 1)[:, None, None].astype(np.float32)
 
-    def save(self, path: str | Path) -> Path:
-        """Writes the file, whole or not at all."""
+    def save(self, path: str | Path, check: Callable[[], None] | None = None) -> Path:
+        """Writes the file, whole or not at all. check: whether it may be replaced, asked last."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -179,7 +181,7 @@ class Trace:
             "settings": json.dumps(self.settings, sort_keys=True),
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
-        with whole_file(path) as partial:
+        with whole_file(path, check) as partial:
             save_file(tensors, partial, metadata)
         return Path(path)
 

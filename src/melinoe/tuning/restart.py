@@ -14,7 +14,7 @@ from typing import Any
 
 from melinoe.adapters.peft_folder import Base
 from melinoe.errors import MelinoeError
-from melinoe.files import partial_of
+from melinoe.files import partial_of, write_json
 from melinoe.tuning import saved_run
 from melinoe.tuning.settings import SETTINGS, TuneSettings
 from melinoe.tuning.training_rows import TrainingRows
@@ -57,7 +57,7 @@ def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool
     """Makes the work folder, or finds the saved run in it.
 
     Args:
-        work: OUTPUT.partial.
+        work: OUTPUT.melinoe-partial.
         resume: this very run must have been saved there.
         overwrite: start anew whatever stands there.
 
@@ -86,7 +86,7 @@ def open_run(work: Path, identity: dict[str, Any], resume: bool, overwrite: bool
         return Restart(saved, steps, f"going on after step {steps} of the run in {work}")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    (work / RUN).write_text(json.dumps(identity))
+    write_json(work / RUN, identity)
     return Restart()
 
 

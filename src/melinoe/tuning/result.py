@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from melinoe.adapters.peft_folder import Base, write_adapter
+from melinoe.outputs import Output
 from melinoe.tuning.parallel.sharding import weight_bytes
 from melinoe.tuning.trainer import EVALUATIONS, LOG, LocalityTrainer
 
 
-def write_result(trainer: LocalityTrainer, output: Path, base: Base, found: dict[str, Any]) -> dict[str, Any]:
+def write_result(
+    trainer: LocalityTrainer, output: Output, base: Base, found: dict[str, Any]
+) -> dict[str, Any]:
     """Writes the adapter and removes the run's work folder.
 
     Args:
@@ -24,7 +27,7 @@ def write_result(trainer: LocalityTrainer, output: Path, base: Base, found: dict
         What `tune` returns.
 
     Raises:
-        MelinoeError: a tensor is not finite; the work folder stays.
+        MelinoeError: a tensor is not finite, or something else stands at `output` now; the work folder stays.
     """
     work = trainer.folder
     result: dict[str, Any] = {
@@ -40,10 +43,18 @@ def write_result(trainer: LocalityTrainer, output: Path, base: Base, found: dict
         logs.append(work / EVALUATIONS)
         result["held_out"] = json.loads(logs[-1].read_text().splitlines()[-1])
     settings = trainer.settings.as_dict()
-    card = write_adapter(trainer.model, output, base, settings=settings, result=result, keep=tuple(logs))
+    card = write_adapter(
+        trainer.model,
+        output.path,
+        base,
+        settings=settings,
+        result=result,
+        keep=tuple(logs),
+        check=output.check,
+    )
     shutil.rmtree(work, ignore_errors=True)
     prints = {name: card[name] for name in ("base_fingerprint", "fingerprint")}
-    return {"output_dir": str(output), **prints, **result}
+    return {"output_dir": str(output.path), **prints, **result}
 
 
 def _last_losses(log: Path) -> dict[str, float | None]:

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from melinoe.adapters.peft_folder import Base
+from melinoe.adapters.peft_folder import ADAPTER, Base
 from melinoe.errors import MelinoeError
-from melinoe.files import partial_of
+from melinoe.files import naming_errors, partial_of
 from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token, fingerprint
+from melinoe.outputs import Output
 from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.memory.needed import TuningMemory, device_of, memory_needed
 from melinoe.tuning.memory.pages import paging
@@ -55,7 +56,7 @@ def tune(
         eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
         resume: there must be an interrupted run to go on with. Without it, one with the same settings and
             data is gone on with as well; any other that saved something is refused, so that it is not lost.
-        overwrite: replace what stands in `output_dir`, and do not resume an interrupted run.
+        overwrite: replace an adapter that stands in `output_dir`, and do not resume an interrupted run.
         progress: a live line on stderr.
         settings: the fields of TuneSettings.
 
@@ -68,11 +69,17 @@ def tune(
 
     Raises:
         MelinoeError: settings out of range, a dense model, no usable rows, nothing to resume where that was
-            asked, a budget that is too small, or an output folder that holds something else.
-        KeyboardInterrupt: as it came; OUTPUT.partial keeps the last checkpoint and the next call resumes.
+            asked, a budget that is too small, or nothing may be written at `output_dir` (melinoe.outputs).
+        KeyboardInterrupt: as it came; OUTPUT.melinoe-partial keeps the last checkpoint and the next call
+            resumes.
     """
     chosen = TuneSettings.named(settings)
-    output = _free_output(Path(output_dir), resume, overwrite)
+    if resume and overwrite:
+        raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
+    reads = {"model": model, "data": data, "evaluation data": eval_data}
+    output = Output(Path(output_dir), ADAPTER, reads, overwrite)
+    output.check()
+    work = partial_of(output.path)
     started, device = time.monotonic(), str(usable_device(device_of(chosen)))
     processes = Processes.join(device)
     show = progress and processes.is_first
@@ -86,20 +93,20 @@ def tune(
         base = Base(pages.source, fingerprint(tuned), pages.record_format)
     distribute(tuned, processes, chosen.shard)
     identity = run_identity(chosen, rows, base)
-    restart = processes.ask_first(lambda: open_run(partial_of(output), identity, resume, overwrite))
+    restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
     if restart.note and show:
         print(f"melinoe: {restart.note}", file=sys.stderr)
     slots = max(chosen.capacity(layer.num_experts, experts_per_token(tuned)) for layer in layers)
     evaluation = None
     if held_out:
         evaluation = Evaluation(held_out, layers, slots, chosen.batch_tokens, rows.pad_token_id, processes)
-    with trainer_silenced(), TuningProgress(show, chosen.max_steps) as bar:
+    with naming_errors(work), trainer_silenced(), TuningProgress(show, chosen.max_steps) as bar:
         trainer = LocalityTrainer(
             tuned,
             layers,
             StepBatches.of(rows.encoded, rows.plan, rows.pad_token_id, chosen, processes),
             chosen,
-            partial_of(output),
+            work,
             rows.tokens_per_step(),
             device,
             bar,
@@ -117,17 +124,6 @@ def tune(
         **({} if pages is None else {"paged": pages.to_json(tuned)}),
     }
     return processes.ask_first(lambda: write_result(trainer, output, base, found))
-
-
-def _free_output(output: Path, resume: bool, overwrite: bool) -> Path:
-    """The output folder, refused where something stands in its way."""
-    if resume and overwrite:
-        raise MelinoeError("tune: resume and overwrite contradict each other", allowed="one of them")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
-        raise MelinoeError(
-            f"{output} exists already", next_step="choose another folder, or overwrite it (--overwrite)"
-        )
-    return output
 
 
 def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningMemory:

@@ -242,6 +242,7 @@ def test_no_verb_harms_what_it_reads(here, verb):
         assert found.exit_code == 1, (place, found.output)
         assert len(found.output.strip().splitlines()) == 1, found.output
         assert "unexpected" not in found.output
+        assert "that is read; got" in found.output
         assert state(here) == before, (place, found.output)
 
 

@@ -105,7 +105,8 @@ def tune(
     from melinoe.tuning.restart import kept_of
     from melinoe.tuning.tune import tune as run
 
-    Output(output_dir, ADAPTER, {"recipe": recipe}, overwrite).check()
+    reads = {"model": chosen["model"], "data": chosen["data"], "recipe": recipe}
+    Output(output_dir, ADAPTER, reads, overwrite).check()  # the library's tune knows no recipe
     how: dict[str, Any] = {"memory": memory, "resume": resume, "overwrite": overwrite, "progress": not quiet}
     with saying_what_is_kept(lambda: kept_of(output_dir)):
         result = run(output_dir=output_dir, **how, **chosen)

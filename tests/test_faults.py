@@ -43,7 +43,7 @@ def test_kill_9_at_any_point_of_convert(wide, tmp_path):
     moments = {
         "first bytes of the first layer": lambda: any(partial.glob("experts-00000*")),
         "third layer": lambda: any(partial.glob("experts-00002*")),
-        "resident weights": lambda: (partial / "model.safetensors").exists(),
+        "resident weights": lambda: (partial / "resident.safetensors").exists(),
     }  # the manifest comes last, whole, right before the folder gets its name
     for moment, reached in moments.items():
         process = verb("convert", wide, target, "--quiet")

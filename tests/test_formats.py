@@ -22,7 +22,7 @@ from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
 from melinoe.runtime.load import align
 from melinoe.store.layout import RecordLayout, per_expert
-from melinoe.store.manifest import MANIFEST, open_store
+from melinoe.store.manifest import MANIFEST, open_store, sealed
 from melinoe.store.packing import GROUP, SCALE, Packing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -233,11 +233,9 @@ def test_smaller_records_give_more_slots(olmoe, olmoe_store, tmp_path):
     assert found["int8", "packed"][1] == found["int8", "expanded"][1]  # reads shrink either way
 
 
-def test_a_reader_of_version_1_refuses(int8, olmoe_store):
-    """What is packed says so by its version; what is not keeps the old one, which older readers open."""
+def test_a_manifest_says_how_records_are_packed(int8, olmoe_store):
     packed, plain = (json.loads((folder / MANIFEST).read_text()) for folder in (int8, olmoe_store))
-    assert (plain["format_version"], plain["record_format"]) == (1, "auto")
-    assert (packed["format_version"], packed["record_format"]) == (2, "int8")
+    assert (plain["record_format"], packed["record_format"]) == ("auto", "int8")
     assert "packing" not in plain["layers"][0] and packed["layers"][0]["packing"]["format"] == "int8"
 
 
@@ -245,7 +243,7 @@ def change(folder, **changes):
     manifest = json.loads((folder / MANIFEST).read_text())
     for layer in manifest["layers"]:
         layer["packing"].update(changes)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
 
 
 @pytest.mark.parametrize(
@@ -267,7 +265,7 @@ def test_a_packed_record_without_its_packing_is_refused(copy):
     manifest = json.loads((copy / MANIFEST).read_text())
     for layer in manifest["layers"]:
         del layer["packing"]
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    (copy / MANIFEST).write_text(json.dumps(sealed(manifest)))
     with pytest.raises(melinoe.MelinoeError, match="do not fit the model"):
         melinoe.load(copy, slots=2)
 

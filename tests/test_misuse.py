@@ -21,6 +21,7 @@ from melinoe.experts import forward
 from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.weights_file import WeightsFile
 from melinoe.runtime.load import reset_slots
+from melinoe.store.manifest import RESIDENT
 
 SEEDS = range(4)
 
@@ -217,7 +218,7 @@ def test_a_store_overwritten_while_it_is_in_use(copied, expected, tmp_path):
     model, all_in_slots = melinoe.load(copied, slots=2), melinoe.load(copied, slots=8)
     assert exact(model, expected)
     assert exact(all_in_slots, expected)
-    overwrite(copied, tmp_path / "store", "model.safetensors")
+    overwrite(copied, tmp_path / "store", "resident.safetensors")
     assert exact(model, expected)  # the resident weights are the process's own
     overwrite(copied, tmp_path / "store", "experts-*.safetensors")
     assert exact(all_in_slots, expected)
@@ -233,7 +234,7 @@ def test_a_store_overwritten_while_it_is_in_use(copied, expected, tmp_path):
 def test_plain_from_pretrained_refuses_other_weights(copied, tmp_path):
     other = save_checkpoint(tmp_path / "other", "olmoe", seed=1)
     melinoe.convert(other, tmp_path / "store", progress=False)
-    shutil.copy(tmp_path / "store" / "model.safetensors", copied / "model.safetensors")
+    shutil.copy(tmp_path / "store" / RESIDENT, copied / RESIDENT)
     with pytest.raises(melinoe.MelinoeError, match="not those the store was made with"):
         AutoModelForCausalLM.from_pretrained(copied)
 

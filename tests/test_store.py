@@ -16,7 +16,7 @@ import melinoe
 from families import batch, save_checkpoint
 from melinoe.config import RECORD_ALIGNMENT
 from melinoe.conversion.verify import damaged_records
-from melinoe.store.manifest import MANIFEST, open_store
+from melinoe.store.manifest import MANIFEST, RESIDENT, open_store
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_records_are_ordinary_safetensors(olmoe, olmoe_store):
 
 
 def test_the_resident_file_holds_no_experts(olmoe_store):
-    with safe_open(olmoe_store / "model.safetensors", framework="pt") as file:
+    with safe_open(olmoe_store / RESIDENT, framework="pt") as file:
         assert not [key for key in file.keys() if ".experts." in key]  # noqa: SIM118
 
 
@@ -76,13 +76,13 @@ def test_record_file_of_another_store(copy, tmp_path):
     shutil.copy(tmp_path / "other-store" / "experts-00000.safetensors", copy)
     with pytest.raises(melinoe.MelinoeError, match="belongs to another store"):
         melinoe.load(copy, slots=4)
-    shutil.copy(tmp_path / "other-store" / "model.safetensors", tmp_path / "other.safetensors")
+    shutil.copy(tmp_path / "other-store" / RESIDENT, tmp_path / "other.safetensors")
 
 
 def test_resident_weights_of_another_store(copy, tmp_path):
     other = save_checkpoint(tmp_path / "other", "olmoe", seed=1)
     melinoe.convert(other, tmp_path / "other-store", progress=False)
-    shutil.copy(tmp_path / "other-store" / "model.safetensors", copy)
+    shutil.copy(tmp_path / "other-store" / RESIDENT, copy)
     with pytest.raises(melinoe.MelinoeError, match="not those the store was made with"):
         melinoe.load(copy, slots=4)
 
@@ -203,14 +203,15 @@ def test_a_read_error_stops_the_generation(olmoe_store, tmp_path, monkeypatch):
 def test_settings_that_nobody_knows_are_refused(copy):
     """In a store's config.json, where a misspelt one would be ignored."""
     config = json.loads((copy / "config.json").read_text())
+    mark = config["quantization_config"]
     for more in ({"slot": 3}, {"slots": 3, "polcy": "lru"}):
-        config["quantization_config"] = {"quant_method": "melinoe", **more}
+        config["quantization_config"] = {**mark, **more}
         (copy / "config.json").write_text(json.dumps(config))
         with pytest.raises(
             melinoe.MelinoeError, match=r"unknown settings.*got (slot|polcy);.*allowed: memory"
         ):
             AutoModelForCausalLM.from_pretrained(copy)
-    config["quantization_config"] = {"quant_method": "melinoe", "slots": 3, "policy": "lru"}
+    config["quantization_config"] = {**mark, "slots": 3, "policy": "lru"}
     (copy / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(copy)
     assert (model.melinoe_budget.slots, model.melinoe_paged.pager.policy.name) == (3, "lru")

@@ -289,7 +289,7 @@ def test_converting_holds_fewer_than_three_records(kind, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     above = json.loads(done.stdout.splitlines()[-1])["above"]
     store = open_store(tmp_path / "store")
-    resident = sum(file.stat().st_size for file in (tmp_path / "store").glob("model*.safetensors"))
+    resident = sum(file.stat().st_size for file in (tmp_path / "store").glob("resident*.safetensors"))
     held = sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors"))
     experts = sum(layer.num_experts * layer.layout.record_bytes for layer in store.layers)
     assert 90e6 < experts < 120e6

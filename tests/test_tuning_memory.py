@@ -16,8 +16,8 @@ from melinoe.cli.main import app
 from melinoe.config import format_bytes
 from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
-from melinoe.models.folder import skeleton
 from melinoe.models.layers import moe_layers
+from melinoe.models.pretrained import skeleton
 from melinoe.tuning.memory.activations import BatchShape, count
 from melinoe.tuning.memory.needed import memory_needed
 from melinoe.tuning.memory.pages import Pages

@@ -11,6 +11,7 @@ from melinoe.errors import MelinoeError
 RECORD_ALIGNMENT = 4096  # bytes; what O_DIRECT asks of file offsets, lengths and addresses
 DEFAULT_SEED = 0
 MAX_SEED = 2**32 - 1  # what numpy, and with it transformers, takes
+STORE_METHOD = "melinoe"  # by which a store's config.json names our quantizer
 DEFAULT_POLICY = "decay"  # of eviction (melinoe.routing.policies)
 
 

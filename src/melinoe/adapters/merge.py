@@ -6,15 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from melinoe._version import __version__
 from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import fold_low_rank
 from melinoe.files import whole_folder
-from melinoe.models.folder import resolve_model
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.pretrained import load_model, read_tokenizer
 from melinoe.outputs import Output, carded_folder
 
 MERGED_CARD, MERGED_FORMAT = "melinoe-merged.json", "melinoe-merged"
@@ -45,8 +46,8 @@ def merge(
     """
     output = Output(Path(output_dir), MERGED, {"model": model, "adapter": adapter}, overwrite)
     output.check()
-    model = resolve_model(model)
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    model = local_folder(resolve_model(model))
+    network = load_model(model, dtype="auto")
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
     network.float()
     apply_adapter(network, adapter)
@@ -63,7 +64,7 @@ def merge(
     network.set_experts_implementation("eager")  # our function's name means nothing to others
     with whole_folder(output.path, output.check) as new:
         network.save_pretrained(new)
-        AutoTokenizer.from_pretrained(model).save_pretrained(new)
+        read_tokenizer(model).save_pretrained(new)
         _keep_generation_config(model, new)
         card = {
             "format": MERGED_FORMAT,

@@ -398,7 +398,7 @@ def evaluate(
 
 @app.command(short_help="Check a store's checksums.")
 def verify(store: Path) -> None:
-    """Check every record of a store against its checksum."""
+    """Check every file of a store against its checksum."""
     from melinoe.conversion.verify import verify as run
     from melinoe.store.manifest import open_store
 
@@ -410,12 +410,12 @@ def verify(store: Path) -> None:
             print(f"{store}: no checksums were known; those of now are kept for the next time")
     if found.damaged:
         raise MelinoeError(
-            f"{len(found.damaged)} damaged records in {store}",
+            f"{len(found.damaged)} damaged places in {store}",
             got="; ".join(found.damaged[:5]),
             next_step="convert again",
         )
     if found.compared:
-        print(f"{store}: all records match")
+        print(f"{store}: every record and every other file matches")
 
 
 @app.command(short_help="Show the whole method in one table.")

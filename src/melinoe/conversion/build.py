@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.fold_adapter import Tuning
-from melinoe.files import empty, put_folder, write_json
+from melinoe.files import PARTIAL, empty, put_folder, write_json
 from melinoe.models.layers import fingerprint
+from melinoe.models.pretrained import load_model, read_config
 from melinoe.outputs import Kind
-from melinoe.store.manifest import Store, write_manifest
+from melinoe.store.checksums import stored_file
+from melinoe.store.manifest import MANIFEST, Store, StoredFile, write_manifest
+from melinoe.store.marking import marked
 from melinoe.store.record_file import StoredLayer, layer_from_json, layer_to_json
 
 STATE = "convert-state.json"
 STORE = Kind("a store", True, lambda folder: "")  # none is ever replaced, so none is ever recognised
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # beside weights; as a Hub id is fetched
+_TEMPLATES = "additional_chat_templates"  # a folder, of tokenizers with several templates
 
 
 class BuildState:
@@ -41,7 +44,8 @@ class BuildState:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, tuning: Tuning | None, format: str) -> None:
         self.folder, self.format = folder, format
-        sizes = {stamp.file: [stamp.size, stamp.mtime_ns] for stamp in checkpoint.shards.stamps}
+        shards = zip(checkpoint.shards.files, checkpoint.shards.stamps, strict=True)
+        sizes = {str(file): [stamp.size, stamp.mtime_ns] for file, stamp in shards}
         self._source: dict[str, Any] = {"folder": str(checkpoint.folder.resolve()), "files": sizes}
         self._source["format"] = format
         if tuning is not None:
@@ -65,14 +69,23 @@ class BuildState:
         write_json(self.folder / STATE, state)
 
 
-def copy_small_files(folder: Path, partial: Path) -> None:
-    """Tokenizer, templates and generation config; the config with our mark."""
+def copy_small_files(checkpoint: Checkpoint, partial: Path, resident: str) -> None:
+    """Tokenizer, templates and generation config; the config with our mark.
+
+    Args:
+        resident: the file of the store that holds, or lists, what is not an expert's.
+    """
+    folder = checkpoint.folder
     for file in folder.iterdir():
-        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name != "config.json":
+        weights = file.name.endswith(".index.json") or file.name in ("config.json", MANIFEST)
+        if file.is_file() and file.suffix in SMALL_FILES and not weights:
             shutil.copyfile(file, partial / file.name)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "melinoe"}
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if (folder / _TEMPLATES).is_dir():
+        shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    dtype = str(checkpoint.model.config.dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    text = json.dumps(marked(config, resident, dtype), indent=2)
+    (partial / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def finish(store: Store, target: Path) -> None:
@@ -80,13 +93,23 @@ def finish(store: Store, target: Path) -> None:
 
     A store without a fingerprint, because its routers are not stored as they are, gets it by being loaded.
     """
+    (store.folder / STATE).unlink(missing_ok=True)
+    for leftover in store.folder.glob(f"*{PARTIAL}"):  # of a call that was killed while it wrote a file
+        leftover.unlink()
+    store = replace(store, files=small_files(store))
     if not store.fingerprint:
         write_manifest(store, {})
         store = replace(store, fingerprint=_fingerprint(store.folder))
     write_manifest(store, {"transformers_version": transformers.__version__})
-    (store.folder / STATE).unlink(missing_ok=True)
     # an index is made again whenever a shard has changed
     put_folder(store.folder, target, replace=bool(store.shards))
+
+
+def small_files(store: Store) -> tuple[StoredFile, ...]:
+    """Everything in a store's folder beside records, shards and manifest, with checksums."""
+    known = {MANIFEST, *(shard.file for shard in store.shards), *(layer.file for layer in store.layers)}
+    found = sorted(file for file in store.folder.iterdir() if file.is_file() and file.name not in known)
+    return tuple(stored_file(file) for file in found)
 
 
 def _fingerprint(folder: Path) -> str:
@@ -94,8 +117,8 @@ def _fingerprint(folder: Path) -> str:
 
     transformers opens the store by our plug-in (runtime.quantizer).
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     config.quantization_config = {**config.quantization_config, "slots": 0}
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=config.dtype)
+    model = load_model(folder, config=config, dtype=config.dtype)
     model.melinoe_paged.pager.close()
     return fingerprint(model)

@@ -19,8 +19,10 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from melinoe.conversion.parameter import ExpertParameter
 from melinoe.errors import MelinoeError
-from melinoe.models.folder import local_folder, resolve_model, skeleton
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer, experts_per_token, fingerprint, moe_layers, own_parameters
+from melinoe.models.pretrained import skeleton
+from melinoe.models.weights import weight_files
 from melinoe.store.shards import Shards
 
 DEQUANTISABLE = ("fp8", "mxfp4")  # what transformers turns back into plain weights on any machine
@@ -72,9 +74,9 @@ class Checkpoint:
         """Its safetensors files.
 
         Raises:
-            MelinoeError: it has none, or a file is damaged.
+            MelinoeError: it has none that `from_pretrained` would read, or a file is damaged.
         """
-        return Shards(self.folder)
+        return Shards(weight_files(self.folder, self.model.config))
 
     @cached_property
     def quantizer(self) -> Any:

@@ -27,7 +27,7 @@ from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer
 from melinoe.outputs import Output
 from melinoe.store.layout import RecordLayout
-from melinoe.store.manifest import Store, is_store, open_store
+from melinoe.store.manifest import RESIDENT, Store, is_store, open_store
 from melinoe.store.packing import Packing, check_format, packing_of
 from melinoe.store.record_file import StoredLayer, write_layer
 from melinoe.store.shards import Shards
@@ -70,9 +70,9 @@ def convert(
         state = BuildState(partial, checkpoint, tuning, format)
         _write_experts(checkpoint, state, tuning, progress)
         routers = tuning.routers if tuning is not None else None
-        write_resident(checkpoint, partial / "model.safetensors", routers)
-        copy_small_files(folder, partial)
-        known = checkpoint.fingerprint(Shards(partial))
+        write_resident(checkpoint, partial / RESIDENT, routers)
+        copy_small_files(checkpoint, partial, RESIDENT)
+        known = checkpoint.fingerprint(Shards([partial / RESIDENT]))
         layers = tuple(state.layers[index] for index in range(len(checkpoint.layers)))
         finish(Store(partial, known, state.store_id, layers, checkpoint.source), target)
     return open_store(target)

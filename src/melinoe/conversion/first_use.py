@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 from melinoe.config import home
+from melinoe.conversion.build import SMALL_FILES
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.convert import convert
 from melinoe.conversion.in_place import NotInPlaceError, index_in_place, is_in_place
+from melinoe.conversion.upgrade import open_upgraded
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.store.manifest import Store, is_store, open_store
-
-_OF_A_CHECKPOINT = (".safetensors", ".json", ".jinja", ".txt", ".model")  # as `local_folder` fetches them
+from melinoe.models.pretrained import read_config
+from melinoe.models.weights import weight_files
+from melinoe.store.manifest import Store, is_store
 
 
 def store_of(source: str | Path) -> Store:
@@ -29,11 +31,14 @@ def store_of(source: str | Path) -> Store:
     """
     resolved = resolve_model(source)
     if isinstance(resolved, Path) and is_store(resolved):
-        return open_store(resolved)
+        return open_upgraded(resolved)
     folder = local_folder(resolved)
     # config and tokenizer too: the store has copies of them
-    files = sorted(file for file in folder.iterdir() if file.suffix in _OF_A_CHECKPOINT)
-    stamp = "".join(f"{file.name}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in files)
+    found = {file for file in folder.iterdir() if file.suffix in (".safetensors", *SMALL_FILES)}
+    files = sorted(found | set(weight_files(folder, read_config(folder))))
+    stamp = "".join(
+        f"{file.relative_to(folder)}{file.stat().st_size}{file.stat().st_mtime_ns}" for file in files
+    )
     key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
     target = home() / "stores" / f"{folder.resolve().name}-{key}"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +60,7 @@ def _made_before(target: Path) -> Store | None:
     if not is_store(target):
         return None
     try:
-        return open_store(target)
+        return open_upgraded(target)
     except MelinoeError:
         if is_in_place(target):  # the shards were touched since: the index is made anew
             return None

@@ -23,13 +23,13 @@ from melinoe.conversion.build import copy_small_files, finish
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.parameter import ExpertParameter, separable
 from melinoe.errors import MelinoeError
-from melinoe.files import empty, partial_folder
+from melinoe.files import empty, partial_folder, write_json
 from melinoe.models.layers import MoeLayer
 from melinoe.outputs import Kind, Output
 from melinoe.store.layout import RecordLayout, torch_dtype
-from melinoe.store.manifest import MANIFEST, Store, is_store, open_store
+from melinoe.store.manifest import MANIFEST, RESIDENT_INDEX, Store, is_store, open_store
 from melinoe.store.record_file import StoredLayer
-from melinoe.store.shards import Shards
+from melinoe.store.shards import Stamp
 
 
 class NotInPlaceError(MelinoeError):
@@ -51,7 +51,10 @@ def index_in_place(source: str | Path | Checkpoint, target: str | Path) -> Store
     target, checkpoint = Path(target), Checkpoint.open(source)
     if checkpoint.quantizer is not None:
         raise _not("the checkpoint is quantised")
-    folder, shards = checkpoint.folder, checkpoint.shards
+    shards = checkpoint.shards
+    twice = sorted(shards.repeated & set(checkpoint.resident()))
+    if twice:
+        raise _not(f"{twice[0]} stands in several files")
     layers = tuple(_stored(checkpoint, layer) for layer in checkpoint.layers)
     for layer in (checkpoint.layers[0], checkpoint.layers[-1]):
         _compare(checkpoint, layer, layers[layer.index])
@@ -59,17 +62,15 @@ def index_in_place(source: str | Path | Checkpoint, target: str | Path) -> Store
     output = Output(target, IN_PLACE, {"model": folder}, replace=True)
     output.check()
     with partial_folder(target) as partial:
-        if is_in_place(target) and _is_of(target, shards):
+        if is_in_place(target) and _is_of(target, checkpoint):
             partial.rmdir()
             return open_store(target)  # another process has made it meanwhile
         empty(partial)
-        for file in shards.files:
-            (partial / file.name).symlink_to(file.resolve())
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            (partial / index.name).write_bytes(index.read_bytes())
-        copy_small_files(folder, partial)
-        stamps = tuple(shards.stamps)
+        stamps = _linked(checkpoint)
+        for file, stamp in zip(shards.files, stamps, strict=True):
+            (partial / stamp.file).symlink_to(file.resolve())
+        _write_index(checkpoint, stamps, partial / RESIDENT_INDEX)
+        copy_small_files(checkpoint, partial, RESIDENT_INDEX)
         finish(Store(partial, known, uuid.uuid4().hex, layers, checkpoint.source, stamps), target)
     return open_store(target)
 
@@ -95,10 +96,27 @@ def is_in_place(folder: Path) -> bool:
         return False
 
 
-def _is_of(target: Path, shards: Shards) -> bool:
-    """Whether an in-place store is the index of these shards as they are."""
+def _linked(checkpoint: Checkpoint) -> tuple[Stamp, ...]:
+    """The stamps of a checkpoint's shards, under the names of their links, which stand in one folder."""
+    shards = zip(checkpoint.shards.files, checkpoint.shards.stamps, strict=True)
+    return tuple(
+        replace(stamp, file="--".join(file.relative_to(checkpoint.folder).parts)) for file, stamp in shards
+    )
+
+
+def _write_index(checkpoint: Checkpoint, stamps: tuple[Stamp, ...], path: Path) -> None:
+    """What `from_pretrained` reads of the shards: the tensors that are not experts'."""
+    links = {file: stamp.file for file, stamp in zip(checkpoint.shards.files, stamps, strict=True)}
+    entries = checkpoint.shards.entries
+    where = {name: links[entries[name].path] for name in checkpoint.resident()}
+    size = sum(entries[name].nbytes for name in where)
+    write_json(path, {"metadata": {"total_size": size}, "weight_map": where}, indent=2)
+
+
+def _is_of(target: Path, checkpoint: Checkpoint) -> bool:
+    """Whether an in-place store is the index of a checkpoint's shards as they are."""
     try:
-        return open_store(target).shards == tuple(shards.stamps)
+        return open_store(target).shards == _linked(checkpoint)
     except MelinoeError:
         return False
 

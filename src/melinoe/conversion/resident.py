@@ -28,7 +28,7 @@ def write_resident(
     """
     replaced = replaced or {}
     shards, rest, quantizer = checkpoint.shards, checkpoint.resident(), checkpoint.quantizer
-    dtype = checkpoint.model.config.dtype or torch.bfloat16
+    dtype = checkpoint.model.config.dtype
     scales = _scales(checkpoint)
     companions = set(scales.values())
     if quantizer is not None:  # scales of activations: a plain model has no use for them

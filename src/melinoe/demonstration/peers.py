@@ -11,8 +11,8 @@ from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import offload_state_dict
 from transformers import AutoModelForCausalLM
 
-from melinoe.models.folder import skeleton
 from melinoe.models.layers import experts_modules, own_parameters
+from melinoe.models.pretrained import skeleton
 
 
 def write_disk_offload(model: Any, folder: Path) -> int:

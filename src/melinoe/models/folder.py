@@ -1,16 +1,12 @@
-"""Finds the folder of a model by its name, and the shape by its folder: what every verb does first."""
+"""From the name of a model to its folder: what every verb does first."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from melinoe.errors import MelinoeError
 from melinoe.tiny import model_path
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def resolve_model(source: str | Path) -> Path | str:
@@ -23,9 +19,24 @@ def resolve_model(source: str | Path) -> Path | str:
         return model_path()
     path = Path(source)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise MelinoeError(f"{path} is not a model folder", got="no config.json in it")
-        return path
+        if (path / "config.json").is_file():
+            return path
+        if (path / "adapter_config.json").is_file():
+            raise MelinoeError(
+                f"{path} is an adapter, not a model",
+                next_step="name the model that it was made for, and this as --adapter",
+            )
+        raise MelinoeError(
+            f"{path} is not a model folder",
+            got="no config.json in it" + (", but GGUF" if any(path.glob("*.gguf")) else ""),
+            allowed="a folder as transformers' save_pretrained writes it",
+        )
+    if path.is_file():
+        raise MelinoeError(
+            f"{path} is a file",
+            allowed="a model folder, with config.json and safetensors in it",
+            next_step="use the safetensors checkpoint it was made from" if path.suffix == ".gguf" else None,
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         return str(source)
     raise MelinoeError(
@@ -52,19 +63,3 @@ def local_folder(source: Path | str, weights: bool = True) -> Path:
             got=source,
             next_step=f"check the name ({type(error).__name__})",
         ) from error
-
-
-def skeleton(source: Path | str) -> nn.Module:
-    """The model of a checkpoint on the meta device: shapes and names, no weights.
-
-    Raises:
-        MelinoeError: a type of model that cannot be offloaded.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from melinoe.models.supported import supported_config
-
-    config = supported_config(source)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)

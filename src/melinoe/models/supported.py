@@ -7,11 +7,9 @@ page fails when transformers gains one.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
@@ -65,19 +63,15 @@ def _opened_otherwise(model_type: str) -> str:
     return f"transformers opens them with {opener} alone"
 
 
-def supported_config(source: Path | str) -> Any:
-    """The config of a checkpoint or a store, of a type that melinoe opens.
-
-    Raises:
-        MelinoeError: a type that transformers does not know, or that melinoe does not open, by its name.
-    """
-    data, _ = transformers.PreTrainedConfig.get_config_dict(source)
-    model_type = data.get("model_type")
+def check_supported(config: dict[str, Any]) -> None:
+    """Raises MelinoeError for the config.json of a type of model that melinoe does not open, by its name."""
+    mark = config.get("quantization_config")  # a store's config has its model's type there
+    own = mark.get("own_model_type") if isinstance(mark, dict) else None
+    model_type = own or config.get("model_type")
     # doge without experts is a dense model like others
-    refused = refusal(str(model_type)) if model_type and data.get("is_moe", True) else None
+    refused = refusal(str(model_type)) if model_type and config.get("is_moe", True) else None
     if refused is not None:
         raise refused
-    return AutoConfig.from_pretrained(source)
 
 
 def no_experts(config: Any) -> MelinoeError:

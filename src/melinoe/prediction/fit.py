@@ -18,9 +18,10 @@ from torch import nn
 
 from melinoe.config import default_slots
 from melinoe.errors import MelinoeError
-from melinoe.models.folder import resolve_model
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import fingerprint as model_fingerprint
 from melinoe.outputs import Output
+from melinoe.models.pretrained import load_model
 from melinoe.prediction.features import prompt_features, token_table
 from melinoe.prediction.predictor import PREDICTOR, Predictor, check_same_model
 from melinoe.routing.policies import DECODE, PREFILL, Strength
@@ -106,13 +107,7 @@ def _train(
 def _model_of(model: Any) -> Any:
     """The model itself, from a path or from (model, tokenizer)."""
     if isinstance(model, str | Path):
-        from transformers import AutoModelForCausalLM
-
-        from melinoe.models.supported import supported_config
-
-        source = resolve_model(model)
-        supported_config(source)
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        return load_model(local_folder(resolve_model(model)), dtype="auto")
     return model[0] if isinstance(model, tuple) else model
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from melinoe.config import DEFAULT_POLICY
 from melinoe.conversion.first_use import store_of
@@ -14,13 +13,13 @@ from melinoe.errors import MelinoeError
 from melinoe.machine import usable_device
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import moe_layers
-from melinoe.models.supported import supported_config
+from melinoe.models.pretrained import load_model, read_config, read_tokenizer
 from melinoe.paging.expansion import slots_packed
 from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.statistics import Statistics
 from melinoe.prediction.predictor import Predictor
 from melinoe.runtime.budget import Budget
-from melinoe.runtime.quantizer import quantization_config
+from melinoe.runtime.quantizer import set_settings
 from melinoe.runtime.settings import LoadSettings
 from melinoe.store.layout import FIELD_ALIGNMENT
 from melinoe.store.manifest import is_store
@@ -73,12 +72,12 @@ def load(
     )
     store = store_of(source)
     slots_packed(store, slots_format)  # refused before anything is loaded
-    config = AutoConfig.from_pretrained(store.folder)
+    config = read_config(store.folder)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if wanted is not None and wanted != config.dtype:
         raise MelinoeError("the store has another dtype", got=wanted, allowed=config.dtype)
-    config.quantization_config = quantization_config(settings, store)
-    model = _from_pretrained(store.folder, config=config, dtype=config.dtype, device_map={"": place})
+    set_settings(config, settings, store)
+    model = load_model(store.folder, config=config, dtype=config.dtype, device_map={"": place})
     if adapter is not None:
         from melinoe.adapters.peft_folder import apply_adapter
 
@@ -106,11 +105,11 @@ def load_for_tuning(
     Raises:
         MelinoeError: see `open_store`.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     settings = LoadSettings(slots=slots, policy="lru", slots_format=slots_format, any_dtype=True)
-    config.quantization_config = quantization_config(settings)
+    set_settings(config, settings)
     place = usable_device(device)
-    model = _from_pretrained(folder, config=config, dtype=dtype or config.dtype, device_map={"": place})
+    model = load_model(folder, config=config, dtype=dtype or config.dtype, device_map={"": place})
     model.melinoe_paged.tuning = True
     model.is_quantized = False  # nor is it; Trainer would refuse
     return model.eval()
@@ -137,8 +136,7 @@ def load_resident(
     if isinstance(resolved, Path) and is_store(resolved):
         raise MelinoeError(f"{resolved} is a store", allowed="the checkpoint it was made from")
     folder = local_folder(resolved)
-    supported_config(folder)  # else transformers lists every class that it knows
-    model = _from_pretrained(folder, dtype=dtype or "auto")
+    model = load_model(folder, dtype=dtype or "auto")
     moe_layers(model)
     align(model)
     if adapter is not None:
@@ -146,23 +144,6 @@ def load_resident(
 
         apply_adapter(model, Path(adapter))
     return model.eval(), load_tokenizer(folder)
-
-
-def _from_pretrained(folder: Path, **settings: Any) -> Any:
-    """The model of a folder, whole: what is missing would be made up at random, and transformers only warns.
-
-    Raises:
-        MelinoeError: the folder lacks weights of the model.
-    """
-    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise MelinoeError(
-            f"{folder} lacks weights of the model",
-            got=f"nothing for {missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else ""),
-            next_step="fetch the checkpoint again",
-        )
-    return model
 
 
 def align(model: Any) -> None:
@@ -180,7 +161,7 @@ def align(model: Any) -> None:
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a model folder or store, padding on the left."""
     folder = local_folder(resolve_model(source))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

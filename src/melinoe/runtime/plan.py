@@ -14,6 +14,7 @@ import numpy as np
 from melinoe.config import format_bytes
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.in_place import NotInPlaceError, index_in_place
+from melinoe.conversion.upgrade import open_upgraded
 from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token
 from melinoe.paging.disk_reader import DiskReader
@@ -24,7 +25,7 @@ from melinoe.paging.slots import RecordBuffer
 from melinoe.runtime import budget
 from melinoe.runtime.attach import strip
 from melinoe.store.layout import RecordLayout
-from melinoe.store.manifest import Store, is_store, open_store
+from melinoe.store.manifest import Store, is_store
 
 HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
@@ -111,8 +112,8 @@ def deployed_slots(source: str | Path, memory: int | str, device: str = "cpu") -
 def _store_of(checkpoint: Checkpoint, scratch: Path) -> tuple[Store | None, str | None]:
     """The store of a model (an index of a checkpoint is made in `scratch`), or None and why there is none."""
     if is_store(checkpoint.folder):
-        return open_store(checkpoint.folder), None
-    if not any(checkpoint.folder.glob("*.safetensors")):
+        return open_upgraded(checkpoint.folder), None
+    if not any(checkpoint.folder.rglob("*.safetensors")):
         return None, "its weights are not here"
     try:
         return index_in_place(checkpoint, scratch), None

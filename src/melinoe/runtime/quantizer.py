@@ -17,46 +17,87 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from melinoe.config import STORE_METHOD
+from melinoe.errors import MelinoeError
+from melinoe.models.pretrained import is_marked
 from melinoe.runtime.settings import LoadSettings
+from melinoe.store.manifest import RESIDENT, RESIDENT_INDEX
 
 if TYPE_CHECKING:
     from melinoe.store.manifest import Store
 
-METHOD = "melinoe"
 
-
-@register_quantization_config(METHOD)
+@register_quantization_config(STORE_METHOD)
 class MelinoeConfig(QuantizationConfigMixin):
     """What a store's config.json says under `quantization_config`, and what `melinoe.load` adds to it.
 
     Args:
         quant_method: by which transformers finds this class.
+        own_model_type: of the model; the config says that it is a store's.
+        weights: the file of the store that holds, or lists, what is not an expert's.
         store: the store, where it has been opened already.
         settings: of `LoadSettings`; the memory may come from the environment.
     """
 
-    def __init__(self, quant_method: str = METHOD, store: Store | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        quant_method: str = STORE_METHOD,
+        own_model_type: str | None = None,
+        weights: str | None = None,
+        store: Store | None = None,
+        **settings: Any,
+    ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
+        self.own_model_type, self.weights = own_model_type, weights
         self.settings = LoadSettings.from_dict(settings).with_environment()
         self.store = store
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, **self.settings.to_dict()}
+        mark = {name: getattr(self, name) for name in ("quant_method", "own_model_type", "weights")}
+        return {**mark, **self.settings.to_dict()}
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
 
-def quantization_config(settings: LoadSettings, store: Store | None = None) -> dict[str, Any]:
-    """What to put into a model's config so that it is opened with these settings."""
-    return {"quant_method": METHOD, "store": store, **settings.to_dict()}
+def set_settings(config: Any, settings: LoadSettings, store: Store | None = None) -> None:
+    """Puts settings into the config of a store, so that its model is opened with them.
+
+    Raises:
+        MelinoeError: it is not the config of a store.
+    """
+    if not is_marked(config):
+        raise MelinoeError(
+            f"the config.json of the store {config.name_or_path} is not that of a store",
+            next_step="convert again",
+        )
+    config.quantization_config = {**config.quantization_config, "store": store, **settings.to_dict()}
 
 
-@register_quantizer(METHOD)
+@register_quantizer(STORE_METHOD)
 class MelinoeQuantizer(HfQuantizer):
     """Takes the experts out before the weights are read and attaches the pager after."""
 
     requires_calibration = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Takes the marks off a store's config; called before transformers looks for its weights.
+
+        A config that was opened by its model's own class, and not by AutoConfig, still has them.
+        """
+        weights = self.quantization_config.weights
+        if weights is None:
+            raise MelinoeError(
+                "this store is of an older format",
+                next_step="open it once with melinoe.load or melinoe generate, which upgrade it",
+            )
+        if weights not in (RESIDENT, RESIDENT_INDEX):
+            raise MelinoeError(
+                "the config.json of a melinoe store names other weights than its own", got=weights
+            )
+        config.transformers_weights = weights
+        vars(config).pop("model_type", None)  # what is left is the class's own
+        return config
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
@@ -65,10 +106,15 @@ class MelinoeQuantizer(HfQuantizer):
         from melinoe.store.manifest import open_store
 
         assert checkpoint_files, "a store has a model.safetensors"
-        folder, store = Path(checkpoint_files[0]).parent, self.quantization_config.store
+        named, store = Path(model.config.name_or_path), self.quantization_config.store
+        folder = named if named.is_dir() else Path(checkpoint_files[0]).parent  # of a Hub id: its snapshot
         self.quantization_config.store = None  # the config outlives this load, and may be copied
         if store is None or store.folder.resolve() != folder.resolve():
             store = open_store(folder)
+        own = {RESIDENT, *(shard.file for shard in store.shards)}
+        for file in map(Path, checkpoint_files):
+            if file.parent != folder or file.name not in own:
+                raise MelinoeError(f"the store {folder} names weights that are not its own", got=file)
         attach.check_fit(model, store, self.quantization_config.settings.any_dtype)
         self.store = store
         attach.strip(model)
@@ -87,6 +133,7 @@ class MelinoeQuantizer(HfQuantizer):
             attach.check_weights(model, self.store)
         attach.attach(model, self.store, self.quantization_config.settings)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
+        vars(model.config).pop("transformers_weights", None)
         for module in model.modules():
             if hasattr(module, "config") and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized  # its presence counts, not its value

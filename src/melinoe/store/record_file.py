@@ -18,7 +18,7 @@ from melinoe.store.layout import RecordLayout
 from melinoe.store.packing import Packing
 from melinoe.store.shards import header_bytes
 
-FORMAT, FORMAT_VERSION = "melinoe-store", 1
+FORMAT, RECORDS_VERSION = "melinoe-store", 1  # of a record file, whatever the manifest's
 
 
 def record_file_name(layer: int) -> str:
@@ -60,12 +60,12 @@ class StoredLayer:
         return self.offset(self.num_experts)
 
 
-def _header(store_id: str, layer: int, num_experts: int, record_bytes: int) -> bytes:
+def record_header(store_id: str, layer: int, num_experts: int, record_bytes: int) -> bytes:
     """A safetensors header, padded with spaces so that the data begins on a record boundary."""
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
-            "version": str(FORMAT_VERSION),
+            "version": str(RECORDS_VERSION),
             "store_id": store_id,
             "layer": str(layer),
         }
@@ -94,7 +94,7 @@ def write_layer(
         The layer with its file, and the checksums of its records.
     """
     num_experts, record_bytes = layer.num_experts, layer.layout.record_bytes
-    header = _header(store_id, index, num_experts, record_bytes)
+    header = record_header(store_id, index, num_experts, record_bytes)
     path = folder / record_file_name(index)
     checksums = []
     with whole_file(path) as partial, partial.open("wb") as file:

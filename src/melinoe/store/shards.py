@@ -106,23 +106,19 @@ def _entry(path: Path, data_start: int, size: int, data: dict[str, Any]) -> Entr
 
 
 class Shards:
-    """The tensors of a checkpoint folder, by name, read when asked for."""
+    """The tensors of safetensors files, by name, read when asked for.
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif (folder / "model.safetensors").is_file():
-            names = ["model.safetensors"]
-        else:
-            raise MelinoeError(
-                f"{folder} holds no safetensors weights", allowed="model.safetensors or its index"
-            )
-        self.files = [folder / name for name in names]
+    Of a name that several files have, the last one counts, as for `from_pretrained`.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
         self.stamps: list[Stamp] = []
         self.entries: dict[str, Entry] = {}
+        self.repeated: set[str] = set()  # names that several files have
         for file in self.files:
             header = read_header(file)
+            self.repeated |= self.entries.keys() & header.entries.keys()
             self.entries |= header.entries
             self.stamps.append(header.stamp)
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import EXPERTS_FUNCTION, attach_low_rank, tuning_experts
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
-from melinoe.models.supported import supported_config
+from melinoe.models.pretrained import load_model
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.load import load_for_tuning
 from melinoe.tuning.memory.needed import check_family, compute_dtype
@@ -62,8 +61,7 @@ def _load(source: str | Path, dtype: torch.dtype | None, device: str, pages: Pag
     if pages is not None:
         return load_for_tuning(pages.folder, pages.slots, dtype, device, pages.slots_format)
     folder = local_folder(resolve_model(source))
-    supported_config(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    return load_model(folder, dtype=dtype or "auto")
 
 
 def _checkpoint_activations(model: Any) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from melinoe.data.encoding import Encoded, EncodedRows, encode_rows
 from melinoe.data.rows import Row, describe_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
+from melinoe.models.pretrained import read_tokenizer
 from melinoe.runtime.generation_settings import end_tokens, folder_settings
 from melinoe.tuning.memory.activations import BatchShape
 from melinoe.tuning.memory.needed import batch_shape
@@ -73,7 +72,7 @@ def read_training_rows(
         MelinoeError: no such data, or no usable rows.
     """
     folder = local_folder(resolve_model(model))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     rows = read_rows(data)
     usable = _encoded(folder, tokenizer, rows, settings)
     lengths = [len(row.ids) for row in usable.encoded]

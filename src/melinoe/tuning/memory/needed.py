@@ -18,8 +18,9 @@ from melinoe.config import RECORD_ALIGNMENT, format_bytes
 from melinoe.data.encoding import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import projection_size
-from melinoe.models.folder import local_folder, resolve_model, skeleton
+from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
+from melinoe.models.pretrained import skeleton
 from melinoe.models.undecorated import has_flat_experts
 from melinoe.paging.expansion import expansion_bytes, slot_records
 from melinoe.paging.gather import BUFFER_BYTES, buffer_bytes

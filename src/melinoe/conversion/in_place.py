@@ -59,7 +59,7 @@ def index_in_place(source: str | Path | Checkpoint, target: str | Path) -> Store
     for layer in (checkpoint.layers[0], checkpoint.layers[-1]):
         _compare(checkpoint, layer, layers[layer.index])
     known = checkpoint.fingerprint()
-    output = Output(target, IN_PLACE, {"model": folder}, replace=True)
+    output = Output(target, IN_PLACE, {"model": checkpoint.folder}, replace=True)
     output.check()
     with partial_folder(target) as partial:
         if is_in_place(target) and _is_of(target, checkpoint):

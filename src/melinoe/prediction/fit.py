@@ -20,8 +20,8 @@ from melinoe.config import default_slots
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import fingerprint as model_fingerprint
-from melinoe.outputs import Output
 from melinoe.models.pretrained import load_model
+from melinoe.outputs import Output
 from melinoe.prediction.features import prompt_features, token_table
 from melinoe.prediction.predictor import PREDICTOR, Predictor, check_same_model
 from melinoe.routing.policies import DECODE, PREFILL, Strength

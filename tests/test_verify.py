@@ -195,7 +195,7 @@ def test_names_that_lead_out_of_a_checkpoint_are_refused(olmoe, tmp_path, name):
         lambda m: m["files"].append({"name": "x"}),
         lambda m: m.update(shards=[{"file": "x"}]),
     ],
-    ids=str,
+    ids=range(13),  # the same names in every process of a parallel run
 )
 def test_numbers_that_contradict_each_other_are_refused(copy, change):
     changed(copy, change)
@@ -214,7 +214,7 @@ def test_numbers_that_contradict_each_other_are_refused(copy, change):
         lambda layer: layer["pieces"].__setitem__(0, [0, 2**40]),
         lambda layer: layer["pieces"].__setitem__(0, [-64, 64]),
     ],
-    ids=str,
+    ids=range(7),  # the same names in every process of a parallel run
 )
 def test_places_outside_of_a_shard_are_refused(olmoe, tmp_path, change):
     store = index_in_place(olmoe, tmp_path / "store").folder

@@ -70,7 +70,9 @@ def test_numbers_out_of_every_range(olmoe_store, data, tmp_path):
         assert "more than a run is planned for; got " in said(*tune, option, 10**12)
     assert "no such recipe; got" in said("tune", "--recipe", tmp_path)
     assert "unknown device" in said("generate", "--model", olmoe_store, "-p", "w1", "--device", "")
-    assert "no valid.jsonl in data folder" in said(*tune, "--eval-steps", 1, "--eval-data", tmp_path)
+    (tmp_path / "held-out").mkdir()
+    held_out = ("--eval-steps", 1, "--eval-data", tmp_path / "held-out")
+    assert "no valid.jsonl in data folder" in said(*tune, *held_out)
     TuneSettings(max_steps=MAX_RUN_TOKENS // 2048)
     with pytest.raises(MelinoeError, match=r"seed is out of range; got -1; allowed: 0 \.\. 4,294,967,295"):
         TuneSettings(seed=-1)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from melinoe.adapters.peft_folder import Base
 from melinoe.cli.main import app
+from melinoe.data.encoding import EncodedRows
 from melinoe.errors import MelinoeError, refuse_unknown
 from melinoe.frontier.points import read_sweep
 from melinoe.tuning.recipe import read_recipe
@@ -107,7 +108,9 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_an_interrupted_run_goes_on_whatever_changes_no_loss():
     free = {"accumulate", "device", "shard", "gradient_checkpointing"}
     free |= {"checkpoint_steps", "eval_steps", "eval_rows"}
-    kept = run_identity(TuneSettings(), TrainingRows(None, [], [], 1), Base("a", "b"))["settings"]
+    kept = run_identity(
+        TuneSettings(), TrainingRows(None, EncodedRows([], [], 0, 0, None), [], 1), Base("a", "b")
+    )["settings"]
     assert kept.keys() == SETTINGS.keys() - free
     assert kept.keys() == {name for name, about in SETTINGS.items() if about.changes_losses}
 

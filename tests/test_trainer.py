@@ -68,7 +68,7 @@ def assert_same_run(one, other):
         for name in mine.keys() - {"seconds"}:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), (mine["step"], name)
     before, after = ones[0], ones[-1]
-    assert before["nll"] != pytest.approx(after["nll"], rel=1e-2)  # or nothing was compared
+    assert before["nll"] != pytest.approx(after["nll"], rel=2e-3)  # ten times what may differ
 
 
 # ------------------------------------------------------------------ the parts of a step

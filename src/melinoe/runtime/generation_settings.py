@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 
 from melinoe.errors import MelinoeError
+from melinoe.models.pretrained import opening, read_config
 
 _MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -31,8 +32,9 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 def folder_settings(folder: str | Path) -> GenerationConfig:
     """The generation settings of a checkpoint folder, as `from_pretrained` would give them to its model."""
     if (Path(folder) / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        with opening("generation_config.json", folder):
+            return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(read_config(folder))
 
 
 def end_tokens(settings: GenerationConfig, tokenizer: Any) -> list[int]:

@@ -13,6 +13,7 @@ DEFAULT_SEED = 0
 MAX_SEED = 2**32 - 1  # what numpy, and with it transformers, takes
 STORE_METHOD = "melinoe"  # by which a store's config.json names our quantizer
 DEFAULT_POLICY = "decay"  # of eviction (melinoe.routing.policies)
+SMALLEST_BARE = 2**20  # a number of bytes without a unit; less is meant otherwise
 
 
 def default_slots(num_experts: int, experts_per_token: int) -> int:
@@ -28,7 +29,7 @@ def parse_bytes(text: str | int) -> int:
     """Bytes from `4GiB`, `500MB` or a plain number of bytes.
 
     Units are exact (KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB of 1000). `8G` and `8Gb`
-    are refused, because half of their users mean something else.
+    are refused, because half of their users mean something else, and so is a bare `8`.
 
     Raises:
         MelinoeError: the text is not a size.
@@ -36,11 +37,14 @@ def parse_bytes(text: str | int) -> int:
     if isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
-    if not match or match[2] not in _UNITS:
-        raise MelinoeError(
-            "not a memory size", got=repr(text), allowed="a number with B, KiB, MiB, GiB, KB, MB or GB"
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
+    number, unit = match.groups() if match else ("", "?")
+    bare = not unit and float(number) < SMALLEST_BARE
+    if unit not in _UNITS or bare:
+        letter = "G" if bare else unit[0].upper()
+        meant = f"did you mean {number}{letter}B or {number}{letter}iB?" if letter in "KMGT" else None
+        allowed = None if meant else "a number with B, KiB, MiB, GiB, KB, MB or GB"
+        raise MelinoeError("not a memory size", got=repr(text), allowed=allowed, next_step=meant)
+    return int(float(number) * _UNITS[unit])
 
 
 def parse_share(text: str | float) -> float:

@@ -46,8 +46,9 @@ def merge(
     """
     output = Output(Path(output_dir), MERGED, {"model": model, "adapter": adapter}, overwrite)
     output.check()
-    model = local_folder(resolve_model(model))
-    network = load_model(model, dtype="auto")
+    model = resolve_model(model)
+    folder = local_folder(model)
+    network = load_model(folder, dtype="auto")
     dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
     network.float()
     apply_adapter(network, adapter)
@@ -64,8 +65,8 @@ def merge(
     network.set_experts_implementation("eager")  # our function's name means nothing to others
     with whole_folder(output.path, output.check) as new:
         network.save_pretrained(new)
-        read_tokenizer(model).save_pretrained(new)
-        _keep_generation_config(model, new)
+        read_tokenizer(folder).save_pretrained(new)
+        _keep_generation_config(folder, new)
         card = {
             "format": MERGED_FORMAT,
             "format_version": 1,

@@ -63,16 +63,15 @@ def chat(
     """
     print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
     prepare(model)
-    from transformers import AutoConfig
-
     from melinoe.models.folder import local_folder, resolve_model
+    from melinoe.models.pretrained import read_config
     from melinoe.runtime.load import load, load_tokenizer
     from melinoe.serving.conversation import Conversation
     from melinoe.serving.engine.start import cached_tokens, context_tokens, start_engine
     from melinoe.serving.settings import ServeSettings
 
     settings = ServeSettings(concurrency=1, context=context)
-    tokens = context_tokens(AutoConfig.from_pretrained(local_folder(resolve_model(model))), settings)
+    tokens = context_tokens(read_config(local_folder(resolve_model(model))), settings)
     loaded = load(
         model,
         adapter=adapter,

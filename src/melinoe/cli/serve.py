@@ -60,10 +60,9 @@ def serve(
     """Serve a model over HTTP as OpenAI does: chat and text completions, streams, metrics."""
     _check_extra()
     prepare(model)
-    from transformers import AutoConfig
-
     from melinoe.config import parse_bytes
     from melinoe.models.folder import local_folder, resolve_model
+    from melinoe.models.pretrained import read_config
     from melinoe.runtime.load import load, load_tokenizer, plan
     from melinoe.serving.engine.start import cached_tokens as tokens_of_cache
     from melinoe.serving.engine.start import context_tokens
@@ -86,7 +85,7 @@ def serve(
 
     def open_model() -> tuple[Any, Any]:
         print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
-        config = AutoConfig.from_pretrained(local_folder(resolve_model(model)))
+        config = read_config(local_folder(resolve_model(model)))
         loaded = load(
             model,
             adapter=adapter,

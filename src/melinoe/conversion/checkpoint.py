@@ -20,7 +20,14 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from melinoe.conversion.parameter import ExpertParameter
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.models.layers import MoeLayer, experts_per_token, fingerprint, moe_layers, own_parameters
+from melinoe.models.layers import (
+    MoeLayer,
+    check_experts_per_token,
+    experts_per_token,
+    fingerprint,
+    moe_layers,
+    own_parameters,
+)
 from melinoe.models.pretrained import skeleton
 from melinoe.models.weights import weight_files
 from melinoe.store.shards import Shards
@@ -45,6 +52,7 @@ class Checkpoint:
         self.folder, self.source = folder, str(folder if source is None else source)
         self.model = skeleton(folder)
         self.layers: list[MoeLayer] = moe_layers(self.model)
+        check_experts_per_token(self.model, max(layer.num_experts for layer in self.layers))
 
     @classmethod
     def open(cls, source: str | Path | Checkpoint, *, weights: bool = True) -> Checkpoint:

@@ -107,21 +107,23 @@ class ExpertParameter:
             tensors[pattern] = [self._given(tensor)]
             del tensor
         fused = self.converted(tensors)
-        assert fused.shape == (1, *self.shape[1:]), (self.name, fused.shape, self.shape)
+        self._check_shape(next(iter(self.sources.values()))[0], fused.shape[1:], self.shape[1:])
         return fused[0].to(self.dtype)
 
     def _part_of_fused(self, expert: int) -> torch.Tensor:
         [name] = [name for group in self.sources.values() for name in group]
-        found = self.shards.entries[name].shape
-        if found != self.shape:
-            raise MelinoeError(
-                f"{name} has another shape than the model's config says",
-                got=list(found),
-                allowed=list(self.shape),
-                next_step="fetch the checkpoint again",
-            )
+        self._check_shape(name, self.shards.entries[name].shape, self.shape)
         part = self.shards.part(name, expert, self.num_experts)
         return (part[0] if len(part) == 1 else part).to(self.dtype)  # several rows each: dbrx, [E * F, H]
+
+    def _check_shape(self, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if tuple(found) != expected:
+            raise MelinoeError(
+                f"{name} has another shape than the model's config says",
+                got=f"{list(found)} for {self.name}",
+                allowed=list(expected),
+                next_step="fetch the checkpoint again",
+            )
 
     def _given(self, tensor: torch.Tensor) -> torch.Tensor:
         """What a converter is given: the model's dtype, or what a dequantiser in front of it understands."""

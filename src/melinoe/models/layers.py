@@ -143,6 +143,16 @@ def experts_per_token(model: nn.Module) -> int:
     raise MelinoeError("the config does not say how many experts a token uses", got=type(config).__name__)
 
 
+def check_experts_per_token(model: nn.Module, num_experts: int) -> None:
+    """Raises MelinoeError where a config asks for more experts per token than a layer has."""
+    if experts_per_token(model) > num_experts:
+        raise MelinoeError(
+            "the config asks for more experts per token than a layer has",
+            got=f"{experts_per_token(model)} of {num_experts}",
+            next_step="check its config.json",
+        )
+
+
 def fingerprint(model: nn.Module) -> str:
     """Identifies the routing of a model: 16 hexadecimal digits.
 

@@ -82,11 +82,28 @@ def load_model(folder: Path, **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = settings.get("config") or read_config(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # transformers passes over a broken one, and samples by its defaults
+        with opening("generation_config.json", folder):
+            json.loads(generation.read_text(encoding="utf-8"))
     if not is_marked(config):
         weight_files(folder, config)  # refuses what we would not read
     with opening("the model", folder):
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **settings
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, by name
+            use_safetensors=True,
+            trust_remote_code=False,
+            **settings,
+        )
+    if found["mismatched_keys"]:
+        name, there, expected = sorted(found["mismatched_keys"])[0]
+        raise MelinoeError(
+            f"the weights in {folder} have other shapes than its config.json says",
+            got=f"{name} {list(there)}",
+            allowed=list(expected),
+            next_step="fetch the checkpoint again",
         )
     missing = sorted(found["missing_keys"])
     if missing:
@@ -132,14 +149,17 @@ def _plain(what: str, folder: Path, error: Exception) -> MelinoeError:
     broken = _broken_json(folder)
     if broken:
         name, reason = broken
-        return MelinoeError(f"{folder / name} is no valid JSON", got=reason, next_step="fetch it again")
-    if "Unrecognized model in" in text:
+        return MelinoeError(f"{folder / name} is not valid JSON", got=reason, next_step="fetch it again")
+    if "Unrecognized model in" in text or "model type `None`" in text:
         return MelinoeError(f"{folder / 'config.json'} names no model_type", next_step="fetch it again")
     if "trust_remote_code" in text or "custom code" in text:
         return MelinoeError(
             f"the model in {folder} needs Python code of its own, which melinoe does not run",
             next_step="use a checkpoint whose model_type transformers has",
         )
+    if type(error).__name__ == "SafetensorError":
+        file = _broken_safetensors(folder)
+        return MelinoeError(f"cannot read {file}", got=text, next_step="fetch the checkpoint again")
     if isinstance(error, ImportError):
         return MelinoeError(f"{what} of {folder} needs a package that is missing", got=text[:200])
     return MelinoeError(
@@ -153,8 +173,22 @@ def _broken_json(folder: Path) -> tuple[str, str] | None:
     """The first JSON file of a model folder that cannot be read, and why."""
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         try:
-            if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict):
-                continue  # vocabularies may be lists
-        except (ValueError, OSError) as error:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if file.name == "config.json" and not isinstance(found, dict):
+                return file.name, f"a {type(found).__name__}, not an object"
+        except (ValueError, RecursionError, OSError) as error:
             return file.name, str(error)
     return None
+
+
+def _broken_safetensors(folder: Path) -> Path:
+    """The first safetensors file of a model folder that cannot be opened, or the folder."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            return file
+    return folder

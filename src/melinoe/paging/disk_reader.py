@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -32,6 +33,7 @@ class DiskReader:
         self._files = [] if store.shards else [WeightsFile(store.path(i)) for i in range(len(store.layers))]
         self._pool = self._new_pool()
         self._lock = threading.Lock()
+        self._checked: set[tuple[int, int]] = set()  # (layer, expert) of records that matched their checksum
         self._outstanding, self._since = 0, 0.0
         self.bytes_read, self.busy_seconds = 0, 0.0
 
@@ -55,6 +57,7 @@ class DiskReader:
                 file.read(destination, stored.offset(expert))
                 file.check()
                 done = len(destination)
+            self._check_first(layer, expert, destination)
         except OSError as error:
             raise MelinoeError(
                 f"cannot read expert {expert} from {self.store.path(layer)}",
@@ -67,6 +70,17 @@ class DiskReader:
                 self.bytes_read += done
                 if self._outstanding == 0:
                     self.busy_seconds += time.perf_counter() - self._since
+
+    def _check_first(self, layer: int, expert: int, record: memoryview) -> None:
+        """Compares a record with its checksum the first time it is read, where the store is opened so."""
+        if not self.store.check_reads or (layer, expert) in self._checked:
+            return
+        stored, checksum = self.store.layers[layer], 0
+        for place, length in stored.pieces or ((0, len(record)),):
+            checksum = zlib.crc32(record[place : place + length], checksum)
+        if checksum != stored.checksums[expert]:
+            raise OSError("its bytes do not match their checksum")
+        self._checked.add((layer, expert))
 
     def drain(self) -> None:
         self._pool.shutdown(wait=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from types import MethodType
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.experts.forward import use_melinoe_experts
-from melinoe.models.layers import experts_modules, fingerprint
+from melinoe.models.layers import check_experts_per_token, experts_modules, fingerprint
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.gather import buffer_bytes
@@ -20,6 +20,7 @@ from melinoe.paging.reader import READER_THREADS
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import make_policy
 from melinoe.runtime import budget
+from melinoe.runtime.offloaded import replace_methods
 from melinoe.runtime.settings import LoadSettings
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store
@@ -43,6 +44,7 @@ def check_fit(model: nn.Module, store: Store, any_dtype: bool = False) -> None:
             got=f"{len(store.layers)} layers, first {store.layers[0].experts_name}",
             allowed=f"{len(names)} layers, first {names[0] if names else None}",
         )
+    check_experts_per_token(model, max(layer.num_experts for layer in store.layers))
     for (name, module), layer in zip(modules, store.layers, strict=True):
         own = (layer.packing.expanded if layer.packing else layer.layout).fields
         dtypes = {field.name: field.dtype for field in own} if any_dtype else None
@@ -101,6 +103,13 @@ def unmap(model: nn.Module) -> None:
 def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     """Attaches pager and hook to a stripped model."""
     budget.refuse_more_than_there_is(settings.memory, model.device)
+    if settings.verify:
+        if not all(layer.checksums for layer in store.layers):
+            raise MelinoeError(
+                f"the checksums of {store.folder} are not known yet",
+                next_step=f"run once: melinoe verify {store.folder}",
+            )
+        store = replace(store, check_reads=True)
     packed = slots_packed(store, settings.slots_format)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
@@ -129,31 +138,4 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     model.requires_grad_(False)  # slots are overwritten: nothing behind them can be differentiated
     use_melinoe_experts(model)
     model.generation_config.disable_compile = True  # the experts function talks to the disk
-    model.save_pretrained = MethodType(_refuse_to_save, model)
-    model._apply = MethodType(_refuse_to_move, model)
-    # transformers' own refuse before they come to _apply, as for models whose weights are of no dtype
-    model.float, model.half = MethodType(nn.Module.float, model), MethodType(nn.Module.half, model)
-
-
-def _refuse_to_move(self: Any, function: Any, *rest: Any) -> Any:
-    """Refuses to move the weights, in the place of `nn.Module._apply`, which to(), half() and cuda() call.
-
-    They may be called on this model or on one around it.
-    """
-    weight = next(self.parameters())
-    moved = function(weight.new_empty(0))
-    if (moved.dtype, moved.device) != (weight.dtype, weight.device):
-        raise MelinoeError(
-            "an offloaded model stays in its dtype and on its device: its experts' slots do not move along",
-            got=f"{moved.dtype} on {moved.device}",
-            allowed=f"{weight.dtype} on {weight.device}",
-            next_step="load it again with melinoe.load(..., device=...)",
-        )
-    return type(self)._apply(self, function, *rest)
-
-
-def _refuse_to_save(self: Any, *_: Any, **__: Any) -> None:
-    raise MelinoeError(
-        "an offloaded model has no experts in memory, save_pretrained would lose them",
-        next_step="copy the store folder, or save the checkpoint it was made from",
-    )
+    replace_methods(model)

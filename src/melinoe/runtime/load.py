@@ -12,12 +12,13 @@ from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import usable_device
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.models.layers import moe_layers
+from melinoe.models.layers import check_experts_per_token, moe_layers
 from melinoe.models.pretrained import load_model, read_config, read_tokenizer
 from melinoe.paging.expansion import slots_packed
 from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.statistics import Statistics
 from melinoe.prediction.predictor import Predictor
+from melinoe.runtime.arguments import dtype_of, one_device, passed_on
 from melinoe.runtime.budget import Budget
 from melinoe.runtime.quantizer import set_settings
 from melinoe.runtime.settings import LoadSettings
@@ -36,6 +37,9 @@ def load(
     dtype: str | torch.dtype | None = None,
     slots_format: str | None = None,
     context: int | None = None,
+    verify: bool = False,
+    device_map: Any = None,
+    **more: Any,
 ) -> Any:
     """Opens a model with its experts paged inside a memory budget.
 
@@ -48,11 +52,15 @@ def load(
         slots: records per layer, instead of memory.
         policy: decay (default), lru, lfu or static.
         device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
-        dtype: only the store's own.
+        dtype: the store's own, "auto" or None, which are all the same.
         slots_format: of a store converted with `format`: packed (slots hold records as they are stored,
             expanded at each use) or expanded (to full size when they arrive); None: expanded.
         context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text
             works, and takes more memory than was asked for.
+        verify: compare each record with its checksum when it is first read (docs/store.md: what it costs).
+        device_map: as for `from_pretrained`, where it means one device; instead of device.
+        more: attn_implementation and generation_config, as for `from_pretrained`. Its other arguments are
+            refused with a line that says what to do instead (melinoe.runtime.arguments).
 
     Returns:
         A transformers PreTrainedModel in eval mode; `melinoe.stats(model)` has its counters.
@@ -60,6 +68,12 @@ def load(
     Raises:
         MelinoeError: see `open_store`, `budget.derive`, `apply_adapter`, `Predictor.load`.
     """
+    if device is not None and device_map is not None:
+        raise MelinoeError("give device or device_map, not both", got=f"{device} and {device_map}")
+    if "torch_dtype" in more:  # its older name
+        dtype = more.pop("torch_dtype") if dtype is None else dtype
+    passed = passed_on(more)
+    device = one_device(device_map) if device is None else device
     place = usable_device("cpu" if device is None else device)
     settings = LoadSettings(
         memory=memory,
@@ -67,17 +81,16 @@ def load(
         policy=policy,
         slots_format=slots_format,
         context=context,
+        verify=verify,
         extra_bytes=_weight_bytes(adapter),
         predictor=None,  # opened below: it may have been fitted to the adapter's routers
     )
     store = store_of(source)
     slots_packed(store, slots_format)  # refused before anything is loaded
     config = read_config(store.folder)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if wanted is not None and wanted != config.dtype:
-        raise MelinoeError("the store has another dtype", got=wanted, allowed=config.dtype)
+    own = dtype_of(dtype, config.dtype)
     set_settings(config, settings, store)
-    model = load_model(store.folder, config=config, dtype=config.dtype, device_map={"": place})
+    model = load_model(store.folder, config=config, dtype=own, device_map={"": place}, **passed)
     if adapter is not None:
         from melinoe.adapters.peft_folder import apply_adapter
 
@@ -137,7 +150,7 @@ def load_resident(
         raise MelinoeError(f"{resolved} is a store", allowed="the checkpoint it was made from")
     folder = local_folder(resolved)
     model = load_model(folder, dtype=dtype or "auto")
-    moe_layers(model)
+    check_experts_per_token(model, max(layer.num_experts for layer in moe_layers(model)))
     align(model)
     if adapter is not None:
         from melinoe.adapters.peft_folder import apply_adapter

@@ -80,6 +80,11 @@ class MelinoeQuantizer(HfQuantizer):
 
     requires_calibration = False
 
+    def update_device_map(self, device_map: Any) -> Any:
+        from melinoe.runtime.arguments import one_device
+
+        return None if device_map is None else {"": one_device(device_map)}
+
     def update_attn_implementation(self, config: Any) -> Any:
         """Takes the marks off a store's config; called before transformers looks for its weights.
 

@@ -24,6 +24,7 @@ class LoadSettings:
         slots_format: packed or expanded, for a store with packed records; None: the default.
         context: tokens of KV cache that the budget sets aside; None: the model's, at most
             budget.DEFAULT_CONTEXT.
+        verify: compare each record with its checksum when it is first read.
         extra_bytes: memory that the budget must leave for something else, such as an adapter.
         any_dtype: the model may be opened in another dtype than the records have (tuning converts them at
             each use).
@@ -38,6 +39,7 @@ class LoadSettings:
     predictor: str | None = None
     slots_format: str | None = None
     context: int | None = None
+    verify: bool = False
     extra_bytes: int = 0
     any_dtype: bool = False
 

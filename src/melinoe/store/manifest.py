@@ -61,6 +61,7 @@ class Store:
         files: everything beside records, shards and manifest.
         rest_checksums: of an in-place store, for each shard CRC-32 of what is no expert's; empty until the
             first `melinoe verify`.
+        check_reads: compare each record with its checksum when it is first read.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Store:
     shards: tuple[Stamp, ...] = ()
     files: tuple[StoredFile, ...] = ()
     rest_checksums: tuple[int, ...] = ()
+    check_reads: bool = False
 
     def __deepcopy__(self, _: Any) -> Store:
         return self  # frozen, and large; a model's config that carries it is copied by transformers

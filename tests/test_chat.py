@@ -69,6 +69,25 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(conversation):
     assert "".join(conversation.ask(QUESTION))  # the engine is free again
 
 
+def test_a_question_that_the_engine_could_not_answer_is_forgotten(conversation):
+    def broken(_logits):
+        raise RuntimeError("the sampler is broken")
+
+    request = conversation._request
+    conversation._request = lambda arrived: _with_sampler(request(arrived), broken)
+    try:
+        with pytest.raises(MelinoeError, match="cannot go on; got the sampler is broken"):
+            list(conversation.ask(QUESTION))
+    finally:
+        conversation._request = request
+    assert conversation.turns == []
+
+
+def _with_sampler(request, choose):
+    request.sampler.choose = choose
+    return request
+
+
 def test_a_conversation_that_does_not_fit_is_refused_and_forgotten(conversation):
     with pytest.raises(MelinoeError, match="longer than the context"):
         next(conversation.ask("1," * 4000))

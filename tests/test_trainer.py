@@ -67,8 +67,8 @@ def assert_same_run(one, other):
         assert mine.keys() == theirs.keys()
         for name in mine.keys() - {"seconds"}:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-4, abs=2e-5), (mine["step"], name)
-    before, after = ones[0], ones[-1]
-    assert before["nll"] != pytest.approx(after["nll"], rel=2e-3)  # ten times what may differ
+    found = [line["nll"] for line in ones]
+    assert max(found) != pytest.approx(min(found), rel=1e-2)  # or nothing was compared
 
 
 # ------------------------------------------------------------------ the parts of a step

@@ -111,9 +111,9 @@ class Conversation:
         except BaseException:
             self.turns.pop()
             raise
-        first = 0.0
+        first, ended = 0.0, False
         try:
-            while True:
+            while not ended:
                 try:
                     progress = arrived.get(timeout=POLL_SECONDS)
                 except queue.Empty:
@@ -124,12 +124,11 @@ class Conversation:
                 if progress.text:
                     answer += progress.text
                     yield progress.text
-                if progress.finish_reason is not None:
-                    break
+                ended = progress.finish_reason is not None
         finally:
             if not request.finished:
                 self._engine.cancel(request)
-            if answer or request.finished:
+            if answer or ended:
                 self.turns.append({"role": "assistant", "content": answer})
             else:
                 self.turns.pop()

@@ -11,8 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from melinoe.cli.options import Adapter, Model, Packed, prepare, slots_format_of
-from melinoe.config import MAX_SEED
+from melinoe.cli.options import (
+    Adapter,
+    Device,
+    Memory,
+    Model,
+    Packed,
+    Policy,
+    Predictor,
+    Slots,
+    prepare,
+    slots_format_of,
+)
+from melinoe.config import DEFAULT_POLICY, MAX_SEED
 from melinoe.errors import MelinoeError
 
 if TYPE_CHECKING:
@@ -30,11 +41,11 @@ A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
 def chat(
     model: Model,
     adapter: Adapter = None,
-    predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
-    policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    predictor: Predictor = None,
+    memory: Memory = None,
+    slots: Slots = None,
+    policy: Policy = DEFAULT_POLICY,
+    device: Device = "cpu",
     packed: Packed = None,
     system: Annotated[str, typer.Option(help="The system message: who the model is to be.")] = "",
     temperature: Annotated[

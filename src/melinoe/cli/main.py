@@ -23,15 +23,20 @@ from melinoe.cli.explain import explain
 from melinoe.cli.options import (
     Adapter,
     Data,
+    Device,
     Json,
     LastTurnOnly,
     Limit,
     MaxLength,
+    Memory,
     Model,
     Overwrite,
     Packed,
+    Policy,
+    Predictor,
     Quiet,
     Seed,
+    Slots,
     prepare,
     print_json,
     print_notes,
@@ -152,17 +157,11 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
     adapter: Adapter = None,
-    predictor: Annotated[
-        Path | None, typer.Option(help="Predictor that `melinoe fit-predictor` wrote.")
-    ] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
-    slots: Annotated[
-        int | None, typer.Option(help="Experts of each layer to hold, instead of --memory.")
-    ] = None,
-    policy: Annotated[
-        str, typer.Option(help="Decides which experts stay in memory: decay, lru, lfu or static.")
-    ] = DEFAULT_POLICY,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    predictor: Predictor = None,
+    memory: Memory = None,
+    slots: Slots = None,
+    policy: Policy = DEFAULT_POLICY,
+    device: Device = "cpu",
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
     ] = None,
@@ -219,12 +218,10 @@ def generate(
 @app.command(short_help="Say what a memory budget buys.")
 def plan(
     model: Model,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
-    slots: Annotated[
-        int | None, typer.Option(help="Experts of each layer to hold, instead of --memory.")
-    ] = None,
+    memory: Memory = None,
+    slots: Slots = None,
     context: Annotated[int | None, typer.Option(help="Tokens of KV cache to set aside.", min=1)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Device = "cpu",
     packed: Packed = None,
     as_json: Json = False,
 ) -> None:

@@ -34,6 +34,11 @@ LastTurnOnly = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="At most this many rows.", min=1)]
 Adapter = Annotated[Path | None, typer.Option(help="Adapter folder that `melinoe tune` wrote.")]
+Predictor = Annotated[Path | None, typer.Option(help="Predictor that `melinoe fit-predictor` wrote.")]
+Memory = Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")]
+Slots = Annotated[int | None, typer.Option(help="Experts of each layer to hold, instead of --memory.")]
+Policy = Annotated[str, typer.Option(help="Decides which experts stay in memory: decay, lru, lfu or static.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Packed = Annotated[
     bool | None,

@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli.options import Adapter, Model, Packed, prepare, slots_format_of
+from melinoe.cli.options import (
+    Adapter,
+    Device,
+    Memory,
+    Model,
+    Packed,
+    Policy,
+    Predictor,
+    Slots,
+    prepare,
+    slots_format_of,
+)
+from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import missing_extra
 from melinoe.serving.settings import ServeSettings
 
@@ -28,11 +40,11 @@ def serve(
         typer.Option(help="What clients call the model; may be repeated. The folder's name."),
     ] = None,
     adapter: Adapter = None,
-    predictor: Annotated[Path | None, typer.Option(help="What `melinoe fit-predictor` wrote.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or 80%.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Records per layer, instead of --memory.")] = None,
-    policy: Annotated[str, typer.Option(help="What decides who stays: decay, lru, lfu, static.")] = "decay",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    predictor: Predictor = None,
+    memory: Memory = None,
+    slots: Slots = None,
+    policy: Policy = DEFAULT_POLICY,
+    device: Device = "cpu",
     packed: Packed = None,
     engine: Annotated[
         str, typer.Option(help="auto, batched, or one-at-a-time (exact to the bit, slower).")

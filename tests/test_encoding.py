@@ -186,6 +186,25 @@ def test_the_first_word_of_a_text_is_scored_where_something_stands_before_it(kin
 # ------------------------------------------------------------------ what is left out
 
 
+@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize(
+    ("half", "named"), [("\udcff", "byte 0xff"), ("\ud83d", r"\\ud83d")], ids=["byte", "json"]
+)
+def test_half_of_a_surrogate_pair_is_named(template, half, named):
+    tokens = tokenizer("byte level", False, False, template)
+    for row in (
+        {"prompt": "a" + half, "completion": "b"},
+        {"prompt": "a", "completion": half},
+        {"messages": [{"role": "user", "content": half}, {"role": "assistant", "content": "b"}]},
+        {"text": "a" + half},
+    ):
+        with pytest.raises(MelinoeError, match=f"is not UTF-8; got {named}"):
+            encode(tokens, parse_row(row, "rows.jsonl, line 1"))
+    for raw in (False, True):
+        with pytest.raises(MelinoeError, match=f"the prompt is not UTF-8; got {named} behind 'a'"):
+            encode_prompt(tokens, "a" + half, raw=raw)
+
+
 def test_rows_left_out_are_counted_by_reason():
     words = tokenizer()
     rows = [HELLO, Row((user("hello"),), "what " * 30), Row((user("hello"),), " "), HELLO]

@@ -206,6 +206,7 @@ def cut(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+CUT = r"cannot read .*model\.safetensors"
 NO_JSON = r"config\.json is not valid JSON"
 MINE = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
 BROKEN = {
@@ -223,7 +224,8 @@ BROKEN = {
     "other shapes": (config(hidden_size=48), r"other shapes? than .* config.*says; got .*allowed: \[.*48"),
     "no such dtype": (config(dtype="float7"), r"cannot open config\.json .*float7"),
     "weights: garbage": (text("model.safetensors", b"garbage" * 9), r"cannot read .*model\.safetensors"),
-    "weights: cut short": (cut, r"cannot read .*model\.safetensors"),
+    "weights: cut short": (cut, CUT),
+    "weights: cut short, no dtype": (lambda folder: (config(dtype=None)(folder), cut(folder)), CUT),
     "weights: empty": (text("model.safetensors", ""), r"cannot read .*model\.safetensors"),
     "generation_config.json": (text("generation_config.json", "{"), "generation_" + NO_JSON),
 }

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from melinoe.data.characters import refuse_half_characters
 from melinoe.data.chat import Chat, has_template, render
 from melinoe.data.columns import Message, Row, says_nothing
 from melinoe.data.spans import Encoded, common_prefix, encoded_or_nothing
@@ -98,8 +99,9 @@ def encode(
         last_turn_only: of a conversation of several turns only the last answer counts; else each of them.
 
     Raises:
-        MelinoeError: the conversation cannot be rendered.
+        MelinoeError: the conversation cannot be rendered, or holds half of a surrogate pair.
     """
+    refuse_half_characters(row.completion if row.is_text else row.conversation, row.name)
     if row.is_text:
         return _encode_text(tokenizer, row) if row.completion.strip() else None
     conversation = row.conversation
@@ -125,12 +127,14 @@ def encode_prompt(tokenizer: Any, prompt: Sequence[Message] | str | Row, raw: bo
         prompt: a text of the user's, messages, or a row, whose last answer is asked for.
 
     Raises:
-        MelinoeError: the template refuses the conversation, or there is no template for what it holds.
+        MelinoeError: the template refuses the conversation, there is no template for what it holds, or it is
+            no UTF-8.
     """
     row = prompt if isinstance(prompt, Row) else None
     if isinstance(prompt, str):
         prompt = ({"role": "user", "content": prompt},)
     messages = list(row.messages if row is not None else prompt)  # type: ignore[arg-type]
+    refuse_half_characters(messages, row.name if row is not None else "the prompt")
     if raw or not has_template(tokenizer):
         prefix, ids, _ = _plain_ids(tokenizer, "".join(_contents(messages, row)))
         return prefix + ids

@@ -65,7 +65,8 @@ def skeleton(folder: Path | str) -> nn.Module:
     model = build()
     if model.config.dtype is not None:  # of the part that is a language model, where there are others
         return model
-    settle_dtype(Path(folder), model.config)
+    with opening("the weights", folder):
+        settle_dtype(Path(folder), model.config)
     return build(dtype=model.config.dtype or torch.float32)
 
 

@@ -40,7 +40,7 @@ def test_formats_are_detected_line_by_line(tmp_path):
     assert [row.prompt for row in rows[1:]] == prompts
     described = describe_rows(rows)
     assert described.startswith("2 rows of instruction + response")
-    assert "1 rows of messages" in described and "1 rows of text" in described
+    assert "1 row of messages" in described and "1 row of text" in described
     with pytest.raises(
         MelinoeError, match=r"line 1: unknown row format; got keys answer, query; allowed: messages"
     ):

@@ -46,7 +46,7 @@ def run(*arguments, code=0):
 
 def test_rows_left_out_are_said_and_counted(model, data, tmp_path):
     said = "3 of 14 rows left out: 2 over 256 tokens, 1 with an empty answer"
-    read = "13 rows of prompt + completion, 1 rows of messages; columns not used: source"
+    read = "13 rows of prompt + completion, 1 row of messages; columns not used: source"
     source = ("--model", model, "--data", data)
     commands = [
         ("evaluate", *source, "--metrics", "perplexity"),

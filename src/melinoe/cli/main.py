@@ -407,7 +407,7 @@ def verify(store: Path) -> None:
             print(f"{store}: no checksums were known; those of now are kept for the next time")
     if found.damaged:
         raise MelinoeError(
-            f"{len(found.damaged)} damaged places in {store}",
+            f"{store} is damaged in {len(found.damaged)} of its records and other files",
             got="; ".join(found.damaged[:5]),
             next_step="convert again",
         )

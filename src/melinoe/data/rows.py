@@ -85,7 +85,8 @@ def describe_rows(rows: Iterable[Row]) -> str:
     rows = list(rows)
     counts = Counter(row.kind for row in rows)
     parts = [
-        f"{count:,} rows of {kind}" if kind else f"{count:,} rows" for kind, count in counts.most_common()
+        f"{count:,} {'row' if count == 1 else 'rows'}" + (f" of {kind}" if kind else "")
+        for kind, count in counts.most_common()
     ]
     unused = Counter(name for row in rows for name in row.unused)
     return ", ".join(parts) + (f"; columns not used: {', '.join(unused)}" if unused else "")

@@ -88,7 +88,7 @@ class ServerProcess(Server):
 @contextlib.contextmanager
 def served(model: Any, source: str | Path, **settings: Any) -> Iterator[tuple[Server, Service]]:
     """The application around a model of this process, on a port of its own."""
-    chosen = ServeSettings(port=0, served_model_names=("tiny",), **settings)
+    chosen = ServeSettings(**{"port": 0, "served_model_names": ("tiny",), **settings})
     tokenizer = load_tokenizer(source)
     engine = start_engine(model, tokenizer, chosen)
     service = Service(model, tokenizer, engine, chosen, Metrics())

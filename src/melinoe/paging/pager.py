@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from melinoe.paging.reader import Reader
 from melinoe.paging.served_call import ServedCall, Views
 from melinoe.paging.slots import STAGING_RECORDS, SlotBank, Staging
 from melinoe.paging.statistics import Statistics
-from melinoe.routing.policies import Call, Policy, Strength
+from melinoe.routing.policies import Call, Decision, Policy, Strength
 from melinoe.store.manifest import Store
 
 
@@ -60,6 +60,7 @@ class ExpertPager:
         elif store.record_format != "auto":
             self.reader = ExpandingReader(self.reader, store)
         self.statistics = Statistics()
+        self.watcher: Callable[[int, Decision], None] | None = None  # told of every decision; must be quick
         self._lock = threading.RLock()  # decisions follow program order; two threads take turns
         self._process = os.getpid()
         self._inside = False  # while a call is served
@@ -129,6 +130,8 @@ class ExpertPager:
                 decision = self.policy.request(layer, call)
                 record_bytes = self.store.layers[layer].layout.record_bytes
                 self.statistics.count(call, decision, record_bytes, training)
+                if self.watcher is not None:
+                    self.watcher(layer, decision)
                 served = ServedCall(
                     layer, decision, self.banks[layer], self.staging, self.reader, self.statistics
                 )

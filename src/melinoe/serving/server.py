@@ -24,9 +24,18 @@ KEEP_ALIVE_SECONDS = 75  # clients reuse connections; their own limit should be 
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print("melinoe: ready", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._service.experts is not None:
+            self._service.experts.close()  # those who look on must not keep it from leaving
+        await super().shutdown(sockets)
 
 
 def run(settings: ServeSettings, open_model: Callable[[], tuple[Any, Any]]) -> None:
@@ -50,6 +59,7 @@ def run(settings: ServeSettings, open_model: Callable[[], tuple[Any, Any]]) -> N
         service = Service(model, tokenizer, engine, settings, metrics)
         host, port = listening.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        print(f"melinoe: a page to talk to it at http://{address}/", file=sys.stderr)
         print(
             f"melinoe: {settings.served_model_names[0]} at http://{address}/v1,"
             f" {engine.name}, {settings.concurrency} at once, {settings.queue} may wait,"
@@ -68,7 +78,8 @@ def run(settings: ServeSettings, open_model: Callable[[], tuple[Any, Any]]) -> N
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
-            )
+            ),
+            service,
         )
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn takes it over, and raises it again at its end
         server.run(sockets=[listening])

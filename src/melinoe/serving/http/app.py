@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -22,8 +22,9 @@ from melinoe.serving.http.protocol import (
     ModelCard,
     ModelList,
 )
-from melinoe.serving.http.service import Service
+from melinoe.serving.http.service import Service, client_left
 from melinoe.serving.http.validation import explain
+from melinoe.serving.page import page
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or comes too early."},
@@ -45,6 +46,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     _add_routes(app, service)
+    _add_page(app, service)
     _add_errors(app)
     settings = service.settings
     app.add_middleware(Gate, api_key=settings.api_key, host=settings.host, body_bytes=settings.body_bytes)
@@ -97,6 +99,27 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI, service: Service) -> None:
+    content, headers = page.load()
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page() -> Response:
+        return Response(content, media_type="text/html", headers=headers)
+
+    @app.get("/experts", include_in_schema=False)  # a stream without an end, which the document cannot say
+    async def experts(request: Request) -> Response:
+        if service.experts is None:
+            raise ApiError(404, "this model's experts are all in memory; there is nothing to watch")
+        if service.experts.full:
+            raise ApiError(
+                429, "enough clients watch the experts already", "rate_limit_error", code="server_busy"
+            )
+        events = service.experts.watch(client_left(request))
+        return StreamingResponse(
+            events, media_type="text/event-stream", headers={"cache-control": "no-cache"}
+        )
 
 
 def _add_errors(app: FastAPI) -> None:

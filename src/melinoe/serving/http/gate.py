@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from melinoe.serving.http.errors import ApiError
 
-OPEN = ("/health",)
+OPEN = ("/", "/health")  # the page asks for the key, and shows nothing without
 
 
 class Gate:

@@ -25,6 +25,7 @@ from melinoe.serving.http.prompts import Prompts
 from melinoe.serving.http.protocol import ChatRequest, CompletionRequest
 from melinoe.serving.http.tools import ToolCalls
 from melinoe.serving.metrics import Metrics
+from melinoe.serving.page.experts import ExpertEvents
 from melinoe.serving.settings import ServeSettings
 
 COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as at OpenAI
@@ -52,6 +53,7 @@ class Service:
         self.defaults = Defaults(model)
         paged = getattr(model, "melinoe_paged", None)
         self.predictor = paged.predictor if paged is not None else None
+        self.experts = ExpertEvents(paged.pager) if paged is not None else None
         metrics.running.set_function(lambda: self.admission.running)
         metrics.waiting.set_function(lambda: self.admission.waiting)
         metrics.healthy.set_function(lambda: float(engine.failure is None))
@@ -127,7 +129,7 @@ class Service:
             answer.close()
             raise
         self.metrics.prompt_tokens.inc(sum(len(made.prompt) for made in answer.requests))
-        answer.start(lambda: _client_left(request))
+        answer.start(lambda: client_left(request))
         progress = self._follow(answer, arrived)
         if not body.stream:
             return await self._whole(answer, progress, words, calls)
@@ -276,7 +278,7 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _client_left(request: Request) -> None:
+async def client_left(request: Request) -> None:
     """Returns when the connection is closed; the body has been read by now."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,0 +1,1 @@
+"""The chat at /, and the stream of what happens to experts that it draws."""

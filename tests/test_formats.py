@@ -15,15 +15,13 @@ from transformers import AutoModelForCausalLM
 import melinoe
 from families import batch, save_checkpoint
 from melinoe.conversion.verify import damaged_records
-from melinoe.experts.forward import use_melinoe_experts
-from melinoe.models.layers import experts_modules
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
-from melinoe.runtime.load import align
-from melinoe.store.layout import RecordLayout, per_expert
+from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import MANIFEST, open_store, sealed
-from melinoe.store.packing import GROUP, SCALE, Packing
+from melinoe.store.packing import SCALE, Packing
+from packed_reference import packed_resident, weight_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # gates, no gates, transposed with biases and interleaved halves, shared experts, dense layers, groups
@@ -31,12 +29,12 @@ SOME_FAMILIES = "olmoe mixtral gpt_oss qwen3_moe deepseek_v3 nemotron_h jamba ll
 
 
 def round_trip(
-    weight: torch.Tensor, name: str, transposed: bool
+    weight: torch.Tensor, name: str, transposed: bool, tile: int = 64
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(what comes back, the views of the packed record) of one matrix and a bias beside it."""
     dtype = str(weight.dtype).removeprefix("torch.")
     layout = RecordLayout.build([("w", tuple(weight.shape), dtype), ("b", (3,), dtype)])
-    packing = Packing(name, transposed, layout)
+    packing = Packing(name, transposed, layout, "kernel", tile if name == "int4" else 0)
     packed_layout = packing.record_layout()
     packed = packed_layout.views(torch.zeros(packed_layout.record_bytes, dtype=torch.uint8))
     bias = torch.tensor([0.1, -7.0, 3e-3], dtype=weight.dtype)
@@ -48,62 +46,45 @@ def round_trip(
     return back["w"], packed
 
 
-def by_hand(
-    packed: dict[str, torch.Tensor], shape: tuple[int, int], name: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """The definition in docs/store.md, weight by weight, for a matrix that is not transposed."""
-    out = torch.empty(shape, dtype=dtype)
-    for row in range(shape[0]):
-        at = 0
-        for group, start in enumerate(range(0, shape[1], GROUP)):
-            length = min(GROUP, shape[1] - start)
-            half = -(-length // 2)
-            for i in range(length):
-                if name == "int8":
-                    code = int(packed["w"][row, start + i])
-                else:
-                    byte = int(packed["w"][row, at + i % half])
-                    code = (byte & 15 if i < half else byte >> 4) - 8
-                product = code * float(packed["w" + SCALE][row, group])
-                out[row, start + i] = torch.tensor(product, dtype=torch.float64).float().to(dtype)
-            at += half
-    return out
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("name", ["int8", "int4"])
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize(("name", "tile"), [("int8", 0), ("int4", 64), ("int4", 32)])
+@settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 5),
+    rows=st.sampled_from([1, 5, 31, 64, 70]),
     columns=st.sampled_from([1, 2, 7, 63, 64, 65, 127, 128, 200]),
     scale=st.sampled_from([0.0, 1e-4, 0.02, 1.0, 100.0]),
     outliers=st.booleans(),
     transposed=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_round_trip(name, dtype, rows, columns, scale, outliers, transposed, seed):
-    """|w - w'| <= |scale| / 2 and rounding to the model's dtype; the bytes are the documented ones."""
+def test_round_trip(name, tile, dtype, rows, columns, scale, outliers, transposed, seed):
+    """The bytes are the documented ones; int8 loses half a step at most, int4 no more than even steps do."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * scale
     if outliers:
         weight[0, columns // 2] *= 50
     weight = weight.to(dtype)
-    back, packed = round_trip(weight.T.contiguous() if transposed else weight, name, transposed)
+    back, packed = round_trip(weight.T.contiguous() if transposed else weight, name, transposed, tile)
     if transposed:
-        straight, other = round_trip(weight, name, False)
+        straight, other = round_trip(weight, name, False, tile)
         assert torch.equal(back.T, straight)
-        assert torch.equal(packed["w"].T, other["w"]) and torch.equal(
-            packed["w" + SCALE].T, other["w" + SCALE]
-        )
-        back, packed = straight, other
-    assert torch.equal(back, by_hand(packed, (rows, columns), name, dtype))
-    scales = packed["w" + SCALE].double().abs().repeat_interleave(GROUP, 1)[:, :columns]
-    rounding = torch.finfo(dtype).eps / 2 * weight.double().abs() + torch.finfo(dtype).smallest_normal
-    rounding = rounding + scales * (2.0**-20 + torch.finfo(dtype).eps)
-    assert ((weight.double() - back.double()).abs() <= scales / 2 + rounding).all()
-    if name == "int8" and columns >= GROUP and scale:  # the scale is no larger than it must be
-        groups = weight[:, :GROUP].double().abs().amax(1)
-        assert (scales[:, 0] <= groups / 127 * 1.01 + 1e-38).all()
+        assert all(torch.equal(packed[key], other[key]) for key in packed)
+        back = straight
+    assert torch.equal(back, weight_of(packed, "w", name, tile, rows, columns).to(dtype))
+    error = (weight.double() - back.double()).abs()
+    rounding = torch.finfo(dtype).eps * weight.double().abs() + torch.finfo(dtype).smallest_normal
+    if name == "int8":
+        scales = packed["w" + SCALE].double()[:, None]
+        assert (error <= scales / 2 + rounding + scales * 2.0**-7).all()
+        assert (scales[:, 0] <= weight.double().abs().amax(1) / 127 * 1.01 + 1e-38).all()
+        return
+    wide = torch.nn.functional.pad(weight.double(), (0, -columns % 64)).unflatten(1, (-1, 64))
+    low, high = wide.amin(2, keepdim=True), wide.amax(2, keepdim=True)
+    step = ((high - low) / 15).clamp_min(1e-300)
+    even = (((wide - low) / step).round() * step + low - wide).square().sum(2).sqrt()
+    lost = torch.nn.functional.pad(error, (0, -columns % 64)).unflatten(1, (-1, 64)).square().sum(2).sqrt()
+    slack = 64**0.5 * ((high - low).squeeze(2) + wide.abs().amax(2)) * (2.0**-8 + torch.finfo(dtype).eps)
+    assert (lost <= even + slack + 64 * torch.finfo(dtype).smallest_normal).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
@@ -115,21 +96,6 @@ def test_weights_that_cannot_be_rounded(bad):
             round_trip(weight, name, False)
 
 
-def replaced(source, name):
-    """The reference: all experts resident, their matrices replaced by what rounding leaves of them."""
-    own = AutoModelForCausalLM.from_pretrained(source).eval()
-    use_melinoe_experts(own)
-    own.requires_grad_(False)
-    for _, module in experts_modules(own):
-        for parameter in module.parameters(recurse=False):
-            weights = per_expert(parameter.data, module.num_experts)
-            for expert in range(module.num_experts):
-                if weights.ndim == 3:
-                    weights[expert] = round_trip(weights[expert], name, module.is_transposed)[0]
-    align(own)
-    return own
-
-
 def tokens(model, inputs):
     return model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
 
@@ -137,15 +103,15 @@ def tokens(model, inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_paged_equals_resident_rounded(family, name, dtype, tmp_path):
+def test_paged_equals_resident_packed(family, name, dtype, tmp_path):
     source = save_checkpoint(tmp_path / "model", family, dtype)
-    reference, inputs = replaced(source, name), batch()
-    with torch.no_grad():
-        expected = reference(**inputs).logits
-    expected_tokens = tokens(reference, inputs)
+    inputs = batch()
     store = melinoe.convert(source, tmp_path / "store", format=name, progress=False)
     assert store.record_format == name and not list(damaged_records(store))
     for slots_format in ("packed", "expanded"):
+        reference = packed_resident(source, name, as_codes=slots_format == "packed")
+        with torch.no_grad():
+            expected, expected_tokens = reference(**inputs).logits, tokens(reference, inputs)
         for slots, policy in ((8, "decay"), (3, "lru"), (1, "lfu"), (0, "static")):
             model = melinoe.load(tmp_path / "store", slots=slots, policy=policy, slots_format=slots_format)
             assert torch.equal(model(**inputs).logits, expected), (slots_format, slots)
@@ -177,7 +143,7 @@ def test_a_wrong_scale_is_seen(int8, copy, slots_format):
         for expert in range(layer.num_experts):
             start = layer.offset(expert)
             record = torch.frombuffer(data, dtype=torch.uint8)[start : start + layer.layout.record_bytes]
-            layer.layout.views(record)["down_proj" + SCALE][0, 0] *= 1.25
+            layer.layout.views(record)["down_proj" + SCALE][0] *= 1.25
         store.path(index).write_bytes(bytes(data))
     wrong = melinoe.load(copy, slots=8, slots_format=slots_format)(**batch()).logits
     assert (right - wrong).abs().max() > 1e-3
@@ -212,24 +178,21 @@ def test_on_a_gpu(int8, slots, slots_format):
     assert torch.equal(tokens(model, inputs), tokens(reference, inputs))
 
 
-def test_smaller_records_give_more_slots(olmoe, olmoe_store, tmp_path):
-    """Packed slots never hold fewer experts in the same memory; the budget is never more than it says."""
-    wide = save_checkpoint(tmp_path / "model", "mixtral", torch.bfloat16)
+def test_smaller_records_give_more_slots(tmp_path):
+    """Packed slots hold more experts in the same memory; the budget is never more than it says."""
     found = {}
     for name in ("auto", "int8", "int4"):
-        store = melinoe.convert(wide, tmp_path / name, format=name, progress=False)
+        store = melinoe.convert("tiny", tmp_path / name, format=name, progress=False)
         for slots_format in ("expanded",) if name == "auto" else ("packed", "expanded"):
-            planned = melinoe.plan(
-                store.folder, memory="400KiB", slots_format=slots_format, measure_seconds=0
-            )
-            loaded = melinoe.load(store.folder, memory="400KiB", slots_format=slots_format)
-            assert planned["budget"]["total_bytes"] == loaded.melinoe_budget.total_bytes <= 400 * 1024
+            planned = melinoe.plan(store.folder, memory="4MiB", slots_format=slots_format, measure_seconds=0)
+            loaded = melinoe.load(store.folder, memory="4MiB", slots_format=slots_format)
+            assert planned["budget"]["total_bytes"] == loaded.melinoe_budget.total_bytes <= 4 * 2**20
             assert planned["budget"]["slots"] == loaded.melinoe_budget.slots
             assert planned["record_bytes"] == store.max_record_bytes
-            assert loaded.melinoe_paged.pager.slot_bytes <= 400 * 1024
+            assert loaded.melinoe_paged.pager.slot_bytes <= 4 * 2**20
             found[name, slots_format] = planned["budget"]["slots"], planned["bytes_per_token"]
-    assert found["int8", "packed"][0] >= found["int8", "expanded"][0]
-    assert found["int4", "packed"][1] <= found["int8", "packed"][1] < found["auto", "expanded"][1]
+    assert found["int4", "packed"][0] > found["int8", "packed"][0] > found["int8", "expanded"][0]
+    assert found["int4", "packed"][1] < found["int8", "packed"][1] < found["auto", "expanded"][1]
     assert found["int8", "packed"][1] == found["int8", "expanded"][1]  # reads shrink either way
 
 
@@ -251,7 +214,9 @@ def change(folder, **changes):
     [
         ({"format": "int3"}, "unknown format of records"),
         ({"group": 32}, "unknown format of records"),
-        ({"format": "int4"}, "do not fit the model"),
+        ({"format": "int4"}, "unknown format of records"),
+        ({"form": "loose"}, "unknown format of records"),
+        ({"tile": 48}, "unknown format of records"),
         ({"transposed": True}, "do not fit the model"),
     ],
 )
@@ -363,13 +328,8 @@ def test_adapter_and_predictor_on_a_packed_store(tmp_path):
     report = fit_predictor(tuned, tmp_path / "t", tmp_path / "p", epochs=1)
     assert report["num_sequences"] == 40
     melinoe.convert(source, tmp_path / "store", format="int8", progress=False)
-    reference, inputs = replaced(source, "int8"), batch()
+    inputs = batch()
     inputs["input_ids"].clamp_(max=40)  # of 46 tokens
-    with torch.no_grad():
-        plain = reference(**inputs).logits
-        apply_adapter(reference, tmp_path / "adapter")
-        expected = reference(**inputs).logits
-    assert not torch.equal(plain, expected)
     words = load_tokenizer(source)
     merged = melinoe.convert(  # the tuning is merged first, then the sum is rounded
         source, tmp_path / "merged", adapter=tmp_path / "adapter", format="int8", progress=False
@@ -378,6 +338,13 @@ def test_adapter_and_predictor_on_a_packed_store(tmp_path):
     alike = melinoe.convert(tmp_path / "plain", tmp_path / "alike", format="int8", progress=False)
     assert [layer.checksums for layer in merged.layers] == [layer.checksums for layer in alike.layers]
     for slots_format in ("packed", "expanded"):
+        reference = packed_resident(source, "int8", as_codes=slots_format == "packed")
+        with torch.no_grad():
+            plain = reference(**inputs).logits
+            apply_adapter(reference, tmp_path / "adapter")
+            reference.set_experts_implementation("packed_reference")
+            expected = reference(**inputs).logits
+        assert not torch.equal(plain, expected)
         model = melinoe.load(
             tmp_path / "store", adapter=tmp_path / "adapter", predictor=tmp_path / "p", slots=6,
             slots_format=slots_format,

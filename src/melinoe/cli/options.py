@@ -43,7 +43,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stand
 Packed = Annotated[
     bool | None,
     typer.Option(
-        "--packed/--expanded", help="Hold int8 or int4 experts as stored, or at full size (the default)."
+        "--packed/--expanded",
+        help="Hold int8 or int4 experts as stored (the default where they can be"
+        " computed so) or at full size.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from melinoe.errors import MelinoeError
 from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
+from melinoe.paging.expansion import PackedExpert
 from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.pager import Views
 from melinoe.routing.policies import Call
@@ -36,10 +37,13 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     if own_way is not None:  # dbrx
         return own_way(hidden, weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"
+    product = weights.product if isinstance(weights, PackedExpert) else None
 
     def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
-        weight = weights[name]
-        out = rows @ weight if module.is_transposed else F.linear(rows, weight)
+        out = product(rows, name) if product is not None else None
+        if out is None:
+            weight = weights[name]
+            out = rows @ weight if module.is_transposed else F.linear(rows, weight)
         if low_rank is not None:
             out = out + low_rank.term(rows, expert, side)  # type: ignore[operator]
         return out + weights[f"{name}_bias"] if module.has_bias else out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -22,13 +23,23 @@ from melinoe.store.manifest import Store
 
 
 class DiskReader:
-    """A `Reader` into page-aligned host memory; `bytes_read` / `busy_seconds` is the bandwidth it reached."""
+    """A `Reader` into page-aligned host memory; `bytes_read` / `busy_seconds` is the bandwidth it reached.
+
+    Args:
+        threads: reads at a time.
+        arrived: done to each record once it is read and checked, by the thread that read it: (layer, record).
+    """
 
     device = torch.device("cpu")
 
-    def __init__(self, store: Store, threads: int = READER_THREADS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        threads: int = READER_THREADS,
+        arrived: Callable[[int, torch.Tensor], None] | None = None,
+    ) -> None:
         self.store = store
-        self._threads = threads
+        self._threads, self._on_arrival = threads, arrived
         self._shards = ShardFiles(store) if store.shards else None
         self._files = [] if store.shards else [WeightsFile(store.path(i)) for i in range(len(store.layers))]
         self._pool = self._new_pool()
@@ -58,6 +69,8 @@ class DiskReader:
                 file.check()
                 done = len(destination)
             self._check_first(layer, expert, destination)
+            if self._on_arrival is not None:
+                self._on_arrival(layer, torch.frombuffer(destination, dtype=torch.uint8))
         except OSError as error:
             raise MelinoeError(
                 f"cannot read expert {expert} from {self.store.path(layer)}",

@@ -1,15 +1,17 @@
-"""Where packed records become weights: when they arrive in a slot, or each time a packed slot is used.
+"""Where packed records become weights: when they arrive in a slot, or where a packed slot is used.
 
-`expanded` slots hold weights of full size; `ExpandingReader` stands before another reader, has the packed
-record read into a buffer of its own and expands it into the slot, on threads of its own. `packed` slots hold
-the record as it is on disk, so that the same memory holds two to four times the experts; `Scratch` expands
-one when it is used. Both give the same bits (melinoe.store.packing says why).
+`packed` slots hold the record as it is on disk, so that the same memory holds two to four times the experts.
+Few rows are computed from it as it lies (melinoe.store.kernels); for many, or where there is no kernel,
+`Scratch` expands a matrix when it is used. `expanded` slots hold weights of full size; `ExpandingReader`
+stands before another reader, has the packed record read into a buffer of its own and expands it into the
+slot, on threads of its own.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,17 +20,20 @@ import torch
 from melinoe.errors import MelinoeError
 from melinoe.paging.reader import READER_THREADS, Reader
 from melinoe.paging.slots import RecordBuffer
-from melinoe.store.layout import RecordLayout
+from melinoe.store import kernels, rounding
+from melinoe.store.layout import Field, RecordLayout, torch_dtype
 from melinoe.store.manifest import Store
-from melinoe.store.packing import Tensors
+from melinoe.store.packing import SCALE, Packing, is_matrix
 from melinoe.store.record_file import StoredLayer
 
 SLOTS_FORMATS = ("packed", "expanded")
-DEFAULT_SLOTS_FORMAT = "expanded"  # measured faster on a CPU with a disk of 1 GB/s (docs/results.md)
 
 
-def slots_packed(store: Store, slots_format: str | None) -> bool:
-    """Whether slots hold packed records; None chooses the default. Without packed records: False.
+def slots_packed(store: Store, slots_format: str | None, device: str | torch.device = "cpu") -> bool:
+    """Whether slots hold packed records; None: they do where this machine computes them as they lie.
+
+    Args:
+        device: where the slots are.
 
     Raises:
         MelinoeError: no such choice, or packed slots for a store whose records are not packed.
@@ -44,7 +49,20 @@ def slots_packed(store: Store, slots_format: str | None) -> bool:
                 next_step="pack them with: melinoe convert --format int8",
             )
         return False
-    return (slots_format or DEFAULT_SLOTS_FORMAT) == "packed"
+    if slots_format is None:
+        packings = [layer.packing for layer in store.layers]
+        return all(packing is not None and _computed(packing, torch.device(device)) for packing in packings)
+    return slots_format == "packed"
+
+
+def _computed(packing: Packing, device: torch.device) -> bool:
+    """Whether records are computed as they lie, or can be once they are brought into another order."""
+    if device.type != "cpu" or packing.form != "kernel":
+        return False
+    matrices = [field for field in packing.expanded.fields if is_matrix(field)]
+    dtypes = {torch_dtype(field.dtype) for field in matrices}
+    tile = kernels.machine_tile() if packing.format == "int4" else packing.tile
+    return dtypes == {kernels.DTYPE} and tile is not None and kernels.usable(packing.format, tile)
 
 
 def slot_layout(layer: StoredLayer, packed: bool) -> RecordLayout:
@@ -66,21 +84,121 @@ def expansion_bytes(store: Store, packed: bool) -> int:
     return READER_THREADS * store.max_record_bytes
 
 
-class Scratch:
-    """One record of full size that packed ones are expanded into, one after the other."""
+class PackedExpert(Mapping[str, torch.Tensor]):
+    """The tensors of one expert in a packed record: each is expanded when it is asked for.
 
-    def __init__(self, store: Store, device: torch.device) -> None:
+    They hold until the scratch record is used for another expert.
+    """
+
+    def __init__(self, layer: _ScratchLayer, packed: Mapping[str, torch.Tensor]) -> None:
+        self._layer, self._packed = layer, packed
+        self._expanded: set[str] = set()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._layer.views[name]
+        if name not in self._expanded:
+            layer = self._layer
+            layer.packing.expand_one(layer.fields[name], self._packed, weight, layer.tile)
+            self._expanded.add(name)
+        return weight
+
+    def product(self, rows: torch.Tensor, name: str) -> torch.Tensor | None:
+        """rows [N, in] by the matrix, [N, out], as it lies; None where it is to be expanded.
+
+        Which of the two it is depends on the record's format, the number of rows and the machine alone.
+        """
+        layer = self._layer
+        if len(rows) > layer.few_rows or rows.dtype != kernels.DTYPE or rows.requires_grad:
+            return None
+        packed = self._packed
+        return kernels.product(
+            layer.packing.format, rows, packed[name], packed[name + SCALE], layer.out[name]
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.views)
+
+    def __len__(self) -> int:
+        return len(self._layer.views)
+
+
+class _ScratchLayer:
+    """What the packed experts of one layer have in common.
+
+    views: of the scratch record, as the module's own parameters. tile: of int4 codes in the slots.
+    few_rows: up to which the kernel is used, 0 where there is none. out: of each matrix, its outputs.
+    """
+
+    def __init__(self, stored: StoredLayer, record: torch.Tensor, tile: int) -> None:
+        assert stored.packing is not None
+        self.packing = packing = stored.packing
+        self.tile = tile
+        self.fields = {field.name: field for field in packing.expanded.fields}
+        self.views = {name: _scratch_view(record, field, packing) for name, field in self.fields.items()}
+        computed = _computed(packing, record.device) and kernels.usable(packing.format, tile)
+        self.few_rows = kernels.FEW_ROWS[packing.format] if computed else 0
+        self.out = {name: packing.out_in(field)[0] for name, field in self.fields.items() if is_matrix(field)}
+
+
+def _scratch_view(record: torch.Tensor, field: Field, packing: Packing) -> torch.Tensor:
+    """A tensor of the scratch record; its weights lie in memory in the order of the codes."""
+    flat = record[field.offset : field.offset + field.nbytes].view(torch_dtype(field.dtype))
+    if not is_matrix(field) or packing.form == "grouped":
+        return flat.view(field.shape)
+    size_out, size_in = packing.out_in(field)
+    as_codes = packing.format == "int8"
+    weight_OI = flat.view(size_out, size_in) if as_codes else flat.view(size_in, size_out).T
+    return weight_OI.T if packing.transposed else weight_OI
+
+
+class Scratch:
+    """One record of full size that matrices of packed ones are expanded into, one after the other.
+
+    Args:
+        tiles: of int4 codes in the slots of each layer.
+    """
+
+    def __init__(self, store: Store, device: torch.device, tiles: list[int]) -> None:
         layouts = [slot_layout(layer, False) for layer in store.layers]
         self.buffer = RecordBuffer(1, max(layout.record_bytes for layout in layouts), device)
-        self._views = [layout.views(self.buffer.tensor[0, : layout.record_bytes]) for layout in layouts]
-        self._packings = [layer.packing for layer in store.layers]
+        self._layers = [
+            _ScratchLayer(layer, self.buffer.tensor[0, : layout.record_bytes], tile)
+            for layer, layout, tile in zip(store.layers, layouts, tiles, strict=True)
+        ]
 
-    def expand(self, layer: int, packed: Tensors) -> Tensors:
-        """The weights of a packed record; they hold until the next call."""
-        packing = self._packings[layer]
-        assert packing is not None
-        packing.expand(packed, self._views[layer])
-        return self._views[layer]
+    def expert(self, layer: int, packed: Mapping[str, torch.Tensor]) -> PackedExpert:
+        """A packed record as an expert; what it gives holds until the next call."""
+        return PackedExpert(self._layers[layer], packed)
+
+
+class Retiling:
+    """Brings the int4 codes of a record that has arrived into the order of this machine, in its slot.
+
+    tiles: of each layer's codes in the slots.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._layers = store.layers
+        self.tiles = []
+        for layer in store.layers:
+            assert layer.packing is not None
+            own = kernels.machine_tile() if layer.packing.tile else None
+            self.tiles.append(own or layer.packing.tile)
+
+    @property
+    def needed(self) -> bool:
+        stored = [layer.packing.tile for layer in self._layers if layer.packing is not None]
+        return stored != self.tiles
+
+    def __call__(self, layer: int, record: torch.Tensor) -> None:
+        stored = self._layers[layer]
+        assert stored.packing is not None
+        if stored.packing.tile == self.tiles[layer]:
+            return
+        views = stored.layout.views(record)
+        for field in stored.packing.expanded.fields:
+            if is_matrix(field):
+                rounding.retile(views[field.name], self.tiles[layer])
 
 
 class ExpandingReader:

@@ -15,13 +15,14 @@ import numpy as np
 
 from melinoe.errors import MelinoeError
 from melinoe.paging.disk_reader import DiskReader
-from melinoe.paging.expansion import ExpandingReader, Scratch, slot_layout
+from melinoe.paging.expansion import ExpandingReader, Retiling, Scratch, slot_layout
 from melinoe.paging.reader import Reader
 from melinoe.paging.served_call import ServedCall, Views
 from melinoe.paging.slots import STAGING_RECORDS, SlotBank, Staging
 from melinoe.paging.statistics import Statistics
 from melinoe.routing.policies import Call, Decision, Policy, Strength
 from melinoe.store.manifest import Store
+from melinoe.store.record_file import StoredLayer
 
 
 class ExpertPager:
@@ -33,7 +34,8 @@ class ExpertPager:
         policy: decides what stays; made for the same number of layers, experts and slots.
         staging: records that stream what is not kept, shared by all layers; 2 or more.
         reader: what moves records, to where the slots are to be; None: from disk into host memory.
-        packed: slots hold packed records, expanded at each use; for a store whose records are packed.
+        packed: slots hold packed records, computed as they lie or expanded at use; for a store whose records
+            are packed.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class ExpertPager:
         packed: bool = False,
     ) -> None:
         self.store, self.policy, self.slots = store, policy, slots
-        self.reader: Reader = DiskReader(store) if reader is None else reader
+        packed = packed and store.record_format != "auto"
+        retiling = Retiling(store) if packed and reader is None else None
+        self.reader: Reader = DiskReader(store, arrived=retiling) if reader is None else reader
         device = self.reader.device
         layouts = [slot_layout(layer, packed) for layer in store.layers]
         self.banks = [
@@ -55,8 +59,9 @@ class ExpertPager:
         ]
         self.staging = Staging(staging, layouts, device)
         self._scratch: Scratch | None = None
-        if store.record_format != "auto" and packed:
-            self._scratch = Scratch(store, device)
+        if packed:
+            tiles = retiling.tiles if retiling is not None else [_stored_tile(one) for one in store.layers]
+            self._scratch = Scratch(store, device, tiles)
         elif store.record_format != "auto":
             self.reader = ExpandingReader(self.reader, store)
         self.statistics = Statistics()
@@ -138,7 +143,7 @@ class ExpertPager:
                 served.start()
                 while (ready := served.next()) is not None:
                     expert, views = ready
-                    yield expert, views if self._scratch is None else self._scratch.expand(layer, views)
+                    yield expert, views if self._scratch is None else self._scratch.expert(layer, views)
                 self._unfinished = False
             finally:
                 self._inside = False
@@ -146,3 +151,7 @@ class ExpertPager:
     def close(self) -> None:
         self.reset()
         self.reader.close()
+
+
+def _stored_tile(layer: StoredLayer) -> int:
+    return layer.packing.tile if layer.packing is not None else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,7 +16,7 @@ from melinoe.paging.slots import SlotBank, Staging
 from melinoe.paging.statistics import Statistics
 from melinoe.routing.policies import Decision, Load
 
-Views = dict[str, torch.Tensor]
+Views = Mapping[str, torch.Tensor]
 
 
 class ServedCall:

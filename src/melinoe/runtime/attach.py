@@ -49,7 +49,7 @@ def check_fit(model: nn.Module, store: Store, any_dtype: bool = False) -> None:
         own = (layer.packing.expanded if layer.packing else layer.layout).fields
         dtypes = {field.name: field.dtype for field in own} if any_dtype else None
         layout = RecordLayout.of(module, dtypes)
-        packing = packing_of(store.record_format, layout, bool(module.is_transposed))
+        packing = packing_of(store.record_format, layout, bool(module.is_transposed), layer.packing)
         expected_layout = layout if packing is None else packing.record_layout()
         if (expected_layout, packing) != (
             layer.layout,
@@ -110,7 +110,13 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
                 next_step=f"run once: melinoe verify {store.folder}",
             )
         store = replace(store, check_reads=True)
-    packed = slots_packed(store, settings.slots_format)
+    if any(layer.packing is not None and layer.packing.form == "grouped" for layer in store.layers):
+        print(
+            f"melinoe: {store.folder} holds {store.record_format} records of an older form, which are"
+            " expanded before they are computed; convert again for ones that are computed as they lie",
+            file=sys.stderr,
+        )
+    packed = slots_packed(store, settings.slots_format, model.device)
     extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
         model,

@@ -54,7 +54,8 @@ def load(
         device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
         dtype: the store's own, "auto" or None, which are all the same.
         slots_format: of a store converted with `format`: packed (slots hold records as they are stored,
-            expanded at each use) or expanded (to full size when they arrive); None: expanded.
+            computed as they lie, many rows expanded at use) or expanded (to full size when they arrive);
+            None: packed where this machine computes them so (docs/store.md).
         context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text
             works, and takes more memory than was asked for.
         verify: compare each record with its checksum when it is first read (docs/store.md: what it costs).

@@ -68,7 +68,7 @@ def plan(
         if store is not None and measure_seconds > 0:
             bandwidth = record_bandwidth(store, measure_seconds)
     if store is not None:
-        packed = slots_packed(store, slots_format)
+        packed = slots_packed(store, slots_format, place)
         records, beside = slot_records(store, packed), expansion_bytes(store, packed)
         read_bytes = [layer.layout.record_bytes for layer in store.layers]
     else:

@@ -1,62 +1,64 @@
-"""Smaller experts: matrices as int8 or int4 codes with one scale per group, and back.
+"""Smaller experts: the matrices of a record as int8 or int4 codes with scales; biases stay as they are.
 
-A matrix of an expert is rounded to nearest in groups of 64 weights along its input dimension (the one
-that is summed over, so dimension 0 of transposed experts); w' = code * scale. Biases stay as they are.
-
-    int8  codes -127..127, scale = max |w| / 127
-    int4  codes -8..7; the scale's sign puts the larger side of the group on the negative codes, and
-          |scale| = max(larger / 8, smaller / 7.5), so that all sixteen codes are used
-
-Scales are bfloat16, rounded away from zero: no weight falls out of the range, so |w - w'| <= |scale| / 2.
-A code has at most 8 bits and so has a scale: their product is exact in float32, and w' is that product
-rounded once to the model's dtype. So expanding gives the same bits on any device, in any order, at any
-alignment. docs/results.md has what was measured in choosing this, docs/store.md the bytes.
+`rounding` says how a matrix becomes codes, and in which order their bytes lie: as torch's packed kernels read
+them (`kernels`), so that a record that was read can be computed as it is. Stores of before have another form,
+which is only read (`grouped`). docs/store.md has the bytes, docs/results.md what the formats cost in quality.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from melinoe.errors import MelinoeError
+from melinoe.store import grouped, rounding
+from melinoe.store.kernels import machine_tile
 from melinoe.store.layout import Field, RecordLayout, torch_dtype
 
 FORMATS = ("auto", "int8", "int4")
-GROUP = 64  # weights that share a scale
+FORMS = ("kernel", "grouped")  # what is written, and what stores of before hold
 SCALE = ".scale"  # what a scale's name adds to its matrix's
-_BLOCK = 2**18  # weights expanded at a time: codes on their way stay in the processor's cache
 
-Tensors = dict[str, torch.Tensor]
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Packing:
     """How the matrices of one layer's records are packed.
 
-    format: int8 or int4. transposed: the matrices are [in, out], not [out, in]. expanded: the layout of the
-    module's own parameters.
+    format: int8 or int4. transposed: the matrices of the module are [in, out], not [out, in]. expanded: the
+    layout of the module's own parameters. form: kernel or grouped. tile: of int4 codes in the kernel's form
+    (melinoe.store.rounding), else 0.
     """
 
     format: str
     transposed: bool
     expanded: RecordLayout
+    form: str = "kernel"
+    tile: int = 0
 
     def record_layout(self) -> RecordLayout:
         """The layout of a packed record: where a matrix stood, its codes and then its scales."""
         fields: list[tuple[str, tuple[int, ...], str]] = []
         for field in self.expanded.fields:
-            if not _is_matrix(field):
+            if not is_matrix(field):
                 fields.append((field.name, field.shape, field.dtype))
                 continue
-            size = field.shape[self._dimension]
-            codes, scales = list(field.shape), list(field.shape)
-            codes[self._dimension] = size if self.format == "int8" else _int4_bytes(size)
-            scales[self._dimension] = -(-size // GROUP)
-            fields.append((field.name, tuple(codes), "int8" if self.format == "int8" else "uint8"))
-            fields.append((field.name + SCALE, tuple(scales), "bfloat16"))
+            if self.form == "kernel":
+                codes, scales = rounding.shapes(self.format, *self.out_in(field), self.tile)
+            else:
+                codes, scales = grouped.shapes(self.format, field.shape, 0 if self.transposed else 1)
+            fields.append((field.name, codes, "int8" if self.format == "int8" else "uint8"))
+            fields.append((field.name + SCALE, scales, "bfloat16"))
         return RecordLayout.build(fields)
+
+    def out_in(self, field: Field) -> tuple[int, int]:
+        """Outputs and inputs of a matrix."""
+        first, second = field.shape
+        return (second, first) if self.transposed else (first, second)
 
     @torch.no_grad()
     def pack(self, weights: Tensors, packed: Tensors) -> None:
@@ -65,66 +67,78 @@ class Packing:
         Raises:
             MelinoeError: a weight is not finite, or so large that its dtype could not hold the rounded one.
         """
+        assert self.form == "kernel", self.form
+        write, _ = rounding.of(self.format)
         for field in self.expanded.fields:
-            if not _is_matrix(field):
-                packed[field.name].copy_(weights[field.name])
+            weight = weights[field.name]
+            if not is_matrix(field):
+                packed[field.name].copy_(weight)
                 continue
-            _check_range(weights[field.name], f"{field.name} as {self.format}")
-            for values, scale, codes in self._groups(field, weights, packed):
-                _quantise(values, scale, codes, self.format, self._dimension + 1)
+            _check_range(weight, f"{field.name} as {self.format}")
+            weight_OI = weight.T if self.transposed else weight
+            write(weight_OI, packed[field.name], packed[field.name + SCALE])
 
     @torch.no_grad()
     def expand(self, packed: Tensors, weights: Tensors) -> None:
         """The inverse of `pack`: writes what a packed record stands for into the tensors of one expert."""
         for field in self.expanded.fields:
-            if not _is_matrix(field):
-                weights[field.name].copy_(packed[field.name])
-                continue
-            for values, scale, codes in self._groups(field, weights, packed):
-                _dequantise(values, scale, codes, self.format, self._dimension + 1)
+            self.expand_one(field, packed, weights[field.name])
 
-    @property
-    def _dimension(self) -> int:
-        return 0 if self.transposed else 1
+    def expand_one(
+        self, field: Field, packed: Tensors, weight: torch.Tensor, tile: int | None = None
+    ) -> None:
+        """Writes one tensor of an expert.
 
-    def _groups(self, field: Field, weights: Tensors, packed: Tensors) -> list[tuple[torch.Tensor, ...]]:
-        """(weights, scales, codes) of the whole groups, and of the last shorter one if there is one; views.
-
-        Each has 3 dimensions, [out, groups, in a group] or, transposed, [groups, in a group, out].
+        Args:
+            tile: of the codes in memory, where it is not the store's (`rounding.retile`).
         """
-        dimension = self._dimension
-        whole = field.shape[dimension] // GROUP
-        lengths = (GROUP, 1, GROUP if self.format == "int8" else GROUP // 2)
-        tensors = (weights[field.name], packed[field.name + SCALE], packed[field.name])
-        found = []
-        for first in (True, False):
-            views = []
-            for tensor, length in zip(tensors, lengths, strict=True):
-                end = whole * length
-                start, count = (0, end) if first else (end, tensor.shape[dimension] - end)
-                groups = whole if first else 1
-                if count:
-                    part = tensor.narrow(dimension, start, count)
-                    views.append(part.unflatten(dimension, (groups, count // groups)))
-            if views:
-                found.append(tuple(views))
-        return found
+        codes = packed[field.name]
+        if not is_matrix(field):
+            weight.copy_(codes)
+            return
+        scale = packed[field.name + SCALE]
+        if self.form == "grouped":
+            grouped.expand(self.format, codes, scale, weight, 0 if self.transposed else 1)
+            return
+        weight_OI = weight.T if self.transposed else weight
+        if self.format == "int4":
+            codes = codes.view(-1, codes.shape[1], (tile or self.tile) // 2)
+        _, expand = rounding.of(self.format)
+        expand(codes, scale, weight_OI)
 
     def to_json(self) -> dict[str, Any]:
-        expanded = self.expanded.to_json()
-        return {"format": self.format, "group": GROUP, "transposed": self.transposed, "expanded": expanded}
+        group = (
+            {"int8": None, "int4": rounding.GROUP}[self.format] if self.form == "kernel" else grouped.GROUP
+        )
+        form = {"form": self.form, "tile": self.tile} if self.form == "kernel" else {}
+        return {
+            "format": self.format,
+            **form,
+            "group": group,
+            "transposed": self.transposed,
+            "expanded": self.expanded.to_json(),
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Packing:
         """Raises MelinoeError for a format that this version does not know."""
-        if data["format"] not in FORMATS[1:] or data["group"] != GROUP:
+        found = cls(
+            data["format"],
+            data["transposed"],
+            RecordLayout.from_json(data["expanded"]),
+            data.get("form", "grouped"),
+            data.get("tile", 0),
+        )
+        tiles = rounding.TILES if (found.form, found.format) == ("kernel", "int4") else (0,)
+        known = found.format in FORMATS[1:] and found.form in FORMS and found.tile in tiles
+        if not known or found.to_json()["group"] != data["group"]:
             raise MelinoeError(
                 "unknown format of records",
-                got=f"{data['format']} in groups of {data['group']}",
-                allowed=f"{', '.join(FORMATS)}; groups of {GROUP}",
+                got=f"{found.format} in groups of {data['group']}, form {found.form}, tiles of {found.tile}",
+                allowed=f"{', '.join(FORMATS)}; groups and tiles as docs/store.md has them",
                 next_step="convert again with this version of melinoe",
             )
-        return cls(data["format"], data["transposed"], RecordLayout.from_json(data["expanded"]))
+        return found
 
 
 def check_format(name: str) -> None:
@@ -133,18 +147,25 @@ def check_format(name: str) -> None:
         raise MelinoeError("unknown store format", got=name, allowed=", ".join(FORMATS))
 
 
-def packing_of(name: str, layout: RecordLayout, transposed: bool) -> Packing | None:
-    """How records of a layout are packed in a store format; None for `auto`, which packs nothing."""
-    return None if name == "auto" else Packing(name, transposed, layout)
+def packing_of(
+    name: str, layout: RecordLayout, transposed: bool, like: Packing | None = None
+) -> Packing | None:
+    """How records of a layout are packed in a store format; None for `auto`, which packs nothing.
+
+    Args:
+        like: has the form and the tile; None: what is written today, on this machine.
+    """
+    if name == "auto":
+        return None
+    if like is not None:
+        return Packing(name, transposed, layout, like.form, like.tile)
+    tile = machine_tile() or rounding.TILES[0]
+    return Packing(name, transposed, layout, "kernel", tile if name == "int4" else 0)
 
 
-def _is_matrix(field: Field) -> bool:
+def is_matrix(field: Field) -> bool:
+    """Whether a tensor of an expert is rounded; vectors stay."""
     return len(field.shape) == 2 and torch_dtype(field.dtype).is_floating_point
-
-
-def _int4_bytes(size: int) -> int:
-    """Bytes of one row of codes: 32 for a whole group, half the length rounded up for a last shorter one."""
-    return size // GROUP * (GROUP // 2) + -(-(size % GROUP) // 2)
 
 
 def _check_range(weight: torch.Tensor, what: str) -> None:
@@ -157,62 +178,3 @@ def _check_range(weight: torch.Tensor, what: str) -> None:
             allowed=f"below {limit:.3g}",
             next_step="use --format auto, or mend the checkpoint",
         )
-
-
-def _away_from_zero(values: torch.Tensor) -> torch.Tensor:
-    """The nearest bfloat16 that is not smaller; values: float32, not negative."""
-    rounded = values.to(torch.bfloat16)
-    smaller = rounded.float() < values
-    return (rounded.view(torch.int16) + smaller).view(torch.bfloat16)
-
-
-def _quantise(
-    values: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, name: str, dimension: int
-) -> None:
-    weights = values.float()
-    if name == "int8":
-        lowest, highest = -127, 127
-        found = _away_from_zero(weights.abs().amax(dimension, keepdim=True) / 127)
-    else:
-        lowest, highest = -8, 7
-        above = weights.amax(dimension, keepdim=True).clamp_min(0)
-        below = -weights.amin(dimension, keepdim=True).clamp_max(0)
-        size = torch.maximum(torch.maximum(above, below) / 8, torch.minimum(above, below) / 7.5)
-        found = _away_from_zero(size) * torch.where(above > below, -1.0, 1.0).to(torch.bfloat16)
-    scale.copy_(found)
-    divisor = torch.where(found == 0, torch.ones_like(found), found).float()
-    rounded = (weights / divisor).round_().clamp_(lowest, highest)
-    if name == "int8":
-        codes.copy_(rounded)
-        return
-    nibbles = (rounded + 8).to(torch.uint8)
-    half, length = codes.shape[dimension], values.shape[dimension]
-    codes.copy_(nibbles.narrow(dimension, 0, half))
-    codes.narrow(dimension, 0, length - half).add_(nibbles.narrow(dimension, half, length - half) << 4)
-
-
-def _dequantise(
-    values: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, name: str, dimension: int
-) -> None:
-    """values = codes * scale, a block at a time.
-
-    A code fits every floating dtype, so only the product rounds.
-    """
-    step = max(1, _BLOCK // values[0].numel())
-    half, length = codes.shape[dimension], values.shape[dimension]
-    space = None
-    for start in range(0, len(values), step):
-        out, packed = values[start : start + step], codes[start : start + step]
-        if name == "int8":
-            out.copy_(packed)
-        else:
-            if space is None:
-                space = torch.empty(out.shape, dtype=torch.uint8, device=out.device)
-            nibbles = space[: len(out)]
-            torch.bitwise_and(packed, 15, out=nibbles.narrow(dimension, 0, half))
-            torch.bitwise_right_shift(
-                packed.narrow(dimension, 0, length - half), 4,
-                out=nibbles.narrow(dimension, half, length - half),
-            )  # fmt: skip
-            out.copy_(nibbles.view(torch.int8).sub_(8))
-        out.mul_(scale[start : start + step])

@@ -28,9 +28,7 @@ import torch
 import melinoe
 from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.files import write_json
-from melinoe.report.setting import machine
-
-ROOT = Path(__file__).parents[1]
+from melinoe.report.setting import commit, machine
 
 
 def parser_of(documentation: str | None) -> argparse.ArgumentParser:
@@ -160,20 +158,9 @@ def conditions() -> dict[str, Any]:
         "gpu": gpu,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": list(os.getloadavg()),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _commit() -> str | None:
-    """The commit that is checked out, marked where files differ from it; None outside of git."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + (" and changes" if changed.stdout.strip() else "")
 
 
 def write_result(options: argparse.Namespace, **measured: Any) -> None:

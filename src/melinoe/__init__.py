@@ -27,6 +27,7 @@ _PUBLIC = {
     "fit_predictor": "melinoe.prediction.fit",
     "evaluate": "melinoe.measure.quality",
     "sweep": "melinoe.frontier.sweep",
+    "bench": "melinoe.benchmark.bench",
     "demo": "melinoe.demonstration.demo",
 }
 __all__ = sorted(_PUBLIC)

@@ -12,6 +12,7 @@ promised: give it ids.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError, missing_extra
 from melinoe.files import whole_file
-from melinoe.models.layers import experts_per_token
+from melinoe.models.layers import experts_modules, experts_per_token
 from melinoe.models.pretrained import read_tokenizer
 
 PRECISIONS = ("f32", "bf16", "q8_0", "q4_0")
@@ -39,6 +40,11 @@ class _Tensor:
     precision: str
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
+
+
+def gguf_available() -> bool:
+    """Whether the package gguf is installed."""
+    return importlib.util.find_spec("gguf") is not None
 
 
 def _gguf() -> Any:
@@ -257,3 +263,22 @@ def _write_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
     end = ends[0] if isinstance(ends, list) else ends
     writer.add_eos_token_id(0 if end is None else end)
     writer.add_add_bos_token(False)
+
+
+@torch.no_grad()
+def expand_experts(model: Any, path: Path) -> None:
+    """Gives a resident model the experts of a GGUF file, as its format rounds them, in the model's dtype."""
+    gguf = _gguf()
+    tensors = {one.name: one for one in gguf.GGUFReader(path).tensors}
+
+    def read(block: int, part: str) -> torch.Tensor:
+        one = tensors[f"blk.{block}.ffn_{part}_exps.weight"]
+        return torch.from_numpy(gguf.quants.dequantize(one.data, one.tensor_type))
+
+    for name, module in experts_modules(model):
+        block = next(int(part) for part in name.split(".") if part.isdigit())
+        experts: Any = module
+        width = experts.down_proj.shape[-1]
+        experts.gate_up_proj[:, :width] = read(block, "gate")
+        experts.gate_up_proj[:, width:] = read(block, "up")
+        experts.down_proj.copy_(read(block, "down"))

@@ -7,7 +7,9 @@ cache, which counts in a memory cgroup.
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Answer:
-    """One request: its tokens, and seconds since it began at which each of them came."""
+    """One request: its tokens, seconds since it began at which each came, and what was watched then."""
 
     tokens: list[int]
     times: list[float]
+    watched: list[int]
 
 
 class LlamaCpp:
@@ -65,10 +68,24 @@ class LlamaCpp:
         """Ends its threads and lets go of the file."""
         del self._server
 
-    def generate(self, prompt: list[int], new_tokens: int, ends: list[int] | None = None) -> Answer:
-        """Greedy, exactly `new_tokens` tokens; `ends` are never chosen, as our own measurements have it."""
+    def generate(
+        self,
+        prompt: list[int],
+        new_tokens: int,
+        ends: list[int] | None = None,
+        seconds: float = math.inf,
+        watch: Callable[[], int] = lambda: 0,
+    ) -> Answer:
+        """Greedy, exactly `new_tokens` tokens, as our own measurements have it.
+
+        Args:
+            ends: tokens that are never chosen.
+            seconds: no token behind these, but two at least.
+            watch: a counter that is read with each token.
+        """
         tokens: list[int] = []
         times: list[float] = []
+        watched: list[int] = []
         began = time.perf_counter()
 
         def came(piece: Any) -> bool:
@@ -78,7 +95,8 @@ class LlamaCpp:
                 found = (one["choices"][0].get("logprobs") or {}).get("content") or []
                 tokens.extend(token["id"] for token in found)
                 times.extend([time.perf_counter() - began] * len(found))
-            return False
+                watched.extend([watch()] * len(found))
+            return len(times) > 1 and times[-1] > seconds
 
         request = {
             "prompt": prompt,
@@ -93,4 +111,4 @@ class LlamaCpp:
             "logit_bias": [[end, False] for end in ends or []],
         }
         self._server.handle_completions(request, came)
-        return Answer(tokens, times)
+        return Answer(tokens, times, watched)

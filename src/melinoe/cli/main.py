@@ -18,6 +18,7 @@ import typer
 import typer.core
 
 from melinoe._version import __version__
+from melinoe.cli.bench import bench
 from melinoe.cli.chat import chat
 from melinoe.cli.explain import explain
 from melinoe.cli.options import (
@@ -413,6 +414,9 @@ def verify(store: Path) -> None:
         )
     if found.compared:
         print(f"{store}: every record and every other file matches")
+
+
+app.command(short_help="Compare every way to run a model.")(bench)
 
 
 @app.command(short_help="Show the whole method in one table.")

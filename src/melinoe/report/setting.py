@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,21 @@ def data_folder(model: str, data: str | Path | None) -> Path:
     from melinoe.tiny import data_path
 
     return data_path()
+
+
+def commit() -> str | None:
+    """The commit that this package is run from, marked where files differ from it; None outside of git.
+
+    A repository that merely lies around the package is none of ours: it must know this very file.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        for command in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"]):
+            said = subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return said + (" and changes" if changed.stdout.strip() else "")
 
 
 def machine() -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from melinoe.errors import MelinoeError
 from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, Strength, make_policy
+from melinoe.routing.published import PUBLISHED
 from melinoe.routing.trace import Trace, as_trace
 
 BOUNDS = ("belady", "static-oracle", "static-global")
@@ -152,6 +153,8 @@ def _replay(
         if name == "static-global":
             counts = trace.request_counts(DECODE).sum(0)
             scores = np.broadcast_to(counts / max(1, trace.decoded.sum()), scores.shape)
+    elif name in PUBLISHED:
+        policy, scores = PUBLISHED[name](trace.num_layers, trace.num_experts, slots), None
     else:
         policy = make_policy(name, trace.num_layers, trace.num_experts, slots)
     return _Replay(name, slots, policy, scores, strength, carry_over)
@@ -160,10 +163,9 @@ def _replay(
 def _names(policy: str | Iterable[str]) -> list[str]:
     names = re.split(r"[,\s]+", policy.strip()) if isinstance(policy, str) else list(policy)
     for name in names:
-        if name not in POLICIES and name not in BOUNDS:
-            raise MelinoeError(
-                "unknown policy", got=repr(name), allowed=", ".join([*sorted(POLICIES), *BOUNDS])
-            )
+        if not any(name in known for known in (POLICIES, BOUNDS, PUBLISHED)):
+            allowed = ", ".join([*sorted(POLICIES), *BOUNDS, *PUBLISHED])
+            raise MelinoeError("unknown policy", got=repr(name), allowed=allowed)
     return names
 
 
@@ -190,7 +192,8 @@ def simulate(
 
     Args:
         trace: a Trace or its file.
-        policy: names, a list or with commas: decay, lru, lfu, static, belady, static-oracle, static-global.
+        policy: names, a list or with commas: decay, lru, lfu, static; of others (published.py) global-lru,
+            least-stale, prefill-mass; bounds: belady, static-oracle, static-global.
         slots: per layer; one number or several.
         carry_over: requests follow each other in a warm cache.
         predictor_scores: [S, L, E] predicted requests per decoded token, for policies that use prediction.

@@ -1,0 +1,397 @@
+"""`melinoe bench`: every way to run a model under one memory limit, in one table.
+
+    1 what the rows read: widened weights, stores, GGUF files
+    2 quality of every precision of every weights
+    3 the published policies that our pager does not have, in the simulator
+    4 repeats: all rows take turns, each in a process of its own under the same limit, page cache included
+
+Every repeat of every row is a file in OUTPUT/runs, so that an interrupted bench goes on. result.json has the
+table, the settings, the machine, the versions and the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from melinoe._version import __version__
+from melinoe.benchmark.entries import (
+    ACCELERATE,
+    BASE,
+    CONTROL,
+    LLAMA_CPP,
+    OURS,
+    RESIDENT,
+    TUNED,
+    Entry,
+    chosen,
+    entries,
+)
+from melinoe.benchmark.prepare import Arena, ends_of, prepare, prompts_of
+from melinoe.benchmark.quality import key_of, quality
+from melinoe.benchmark.run_entry import Task
+from melinoe.benchmark.simulated import simulated_rows
+from melinoe.benchmark.summary import SPEED, rank, summarise
+from melinoe.config import default_slots, parse_bytes
+from melinoe.conversion.checkpoint import Checkpoint
+from melinoe.data.rows import Row, read_rows
+from melinoe.demonstration.limited_process import MemoryLimit, run_module
+from melinoe.demonstration.race import PROCESS_BYTES, drop_page_cache
+from melinoe.errors import MelinoeError
+from melinoe.files import empty, write_json
+from melinoe.models.folder import local_folder, resolve_model
+from melinoe.outputs import Kind, Output
+from melinoe.report.setting import commit, data_folder, machine
+from melinoe.runtime.plan import plan
+from melinoe.verbs import Stages
+
+FORMAT, VERSION = "melinoe-bench", "1"
+SETTINGS = "bench.json"
+RECORD_BYTES = 3 * 2**20
+RANDOM = "random"  # in place of data: prompts of random tokens, for weights that were never trained
+
+
+def _foreign(folder: Path) -> str:
+    try:
+        found = json.loads((folder / SETTINGS).read_text()).get("format")
+    except (OSError, ValueError, AttributeError):
+        found = None
+    return "" if found == FORMAT else f"a folder without the {SETTINGS} of a bench"
+
+
+BENCH = Kind("a bench", True, _foreign)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured. seconds: after which a request of a slow row is cut."""
+
+    repeats: int = 5
+    prompts: int = 2
+    new_tokens: int = 32
+    seconds: float = 12.0
+    quality_rows: int = 48
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "prompts"):
+            if getattr(self, name) < 1:
+                raise MelinoeError(f"bench: {name}", got=getattr(self, name), allowed="1 or more")
+        if self.new_tokens < 2:
+            raise MelinoeError("bench: new_tokens", got=self.new_tokens, allowed="2 or more")
+
+
+def bench(
+    model: str | Path = "tiny",
+    memory: int | str | None = None,
+    data: str | Path | None = None,
+    output_dir: str | Path = "bench-output",
+    *,
+    tuned: str | Path | None = None,
+    control: str | Path | None = None,
+    predictor: str | Path | None = None,
+    rows: list[str] | None = None,
+    record_bytes: int = RECORD_BYTES,
+    repeats: int = 5,
+    prompts: int = 2,
+    new_tokens: int = 32,
+    seconds: float = 12.0,
+    quality_rows: int = 48,
+    threads: int = 1,
+    seed: int = 0,
+    keep: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measures every way to run a model under one memory limit, and writes the table.
+
+    Args:
+        model: checkpoint folder, Hub id, or `tiny`.
+        memory: of every process, page cache included (a cgroup), the interpreter and its libraries too; ours
+            take what these leave. None: what the interpreter needs, two layers of experts and some room.
+        data: folder with test.jsonl; None: the embedded workload (`tiny` only); `random`: random prompts, and
+            nothing about quality.
+        output_dir: result.json, bench.html, and what an interrupted bench goes on with.
+        tuned, control: adapters that `melinoe tune` wrote, or merged checkpoints.
+        predictor: of the tuned weights; of the base where there are none.
+        rows: names of rows to run; None: all.
+        record_bytes: smaller experts are widened to it, function-preserving; 0: never.
+        repeats: processes of every row. prompts, new_tokens: of each. seconds: after which a request is cut.
+        quality_rows: held-out rows for NLL and Rouge-L, and for the simulator; 0: neither.
+        threads: of every process.
+        seed: of the prompts and of the widening.
+        keep: leave the prepared weights in the output folder.
+        overwrite: begin anew in a folder that has a bench of other settings.
+
+    Returns:
+        What result.json holds: {"format", "version", "rows": [...], "simulated": [...], "skipped": {row:
+        why}, "settings", "machine", ...}.
+
+    Raises:
+        MelinoeError: no such model, data or row; settings that differ from those of the bench that is there.
+    """
+    size = Size(repeats, prompts, new_tokens, seconds, quality_rows)
+    output, source = Path(output_dir), local_folder(resolve_model(model))
+    models: dict[str, str | Path] = {BASE: source}
+    models |= {name: path for name, path in ((CONTROL, control), (TUNED, tuned)) if path is not None}
+    wanted = chosen(entries(list(models), predictor is not None), rows)
+    held_out: list[Row] | None = None
+    folder = None
+    if str(data) != RANDOM:
+        folder = data_folder(str(model), data)
+        held_out = read_rows(folder, "test")
+    reads = {"model": source, "data": folder, "tuned": tuned, "control": control, "predictor": predictor}
+    settings = {
+        "model": str(model),
+        "memory": memory,
+        "data": None if data is None else str(data),
+        "tuned": None if tuned is None else str(tuned),
+        "control": None if control is None else str(control),
+        "predictor": None if predictor is None else str(predictor),
+        "record_bytes": record_bytes,
+        "prompts": prompts,
+        "new_tokens": new_tokens,
+        "seconds": seconds,
+        "quality_rows": quality_rows,
+        "threads": threads,
+        "seed": seed,
+    }
+    _begin(output, reads, settings, overwrite)
+    run = _Bench(output, settings, models, wanted, size, held_out, Stages(4, progress))
+    result = run.run(None if predictor is None else str(predictor), memory, record_bytes)
+    write_json(output / "result.json", result, indent=1, default=float)
+    if not keep:
+        shutil.rmtree(output / "work", ignore_errors=True)
+    return result
+
+
+def _begin(output: Path, reads: dict[str, Any], settings: dict[str, Any], overwrite: bool) -> None:
+    """A new folder, or one that was begun with the same settings."""
+    Output(output, BENCH, reads, replace=True).check()
+    card = {"format": FORMAT, "version": VERSION, "settings": settings}
+    if (output / SETTINGS).is_file():
+        before = json.loads((output / SETTINGS).read_text())["settings"]
+        if before == settings and not overwrite:
+            return
+        if not overwrite:
+            changed = sorted(name for name in settings if before.get(name) != settings[name])
+            raise MelinoeError(
+                f"{output} has a bench of other settings",
+                got=", ".join(changed),
+                next_step="choose another folder, or begin anew with --overwrite",
+            )
+        empty(output)
+    write_json(output / SETTINGS, card, indent=1)
+
+
+class _Bench:
+    """One bench; a method for each stage."""
+
+    def __init__(
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        models: dict[str, str | Path],
+        wanted: list[Entry],
+        size: Size,
+        held_out: list[Row] | None,
+        stages: Stages,
+    ) -> None:
+        self.output, self.settings, self.models, self.wanted = output, settings, models, wanted
+        self.size, self.held_out, self.stages = size, held_out, stages
+        self.seed, self.threads = settings["seed"], settings["threads"]
+
+    def run(self, predictor: str | None, memory: int | str | None, record_bytes: int) -> dict[str, Any]:
+        self.stages.start("preparing weights, stores and files")
+        arena = prepare(
+            self.models, self.wanted, self.output / "work", record_bytes, self.seed, self.stages.note
+        )
+        rows = [row for row in self.wanted if row.name not in arena.skipped]
+        for name, reason in arena.skipped.items():
+            self.stages.note(f"skipped: {name}: {reason}")
+        shape = Checkpoint(arena.checkpoints[BASE]).shape
+        limit_bytes = self._limit_bytes(arena, shape, memory)
+        prompts = prompts_of(self.held_out, arena.checkpoints[BASE], self.size.prompts, self.seed)
+        self.stages.start("quality of every precision")
+        known = self._quality(arena, rows)
+        self.stages.start("published policies in the simulator")
+        slots = self._slots(arena, limit_bytes)
+        simulated = self._simulated(slots)
+        self.stages.start(f"{len(rows)} rows, {self.size.repeats} times in turn")
+        limit = MemoryLimit(limit_bytes)
+        if not limit.available:
+            self.stages.note("no memory cgroup can be made here: nothing is limited")
+        try:
+            table = self._race(arena, rows, limit, prompts, predictor)
+        finally:
+            limit.close()
+        for row in table:
+            row |= known.get(row.pop("quality_key"), {})
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "rows": table,
+            "simulated": simulated,
+            "skipped": arena.skipped,
+            "memory_limit_bytes": limit_bytes if limit.available else None,
+            "record_bytes": arena.store.max_record_bytes,
+            "expert_bytes": arena.store.expert_bytes,
+            "prompt_tokens": [len(prompt) for prompt in prompts],
+            "settings": {**self.settings, **shape, "repeats": self.size.repeats},
+            "machine": {**machine(), "melinoe": __version__, "commit": commit()},
+            "seconds": self.stages.seconds,
+        }
+
+    def _limit_bytes(self, arena: Arena, shape: dict[str, int], memory: int | str | None) -> int:
+        if memory is not None:
+            return parse_bytes(memory)
+        store = arena.store
+        slots = default_slots(shape["num_experts"], shape["experts_per_token"])
+        needed = plan(store.folder, slots=slots, measure_seconds=0)["budget"]["total_bytes"]
+        layer = max(layer.num_experts * layer.layout.record_bytes for layer in store.layers)
+        return PROCESS_BYTES + int(needed) + layer
+
+    def _budget(self, limit_bytes: int) -> int:
+        """What ours may take of the limit: the interpreter and its libraries count too."""
+        return limit_bytes - PROCESS_BYTES
+
+    def _slots(self, arena: Arena, limit_bytes: int) -> int:
+        found = plan(arena.store.folder, self._budget(limit_bytes), measure_seconds=0)
+        return int(found["budget"]["slots"])
+
+    def _quality(self, arena: Arena, rows: list[Entry]) -> dict[str, dict[str, Any]]:
+        if self.held_out is None or not self.size.quality_rows:
+            return {}
+        known = {}
+        for row in rows:
+            key = key_of(row)
+            file = self.output / "quality" / f"{_slug(key)}.json"
+            if key in known:
+                continue
+            if not file.is_file():
+                write_json(file, quality(arena, row, self.held_out[: self.size.quality_rows]))
+            known[key] = json.loads(file.read_text())
+            self.stages.note(f"{key}: NLL {known[key]['nll']:.4f}, Rouge-L {known[key]['rouge_l']:.3f}")
+        return known
+
+    def _simulated(self, slots: int) -> list[dict[str, Any]]:
+        if self.held_out is None or not self.size.quality_rows:
+            return []
+        file = self.output / "simulated.json"
+        if not file.is_file():
+            found = simulated_rows(self.models[BASE], self.held_out, self.size.quality_rows, slots)
+            write_json(file, found, default=float)
+        return json.loads(file.read_text())
+
+    def _race(
+        self,
+        arena: Arena,
+        rows: list[Entry],
+        limit: MemoryLimit,
+        prompts: list[list[int]],
+        predictor: str | None,
+    ) -> list[dict[str, Any]]:
+        runs: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
+        failed: dict[str, str] = {}
+        for repeat in range(self.size.repeats):
+            for row in rows if repeat % 2 == 0 else rows[::-1]:
+                if row.name in failed:
+                    continue
+                try:
+                    runs[row.name].append(self._run(arena, row, repeat, limit, prompts, predictor))
+                except MelinoeError as error:
+                    failed[row.name] = str(error)
+                    self.stages.note(failed[row.name])
+        arena.skipped |= failed
+        rows = [row for row in rows if row.name not in failed]
+        table = []
+        for row in rows:
+            found = {**row.to_json(), "limited": row.limited and limit.available}
+            found |= summarise(runs[row.name]) | {"quality_key": key_of(row)}
+            table.append(found | _agreement(row, runs, rows))
+        rank(table)
+        return table
+
+    def _run(
+        self,
+        arena: Arena,
+        row: Entry,
+        repeat: int,
+        limit: MemoryLimit,
+        prompts: list[list[int]],
+        predictor: str | None,
+    ) -> dict[str, Any]:
+        file = self.output / "runs" / f"{repeat}-{_slug(row.name)}.json"
+        if file.is_file():
+            return json.loads(file.read_text())
+        drop_page_cache(arena.folder)
+        under = limit if row.limited and limit.available else None
+        if under is not None:
+            under.peak_bytes()  # forgets the peak of whoever ran before
+        task = self._task(arena, row, limit.limit_bytes, prompts, predictor)
+        found = run_module(
+            "melinoe.benchmark.run_entry", task.to_json(), arena.folder / "task.json", under, repr(row.name)
+        )
+        found["peak_bytes"] = under.peak_bytes() if under is not None else None
+        write_json(file, found)
+        self.stages.note(
+            f"{repeat + 1}/{self.size.repeats} {row.name}: {summarise([found])[SPEED]:.1f} tok/s"
+        )
+        return found
+
+    def _task(
+        self, arena: Arena, row: Entry, limit_bytes: int, prompts: list[list[int]], predictor: str | None
+    ) -> Task:
+        common: dict[str, Any] = {
+            "kind": row.kind,
+            "prompts": prompts,
+            "new_tokens": self.size.new_tokens,
+            "seconds": self.size.seconds,
+            "threads": self.threads,
+        }
+        checkpoint = arena.checkpoints[row.weights]
+        if row.kind == LLAMA_CPP:
+            path = arena.gguf[row.precision]
+            fits = 2 * path.stat().st_size < limit_bytes  # the mapped file and what is laid out anew of it
+            ends = ends_of(checkpoint)
+            return Task(path=str(path), repack=fits, ends=ends, **common)
+        if row.kind in (RESIDENT, ACCELERATE):
+            return Task(path=str(checkpoint), offload_folder=str(arena.offload), **common)
+        assert row.kind == OURS
+        return Task(
+            path=str(arena.stores[row.weights, row.precision]),
+            memory=None if row.slots is not None else self._budget(limit_bytes),
+            slots=row.slots,
+            policy=row.policy,
+            predictor=predictor if row.predicted else None,
+            **common,
+        )
+
+
+def _agreement(row: Entry, runs: dict[str, list[dict[str, Any]]], rows: list[Entry]) -> dict[str, Any]:
+    """How many answers are those of the first row of ours with the same weights and precision.
+
+    Raises:
+        MelinoeError: one of ours gave another token: paging must not change a result.
+    """
+    own = [one["tokens"] for run in runs[row.name] for one in run["requests"]]
+    alike = [one for one in rows if one.kind == OURS and key_of(one) == key_of(row)]
+    if not alike:
+        return {"answers_equal": None}
+    reference = [one["tokens"] for one in runs[alike[0].name][0]["requests"]]
+    references = reference * (len(own) // len(reference))
+    equal = sum(a[: len(b)] == b[: len(a)] for a, b in zip(own, references, strict=True))
+    if row.kind == OURS and equal < len(own):
+        raise MelinoeError(
+            f"{row.name} generated other tokens than {alike[0].name}",
+            got=f"{len(own) - equal} of {len(own)} answers",
+            next_step="this is a mistake of melinoe's: please report it",
+        )
+    return {"answers_equal": equal / len(own)}
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")

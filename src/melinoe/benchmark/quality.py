@@ -1,0 +1,52 @@
+"""What the weights of a row still know: NLL and Rouge-L beside the speed, for every precision that runs.
+
+Ours is measured through the store that the row reads. Of a GGUF file the weights are measured: its experts,
+expanded, in transformers. llama.cpp rounds activations besides, which is not in that number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from melinoe.benchmark.entries import BASE, LLAMA_CPP, OURS, Entry
+from melinoe.benchmark.gguf_file import expand_experts
+from melinoe.benchmark.prepare import Arena
+from melinoe.data.rows import Row
+from melinoe.measure.quality import evaluate
+from melinoe.runtime.load import load, load_resident, load_tokenizer
+from melinoe.store.manifest import open_store
+
+COMPLETION_TOKENS = 32  # of a completion that is compared with its reference
+
+
+def key_of(row: Entry) -> str:
+    """Rows of the same weights in the same precision have the same quality."""
+    precision = "auto" if row.precision in ("auto", "bf16") else row.precision
+    return f"{row.weights} {precision}"
+
+
+def quality(arena: Arena, row: Entry, rows: list[Row]) -> dict[str, Any]:
+    """{"nll", "rouge_l", "num_rows"} on the rows."""
+    model: Any
+    if row.kind == LLAMA_CPP and row.precision != "bf16":
+        model, tokenizer = load_resident(arena.checkpoints[BASE])
+        expand_experts(model, arena.gguf[row.precision])
+    else:
+        precision = row.precision if row.kind == OURS else "auto"
+        path: Path = arena.stores[row.weights, precision]
+        experts = max(layer.num_experts for layer in open_store(path).layers)
+        model, tokenizer = load(path, slots=experts), load_tokenizer(path)
+    with torch.no_grad():
+        found = evaluate(
+            (model, tokenizer),
+            rows,
+            metrics=("perplexity", "rouge_l"),
+            max_new_tokens=COMPLETION_TOKENS,
+            progress=False,
+        )
+    if hasattr(model, "melinoe_paged"):
+        model.melinoe_paged.pager.close()
+    return {name: found[name] for name in ("nll", "rouge_l", "num_rows")}

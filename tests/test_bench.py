@@ -1,0 +1,149 @@
+"""`melinoe bench`: two contestants end to end in seconds, and what is made of repeated runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import melinoe
+from melinoe.benchmark.entries import chosen, entries
+from melinoe.benchmark.summary import SPEED, of_repeat, percentile, rank, summarise, told_apart
+from melinoe.benchmark.table import markdown, ordered, print_tables
+from melinoe.demonstration import limited_process
+from melinoe.errors import MelinoeError
+
+ROWS = ["llama.cpp mmap bf16", "melinoe decay"]
+SMALL = {"rows": ROWS, "repeats": 2, "prompts": 1, "new_tokens": 4, "quality_rows": 3, "record_bytes": 0}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(folder, result) of a small bench."""
+    folder = tmp_path_factory.mktemp("bench") / "out"
+    return folder, melinoe.bench("tiny", output_dir=folder, progress=False, **SMALL)
+
+
+def ours(result):
+    return next(row for row in result["rows"] if row["name"] == "melinoe decay")
+
+
+def test_every_column_is_measured(measured, capsys):
+    folder, result = measured
+    row = ours(result)
+    assert row["repeats"] == 2 and len(row["speeds"]) == 2 and row["generated_tokens"] == 4
+    assert 0 < row["ttft_seconds"] < row["seconds_per_request"]
+    assert row["token_seconds_p50"] <= row["token_seconds_p99"]
+    assert row["prefill_bytes_per_request"] > 0 and row["preload_bytes_per_request"] == 0
+    assert row["decode_loads_per_token"] > 0 and 0 < row["hit_rate"] < 1
+    assert row["answers_equal"] == 1.0 and row["nll"] < 5 and row["slots"] >= 1
+    assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
+    assert {"commit", "processor", "torch", "melinoe"} <= result["machine"].keys()
+    assert {row["rank"] for row in result["rows"]} <= {1, 2}
+    assert not (folder / "work").exists()
+    print_tables(result)
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("melinoe decay", "Least-Stale", "one global LRU"))
+    assert markdown(result).count("\n") == len(result["rows"]) + 1
+
+
+def test_a_row_stands_below_its_ceiling(measured):
+    row = ours(measured[1])
+    assert row["bandwidth_share"] <= 1
+    assert all(speed < row["read_ceiling_tokens_per_second"] for speed in row["speeds"])
+
+
+def test_an_interrupted_bench_goes_on(measured):
+    folder, before = measured
+    kept = folder / "runs" / "0-melinoe-decay.json"
+    missing = folder / "runs" / "1-llama-cpp-mmap-bf16.json"
+    stamp = kept.stat().st_mtime_ns
+    missing.unlink(missing_ok=True)
+    after = melinoe.bench("tiny", output_dir=folder, progress=False, **SMALL)
+    assert kept.stat().st_mtime_ns == stamp
+    assert ours(after) | {"rank": 0} == ours(before) | {"rank": 0}
+    with pytest.raises(MelinoeError, match="a bench of other settings; got new_tokens"):
+        melinoe.bench("tiny", output_dir=folder, progress=False, **SMALL | {"new_tokens": 5})
+
+
+def test_a_folder_that_is_no_bench_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(MelinoeError, match=r"is not replaced; got a folder without the bench\.json"):
+        melinoe.bench("tiny", output_dir=tmp_path, progress=False, **SMALL)
+
+
+def test_without_cgroups_nothing_is_limited_and_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(limited_process, "_CGROUP", tmp_path / "none" / "memory")
+    settings = SMALL | {"rows": ["llama.cpp mmap bf16"], "repeats": 1, "quality_rows": 0}
+    pytest.importorskip("xllamacpp")
+    result = melinoe.bench("tiny", output_dir=tmp_path / "out", **settings)
+    assert "nothing is limited" in capsys.readouterr().err
+    assert result["memory_limit_bytes"] is None and result["rows"][0]["peak_memory_bytes"] is None
+    print_tables(result)
+    assert "without a limit" in capsys.readouterr().out
+
+
+def test_rows_by_name():
+    rows = entries(["base", "control", "tuned"], predictor=True)
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    wanted = {"melinoe tuned + predictor", "melinoe int4", "melinoe control", "LRU per layer", "visit counts"}
+    assert wanted <= set(names)
+    assert [row.name for row in chosen(rows, ["melinoe int4", "no cache"])] == ["no cache", "melinoe int4"]
+    with pytest.raises(MelinoeError, match="bench has no such row; got 'lru'; allowed: resident"):
+        chosen(rows, ["lru"])
+    assert not [row for row in entries(["base"], predictor=False) if "tuned" in row.name]
+
+
+def run_of(*step_seconds: float, first: float = 1.0):
+    """One process that answered one prompt: the first token, then steps."""
+    times = [first]
+    for step in step_seconds:
+        times.append(times[-1] + step)
+    counts = {"prefill_bytes": 50, "preload_bytes": 0, "decode_bytes": 30, "decode_loads": 3}
+    request = {"prompt_tokens": 5, "tokens": [1] * len(times), "times": times, "counts": counts}
+    return {"requests": [request], "slots": 4, "peak_bytes": 7}
+
+
+def test_a_row_by_hand():
+    row = summarise([run_of(0.5, 0.5, 1.0), run_of(0.25, 0.25, 0.25), run_of(0.5, 0.5, 0.5)])
+    assert row["speeds"] == [1.5, 4.0, 2.0] and row[SPEED] == 2.0
+    assert row[f"{SPEED}_range"] == [1.5, 4.0] and row["noisy"]
+    assert (row["token_seconds_p50"], row["token_seconds_p99"]) == (0.5, 1.0)
+    assert (row["ttft_seconds"], row["seconds_per_request"]) == (1.0, 2.5)
+    assert (row["decode_bytes_per_token"], row["decode_loads_per_token"]) == (10, 1)
+    assert (row["prefill_bytes_per_request"], row["peak_memory_bytes"]) == (50, 7)
+
+
+def test_a_row_that_reads_faster_than_the_bare_reader_raises_the_ceiling():
+    run = run_of(0.5, 0.5)
+    run["requests"][0]["counts"] |= {
+        "read_bytes": 300, "read_seconds": 0.1, "bare_bytes_per_second": 100.0,
+    }  # fmt: skip
+    found = of_repeat(run)
+    assert found["bandwidth_share"] == 1.0
+    assert found["read_ceiling_tokens_per_second"] == pytest.approx(3000 / 15)
+
+
+def test_percentiles_by_hand():
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile(list(range(1, 101)), 0.99) == 99
+    assert percentile([1.0], 0.99) == 1.0
+
+
+def test_rows_that_cannot_be_told_apart_share_a_rank():
+    rows = [
+        {"name": name, "speeds": speeds, SPEED: sorted(speeds)[2]}
+        for name, speeds in {
+            "slow": [1, 1, 1, 1, 1],
+            "a": [9, 9, 7, 9, 9],
+            "b": [8, 8, 8, 8, 8],
+            "fast": [20, 19, 21, 20, 20],
+        }.items()
+    ]
+    rank(rows)
+    assert {row["name"]: row["rank"] for row in rows} == {"fast": 1, "a": 2, "b": 2, "slow": 4}
+    assert [row["name"] for row in ordered(rows)] == ["fast", "a", "b", "slow"]
+    assert told_apart([2, 2, 2], [1, 1, 1]) and not told_apart([2], [1])
+    assert not told_apart([2, 2, 2, 2, 1], [1, 1, 1, 1, 2])
+    assert told_apart([2] * 9 + [1], [1] * 9 + [2])

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import melinoe
 from family_configs import config
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.routing.policies import DecayedCounts
@@ -157,6 +158,12 @@ def generate(model: Any, way: str, assistant: Any = None) -> list[list[int]]:
     with torch.no_grad():
         tokens = model.generate(**inputs, **length, do_sample=False, **more)
     return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def enough_for(source: Any, slots: int, **settings: Any) -> int:
+    """The smallest budget that gives so many slots per layer."""
+    plan = melinoe.plan(source, slots=slots, measure_seconds=0, **settings)
+    return int(plan["budget"]["total_bytes"])
 
 
 def resident(source: Path, use_own: bool = True) -> Any:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import FAMILIES, config, save_checkpoint
+from families import FAMILIES, config, enough_for, save_checkpoint
 from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.machine import free_memory
 from melinoe.runtime import budget
@@ -39,12 +39,13 @@ def test_the_cache_of_every_family_is_not_larger_than_planned(family):
 
 
 def test_a_longer_context_leaves_less_for_slots(olmoe_store):
-    short, long = (melinoe.load(olmoe_store, memory="256KiB", context=tokens) for tokens in (16, 128))
+    memory = enough_for(olmoe_store, 3, context=128)
+    short, long = (melinoe.load(olmoe_store, memory=memory, context=tokens) for tokens in (16, 128))
     per_token = budget._cache_bytes_per_token(short)
     assert long.melinoe_budget.cache_bytes - short.melinoe_budget.cache_bytes == 112 * per_token
     assert long.melinoe_budget.slots < short.melinoe_budget.slots
-    assert long.melinoe_budget.total_bytes <= 2**18
-    assert melinoe.plan(olmoe_store, "256KiB", context=128)["budget"]["slots"] == long.melinoe_budget.slots
+    assert long.melinoe_budget.total_bytes <= memory
+    assert melinoe.plan(olmoe_store, memory, context=128)["budget"]["slots"] == long.melinoe_budget.slots
 
 
 def test_the_exact_boundary(olmoe_store):
@@ -65,7 +66,7 @@ def test_a_share_of_what_is_free(olmoe_store, monkeypatch):
     whole = melinoe.plan(olmoe_store, slots=5, measure_seconds=0)["budget"]["total_bytes"]
     monkeypatch.setattr(budget, "free_memory", lambda device=None: 4 * whole)
     assert melinoe.plan(olmoe_store, "25%", measure_seconds=0)["budget"]["slots"] == 5
-    assert melinoe.plan(olmoe_store, " 24.9 % ", measure_seconds=0)["budget"]["slots"] == 4
+    assert melinoe.plan(olmoe_store, " 24.99 % ", measure_seconds=0)["budget"]["slots"] == 4
 
 
 def test_memory_is_that_of_this_process_and_its_cgroup():
@@ -89,8 +90,9 @@ def test_memory_is_that_of_this_process_and_its_cgroup():
 
 def test_plan_of_a_checkpoint_is_what_load_does_with_it(olmoe, tmp_path):
     """Read in place: measured, and the buffers of the reading threads counted."""
-    planned = melinoe.plan(olmoe, memory="1MiB", measure_seconds=0.2)
-    loaded = melinoe.load(olmoe, memory="1MiB").melinoe_budget
+    memory = enough_for(olmoe, 5)
+    planned = melinoe.plan(olmoe, memory=memory, measure_seconds=0.2)
+    loaded = melinoe.load(olmoe, memory=memory).melinoe_budget
     assert planned["budget"]["total_bytes"] == loaded.total_bytes
     assert planned["budget"]["slots"] == loaded.slots
     assert planned["bandwidth"] > 0
@@ -102,19 +104,20 @@ def test_plan_of_what_cannot_be_measured(olmoe, tmp_path):
     """A checkpoint that must be converted, and one whose weights have not been fetched."""
     bfloat16 = save_checkpoint(tmp_path / "bfloat16", "olmoe", torch.bfloat16)
     shutil.copy(olmoe / "model.safetensors", bfloat16 / "model.safetensors")
-    planned = melinoe.plan(bfloat16, memory="1MiB")
+    planned = melinoe.plan(bfloat16, memory="100MiB")
     assert planned["bandwidth"] is None
     assert "the model computes in torch.bfloat16" in describe(planned)
     (bfloat16 / "model.safetensors").unlink()
-    planned = melinoe.plan(bfloat16, memory="1MiB")
+    planned = melinoe.plan(bfloat16, memory="100MiB")
     assert planned["budget"]["slots"] > 0
     assert "its weights are not here" in describe(planned)
 
 
 def test_slots_to_tune_for_are_those_that_generating_gets(olmoe, olmoe_store):
     for source in (olmoe, olmoe_store):
-        found = deployed_slots(source, "1MiB")
-        assert found == max(2, melinoe.load(source, memory="1MiB").melinoe_budget.slots)
+        memory = enough_for(source, 5)
+        found = deployed_slots(source, memory)
+        assert found == max(2, melinoe.load(source, memory=memory).melinoe_budget.slots)
     least = melinoe.plan(olmoe_store, slots=1, measure_seconds=0)["budget"]["total_bytes"]
     assert deployed_slots(olmoe_store, least) == 2  # K: one token's experts at least
     with pytest.raises(melinoe.MelinoeError, match="too small"):

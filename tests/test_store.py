@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import melinoe
-from families import batch, save_checkpoint
+from families import batch, enough_for, save_checkpoint
 from melinoe.config import RECORD_ALIGNMENT
 from melinoe.conversion.verify import damaged_records
 from melinoe.store.manifest import MANIFEST, RESIDENT, open_store
@@ -245,8 +245,9 @@ def test_memory_budget(olmoe_store):
 
 
 def test_plan_agrees_with_what_is_loaded(olmoe_store):
-    planned = melinoe.plan(olmoe_store, memory="1MiB", measure_seconds=0.2)
-    loaded = melinoe.load(olmoe_store, memory="1MiB").melinoe_budget
+    memory = enough_for(olmoe_store, 5)
+    planned = melinoe.plan(olmoe_store, memory=memory, measure_seconds=0.2)
+    loaded = melinoe.load(olmoe_store, memory=memory).melinoe_budget
     assert planned["budget"]["slots"] == loaded.slots
     assert planned["budget"]["total_bytes"] == loaded.total_bytes
     assert planned["bandwidth"] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from melinoe.errors import MelinoeError
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 RETURNED_BYTES = 2**18  # blocks from this size on are returned
+# what oneDNN keeps of one shape of matrix product, the code that it wrote for it (docs/decisions/0014)
+KERNEL_BYTES = 3 * 2**18
 
 
 def free_memory(device: torch.device | None = None) -> int:
@@ -62,13 +65,22 @@ def _cgroups() -> Iterator[tuple[int, int]]:
                 break
 
 
+def resident_memory() -> int:
+    """The resident set of this process, in bytes."""
+    return _status("VmRSS")
+
+
 def peak_memory() -> int:
     """The largest resident set of this process so far, in bytes.
 
     Not getrusage: its ru_maxrss begins with what the parent had when it started us.
     """
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -82,6 +94,31 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)
+
+
+def makes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch computes matrix products there with oneDNN, which writes code for every shape."""
+    return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+def kept_kernels(shapes: int, memory: int) -> int:
+    """For how many shapes of matrix products oneDNN may keep its code.
+
+    Args:
+        shapes: those that one request has.
+        memory: a budget of bytes, a tenth of which they may take, but 32 are kept in any.
+    """
+    return min(shapes, max(32, memory // 10 // KERNEL_BYTES))
+
+
+def keep_kernels(count: int) -> None:
+    """Limits what oneDNN keeps of shapes that it has seen.
+
+    It would keep 1,024, and torch's layer above it as many. Only before the first such product of a process,
+    and not where the user has set the variables.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(count))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
 
 
 def usable_device(device: str | torch.device) -> torch.device:

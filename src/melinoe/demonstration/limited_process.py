@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,29 +14,46 @@ from typing import Any
 from melinoe.errors import MelinoeError
 from melinoe.files import write_json
 
-_CGROUP = Path("/sys/fs/cgroup/memory")
+# (folder, limit, peak, members) of the memory controller, version 1 and 2
+_CONTROLLERS = (
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.max_usage_in_bytes", "tasks"),
+    ("/sys/fs/cgroup", "memory.max", "memory.peak", "cgroup.procs"),
+)
 
 
 class MemoryLimit:
-    """A memory cgroup (v1) for child processes; `available` says whether this machine lets us make one."""
+    """A memory cgroup for child processes; `available` says whether this machine lets us make one."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self.folder = _CGROUP / f"melinoe-{os.getpid()}"
-        try:
-            self.folder.mkdir()
-            (self.folder / "memory.limit_in_bytes").write_text(str(limit_bytes))
-            self.available = True
-        except OSError:
-            self.available = False
+        self.available = False
+        for root, *names in _CONTROLLERS:
+            self.folder = Path(root) / f"melinoe-{os.getpid()}"
+            self._limit, self._peak, self._members = (self.folder / name for name in names)
+            try:
+                self.folder.mkdir()
+            except OSError:
+                continue
+            try:
+                self.set_limit(limit_bytes)
+                self.available = True
+                return
+            except OSError:  # this hierarchy does not control memory
+                self.folder.rmdir()
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Raises OSError where that is not allowed."""
+        self._limit.write_text(str(limit_bytes))
 
     def join(self) -> None:
         """Called by the child before it allocates anything."""
-        (self.folder / "tasks").write_text(str(os.getpid()))
+        self._members.write_text(str(os.getpid()))
 
     def peak_bytes(self) -> int:
-        peak = int((self.folder / "memory.max_usage_in_bytes").read_text())
-        (self.folder / "memory.max_usage_in_bytes").write_text("0")
+        """Since the last time that it was asked; with version 2 of cgroups, since the beginning."""
+        peak = int(self._peak.read_text())
+        with contextlib.suppress(OSError):
+            self._peak.write_text("0")
         return peak
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import MelinoeError
+from melinoe.experts.row_counts import pad
 from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
 from melinoe.paging.expansion import PackedExpert
@@ -28,6 +29,7 @@ from melinoe.routing.policies import Call
 from melinoe.store.layout import per_expert
 
 NAME = "melinoe"
+COMBINED_TOKENS = 128  # whose experts' outputs are weighted at once
 
 
 def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, expert: int) -> torch.Tensor:
@@ -120,10 +122,12 @@ def _many_tokens(
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
             positions = order.choice_N[rows[expert]]
-            inputs_NH = hidden_TH[positions // top_k]
+            as_it_lies = isinstance(weights, PackedExpert) and len(positions) <= weights.few_rows
+            computed = positions if as_it_lies else pad(positions, hidden_TH)
+            inputs_NH = hidden_TH[computed // top_k]
             if scale_TK is not None:
-                inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[positions]
-            part = expert_output(module, inputs_NH, weights, expert)
+                inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[computed]
+            part = expert_output(module, inputs_NH, weights, expert)[: len(positions)]
             if paged is None:
                 parts.append((positions, part))  # kept whole for autograd
                 continue
@@ -170,10 +174,25 @@ def melinoe_experts(
         outputs = _many_tokens(module, paged, hidden_states, top_k_index, indices, scale_TK)
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
-    terms = outputs.view(tokens, top_k, -1)
-    if scale_TK is None:
-        terms = terms * top_k_weights.unsqueeze(-1)
-    return terms.sum(1).to(hidden_states.dtype)
+    return combine(outputs, top_k_weights if scale_TK is None else None, top_k, hidden_states.dtype)
+
+
+def combine(
+    outputs: torch.Tensor, weights_TK: torch.Tensor | None, top_k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """[T * K, H] -> [T, H]: the outputs of a token's experts, weighted and added in top-k order.
+
+    Some tokens at a time: the products, which routers in float32 make float32, would otherwise be the largest
+    tensor of a pass. Every token's sum is the same.
+    """
+    parts = []
+    for start in range(0, len(outputs) // top_k, COMBINED_TOKENS):
+        stop = start + COMBINED_TOKENS
+        terms = outputs[start * top_k : stop * top_k].view(-1, top_k, outputs.shape[-1])
+        if weights_TK is not None:
+            terms = terms * weights_TK[start:stop].unsqueeze(-1)
+        parts.append(terms.sum(1).to(dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def use_melinoe_experts(model: Any) -> None:

@@ -102,6 +102,11 @@ class PackedExpert(Mapping[str, torch.Tensor]):
             self._expanded.add(name)
         return weight
 
+    @property
+    def few_rows(self) -> int:
+        """Up to so many rows are computed from the record as it lies."""
+        return self._layer.few_rows
+
     def product(self, rows: torch.Tensor, name: str) -> torch.Tensor | None:
         """rows [N, in] by the matrix, [N, out], as it lies; None where it is to be expanded.
 

@@ -8,12 +8,14 @@ are, and whether it is prefill or decoding.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from melinoe.errors import MelinoeError
 from melinoe.paging.pager import ExpertPager
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import DECODE, PREFILL, Call
@@ -27,6 +29,42 @@ class _Note(threading.local):
     valid: np.ndarray = np.empty(0, bool)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a memory budget was divided for.
+
+    batch: sequences at once. context: tokens of each in the cache. pass_tokens: tokens of one forward pass.
+    """
+
+    batch: int
+    context: int
+    pass_tokens: int
+
+    def check(self, rows: int, length: int, cached: int) -> None:
+        """Refuses a forward pass that would take more memory than was set aside.
+
+        Args:
+            rows: sequences. length: tokens of each in this pass. cached: of each, that the cache holds then.
+
+        Raises:
+            MelinoeError: it names what was set aside, and how to set more aside.
+        """
+        if rows > self.batch or cached > self.context:
+            raise MelinoeError(
+                "this would take more memory than the budget has set aside",
+                got=f"{rows} sequences of {cached} tokens",
+                allowed=f"{self.batch} of {self.context}",
+                next_step=f"load with context={max(cached, self.context)}, batch={max(rows, self.batch)}",
+            )
+        if rows * length > self.pass_tokens:
+            raise MelinoeError(
+                "this forward pass would take more memory than the budget has set aside",
+                got=f"{rows} sequences of {length} tokens at once",
+                allowed=f"{self.pass_tokens} tokens",
+                next_step=f"generate with prefill_chunk_size={self.pass_tokens // self.batch}",
+            )
+
+
 class PagedExperts:
     """The paged experts of one model; its experts modules find it as `melinoe_paged`, and so does its user.
 
@@ -34,11 +72,13 @@ class PagedExperts:
     tuning: the model is being tuned; its experts function tells the pager of each pass by itself.
     converted: memory in which tuning converts records to its dtype, one for each shape; see
     melinoe.experts.backward.
+    limits: of what a memory budget is for; None: no budget was given, nothing is refused.
     """
 
     def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
         self.pager, self.predictor = pager, predictor
         self.tuning = False
+        self.limits: Limits | None = None
         self.converted: dict[tuple[Any, ...], torch.Tensor] = {}
         self._note = _Note()
         self._in_flight: dict[str, np.ndarray] | None = None  # predictions, once somebody shares them
@@ -58,6 +98,8 @@ class PagedExperts:
             return
         ends = kwargs.get("cu_seq_lens_q")
         if ends is not None and tokens.shape[0] == 1:
+            if self.limits is not None:
+                self.limits.check(1, int(tokens.shape[1]), 0)
             self._before_continuous_batch(ends.cpu().numpy(), tokens.shape[1])
             return
         batch, length = tokens.shape[:2]
@@ -68,6 +110,8 @@ class PagedExperts:
             valid = np.ones((batch, length), bool)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if self.limits is not None:
+            self.limits.check(batch, length, max(past + length, _reserved(cache)))
         # several tokens behind a cache: the next piece of a prompt, unless decoding has begun (then it
         # is the verification of guessed tokens)
         note = self._note
@@ -141,3 +185,9 @@ class PagedExperts:
         # the layers were called past the model we know: say only what the shape says
         phase = PREFILL if tokens > 1 else DECODE
         return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), phase)
+
+
+def _reserved(cache: Any) -> int:
+    """Tokens of a sequence for which a cache of fixed size has taken memory; 0 for one that grows."""
+    sizes = [getattr(layer, "max_cache_len", -1) or -1 for layer in getattr(cache, "layers", None) or []]
+    return max([0, *(int(size) for size in sizes)])

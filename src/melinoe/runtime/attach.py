@@ -10,11 +10,12 @@ from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.experts.forward import use_melinoe_experts
+from melinoe.machine import keep_kernels
 from melinoe.models.layers import check_experts_per_token, experts_modules, fingerprint
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.gather import buffer_bytes
-from melinoe.paging.paged_experts import PagedExperts
+from melinoe.paging.paged_experts import Limits, PagedExperts
 from melinoe.paging.pager import ExpertPager
 from melinoe.paging.reader import READER_THREADS
 from melinoe.prediction.predictor import Predictor
@@ -124,6 +125,7 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
         settings.memory,
         settings.slots,
         context=settings.context,
+        batch=settings.batch,
         extra_bytes=extra,
         buffer_bytes=expansion_bytes(store, packed),
         device=model.device,
@@ -137,6 +139,10 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     paged = PagedExperts(
         pager, Predictor.load(settings.predictor, model) if settings.predictor is not None else None
     )
+    if settings.memory is not None:
+        paged.limits = Limits(plan.batch, plan.context, plan.pass_tokens)
+        if plan.kernels:
+            keep_kernels(plan.kernels)
     paged.attach(model)
     for index, (_, module) in enumerate(experts_modules(model)):
         module.melinoe_layer, module.melinoe_paged = index, paged  # type: ignore[assignment]

@@ -1,4 +1,7 @@
-"""Divides one number of bytes: resident weights, KV cache, work space, staging, and slots with the rest."""
+"""Divides one number of bytes: libraries, weights, KV cache, work space, staging, and slots with the rest.
+
+docs/memory.md says for people what is in each of them, and what is not counted.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,56 @@ from torch import nn
 
 from melinoe.config import format_bytes, parse_bytes
 from melinoe.errors import MelinoeError
-from melinoe.machine import free_memory, total_memory
-from melinoe.models.layers import experts_per_token
+from melinoe.machine import KERNEL_BYTES, free_memory, kept_kernels, makes_kernels, total_memory
 from melinoe.paging.slots import STAGING_RECORDS
+from melinoe.runtime.work_space import twin, work_space
 
 DEFAULT_CONTEXT = 2048  # tokens of KV cache that a budget sets aside
 PREFILL_CHUNK = 2048  # tokens of one call that the work space is sized for
 FREE_MARGIN = 0.8  # share of the free memory taken where no budget is given
+# What Python, torch and transformers take of a host beyond what they had when a model is opened: code that is
+# read on first use, modules, threads. Measured (docs/memory.md): 33 to 37 MiB.
+LIBRARY_BYTES = 40 * 2**20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by purpose. `slots` are records per layer; each layer has the same number."""
+    """Bytes by purpose. `slots` are records per layer; each layer has the same number.
 
+    batch: sequences at once. context: tokens of KV cache of each. pass_tokens: tokens of one forward pass.
+    kernels: shapes of matrix products whose code is kept; part of library_bytes.
+    process_bytes: what the process had when the model was opened; no part of the budget. 0: not known.
+    """
+
+    library_bytes: int
     resident_bytes: int
     cache_bytes: int
     work_bytes: int
     staging_bytes: int
     slots: int
     slot_bytes: int
+    batch: int
+    context: int
+    kernels: int = 0
+    process_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.resident_bytes + self.cache_bytes + self.work_bytes + self.staging_bytes + self.slot_bytes
+        fixed = self.library_bytes + self.resident_bytes + self.cache_bytes + self.work_bytes
+        return fixed + self.staging_bytes + self.slot_bytes
+
+    @property
+    def pass_tokens(self) -> int:
+        return self.batch * min(self.context, PREFILL_CHUNK)
 
     def __str__(self) -> str:
         return (
-            f"resident {format_bytes(self.resident_bytes)} + KV cache {format_bytes(self.cache_bytes)}"
-            f" + work {format_bytes(self.work_bytes)} + staging {format_bytes(self.staging_bytes)}"
+            f"libraries {format_bytes(self.library_bytes)} + resident {format_bytes(self.resident_bytes)}"
+            f" + KV cache {format_bytes(self.cache_bytes)} + work {format_bytes(self.work_bytes)}"
+            f" + staging {format_bytes(self.staging_bytes)}"
             f" + {self.slots} slots per layer {format_bytes(self.slot_bytes)}"
             f" = {format_bytes(self.total_bytes)}"
+            + (f"; the process had {format_bytes(self.process_bytes)} before" if self.process_bytes else "")
         )
 
 
@@ -97,6 +120,7 @@ def derive(
     slots: int | None = None,
     *,
     context: int | None = None,
+    batch: int = 1,
     extra_bytes: int = 0,
     buffer_bytes: int = 0,
     device: torch.device | None = None,
@@ -108,7 +132,8 @@ def derive(
         memory: all bytes the model may use, or a share of what is free ("80%"); None with `slots` None: most
             of what is free.
         slots: records per layer; overrides `memory`.
-        context: tokens of KV cache to set aside; None: the model's, at most DEFAULT_CONTEXT.
+        context: tokens of KV cache of each sequence; None: the model's, at most DEFAULT_CONTEXT.
+        batch: sequences at once, beams among them.
         extra_bytes: other things that stay in memory, such as an adapter.
         buffer_bytes: what packed records are expanded with; counted with the staging records.
         device: whose free memory counts.
@@ -118,31 +143,50 @@ def derive(
             than experts.
     """
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    given = given_bytes(memory, device) if slots is None else None
     resident = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) + extra_bytes
-    element = (config.dtype or torch.float32).itemsize
     context = context or min(
         DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     )
-    cache = context * _cache_bytes_per_token(model)
-    work = min(context, PREFILL_CHUNK) * experts_per_token(model) * config.hidden_size * element
+    cache = batch * context * _cache_bytes_per_token(model)
+    needed = work_space(twin(model), batch, min(context, PREFILL_CHUNK), context)
+    work = needed.num_bytes + cache // config.num_hidden_layers  # a layer's cache grows by being copied
     staging = STAGING_RECORDS * max(size for _, size in records) + buffer_bytes
     per_slot = sum(size for _, size in records)
     most = max(count for count, _ in records)
-    fixed = resident + cache + work + staging
-    if slots is None:
-        given = given_bytes(memory, device)
-        slots = (given - fixed) // per_slot
+    device = device or torch.device("cpu")
+    library = LIBRARY_BYTES if device.type == "cpu" else 0
+    fixed = library + resident + cache + work + staging
+    shapes = needed.shapes if makes_kernels(device, model.dtype) else 0  # type: ignore[arg-type]
+
+    def room(total: int) -> tuple[int, int]:
+        """(slots, kernels) of a budget."""
+        kept = kept_kernels(shapes, total)
+        return (total - fixed - kept * KERNEL_BYTES) // per_slot, kept
+
+    if given is None:
+        assert slots is not None
+        # as a budget of just this size has: a tenth of the whole is a ninth of the rest
+        kernels = kept_kernels(shapes, (fixed + slots * per_slot) * 10 // 9)
+    else:
+        slots, kernels = room(given)
         if slots < 1:
+            least = -(-(fixed + per_slot) // 2**20)
+            while room(least * 2**20)[0] < 1:
+                least += 1
             raise MelinoeError(
                 "the memory budget is too small for this model",
                 got=format_bytes(given),
-                allowed=f"{-(-(fixed + per_slot) // 2**20)}MiB or more",
-                next_step=f"resident weights need {format_bytes(resident)}, the KV cache of {context} tokens"
-                f" {format_bytes(cache)}, one slot in every layer {format_bytes(per_slot)}",
+                allowed=f"{least}MiB or more",
+                next_step=f"resident weights need {format_bytes(resident)}, the KV cache of {batch} times"
+                f" {context} tokens {format_bytes(cache)}, work space {format_bytes(work)}, libraries"
+                f" {format_bytes(library + kernels * KERNEL_BYTES)}, one slot in every layer"
+                f" {format_bytes(per_slot)}",
             )
-    elif not 0 <= slots <= most:
+        slots = min(slots, most)
+    library += kernels * KERNEL_BYTES
+    if not 0 <= slots <= most:
         raise MelinoeError(
             "slots does not suit this model", got=slots, allowed=f"0 to {most}, the experts of a layer"
         )
-    slots = min(slots, most)
-    return Budget(resident, cache, work, staging, slots, slots * per_slot)
+    return Budget(library, resident, cache, work, staging, slots, slots * per_slot, batch, context, kernels)

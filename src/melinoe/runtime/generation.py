@@ -32,6 +32,7 @@ class GenerationStatistics:
     ttft_seconds: from the call to the first token, prediction and preload included.
     generation_tokens_per_second: tokens after the first, over the time after the first.
     peak_memory_bytes: the largest resident set of the process so far.
+    model_memory_bytes: that without what the process had when the model was opened: what a budget is for.
     notes: what the checkpoint's generation settings ask for and was done otherwise.
     """
 
@@ -46,6 +47,7 @@ class GenerationStatistics:
     decode_loads: int | None = None
     loads_per_token: float | None = None
     bytes_per_token: float | None = None
+    model_memory_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -73,7 +75,10 @@ class GenerationStatistics:
         ]
         if self.hit_rate is not None:
             parts += [f"hit rate {self.hit_rate:.3f}", f"{format_bytes(self.bytes_per_token or 0)} per token"]
-        return " | ".join([*parts, f"peak memory {format_bytes(self.peak_memory_bytes)}"])
+        peak = f"peak memory {format_bytes(self.peak_memory_bytes)}"
+        if self.model_memory_bytes is not None:
+            peak += f", {format_bytes(self.model_memory_bytes)} of it since the model was opened"
+        return " | ".join([*parts, peak])
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,7 @@ def _statistics(
     if before is None:
         return GenerationStatistics(prompt, generated, ttft, seconds, peak, notes=notes)
     new = model.melinoe_paged.pager.statistics.since(before)
+    started = model.melinoe_budget.process_bytes
     return GenerationStatistics(
         prompt,
         generated,
@@ -228,6 +234,7 @@ def _statistics(
         decode_loads=new.decode_loads,
         loads_per_token=new.loads_per_token,
         bytes_per_token=new.bytes_per_token,
+        model_memory_bytes=peak - started if started else None,
         notes=notes,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from melinoe.config import DEFAULT_POLICY
 from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
-from melinoe.machine import usable_device
+from melinoe.machine import resident_memory, usable_device
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import check_experts_per_token, moe_layers
 from melinoe.models.pretrained import load_model, read_config, read_tokenizer
@@ -37,6 +38,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     slots_format: str | None = None,
     context: int | None = None,
+    batch: int = 1,
     verify: bool = False,
     device_map: Any = None,
     **more: Any,
@@ -48,7 +50,8 @@ def load(
             index on first use where its experts can be read in place, else a converted copy.
         adapter: what `melinoe tune` wrote; applied without touching the store.
         predictor: what `melinoe fit-predictor` wrote.
-        memory: bytes or text such as "4GiB" for weights, KV cache, work space and slots together.
+        memory: bytes or text such as "4GiB", for everything that the process takes beyond what it has now
+            (docs/memory.md). What needs more than was set aside is refused, before it is computed.
         slots: records per layer, instead of memory.
         policy: decay (default), lru, lfu or static.
         device: where weights, slots and computation are: cpu (default), cuda or cuda:N.
@@ -56,8 +59,9 @@ def load(
         slots_format: of a store converted with `format`: packed (slots hold records as they are stored,
             computed as they lie, many rows expanded at use) or expanded (to full size when they arrive);
             None: packed where this machine computes them so (docs/store.md).
-        context: tokens of KV cache that `memory` sets aside; None: the model's, at most 2048. A longer text
-            works, and takes more memory than was asked for.
+        context: tokens of KV cache that `memory` sets aside for each sequence; None: the model's, at most
+            2048.
+        batch: sequences that `memory` is for, where several are generated at once; a beam is a sequence.
         verify: compare each record with its checksum when it is first read (docs/store.md: what it costs).
         device_map: as for `from_pretrained`, where it means one device; instead of device.
         more: attn_implementation and generation_config, as for `from_pretrained`. Its other arguments are
@@ -76,12 +80,14 @@ def load(
     passed = passed_on(more)
     device = one_device(device_map) if device is None else device
     place = usable_device("cpu" if device is None else device)
+    process_bytes = resident_memory()
     settings = LoadSettings(
         memory=memory,
         slots=slots,
         policy=policy,
         slots_format=slots_format,
         context=context,
+        batch=batch,
         verify=verify,
         extra_bytes=_weight_bytes(adapter),
         predictor=None,  # opened below: it may have been fitted to the adapter's routers
@@ -92,6 +98,7 @@ def load(
     own = dtype_of(dtype, config.dtype)
     set_settings(config, settings, store)
     model = load_model(store.folder, config=config, dtype=own, device_map={"": place}, **passed)
+    model.melinoe_budget = replace(model.melinoe_budget, process_bytes=process_bytes)
     if adapter is not None:
         from melinoe.adapters.peft_folder import apply_adapter
 

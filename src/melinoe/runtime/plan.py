@@ -36,6 +36,7 @@ def plan(
     slots: int | None = None,
     *,
     context: int | None = None,
+    batch: int = 1,
     device: str = "cpu",
     slots_format: str | None = None,
     measure_seconds: float = 1.0,
@@ -46,7 +47,7 @@ def plan(
         source: a store or a checkpoint. Its config is read, and of a store or a checkpoint that can be read
             in place some experts, to measure. The weights of a Hub id are not fetched.
         memory, slots: as for `melinoe.load`.
-        context: tokens of KV cache to set aside.
+        context, batch: tokens of KV cache to set aside for a sequence, and sequences at once.
         slots_format: packed or expanded, as for `melinoe.load`.
         measure_seconds: how long to read records for the bandwidth; 0: not at all.
 
@@ -80,13 +81,26 @@ def plan(
     strip(model)
     extra = READER_THREADS * buffer_bytes(store) if store is not None else 0
     derived = budget.derive(
-        model, records, memory, slots, context=context, extra_bytes=extra, buffer_bytes=beside, device=place
+        model,
+        records,
+        memory,
+        slots,
+        context=context,
+        batch=batch,
+        extra_bytes=extra,
+        buffer_bytes=beside,
+        device=place,
     )
     top_k = experts_per_token(model)
     per_token = top_k * sum(read_bytes)
     ceilings = {rate: bandwidth / (per_token * (1 - rate)) for rate in HIT_RATES} if bandwidth else {}
     return {
-        "budget": {**vars(derived), "total_bytes": derived.total_bytes, "text": str(derived)},
+        "budget": {
+            **vars(derived),
+            "total_bytes": derived.total_bytes,
+            "pass_tokens": derived.pass_tokens,
+            "text": str(derived),
+        },
         "num_experts": max(count for count, _ in records),
         "experts_per_token": top_k,
         "record_bytes": max(read_bytes),

@@ -22,8 +22,9 @@ class LoadSettings:
         policy: what decides who stays: decay, lru, lfu, static.
         predictor: path of a predictor, or None.
         slots_format: packed or expanded, for a store with packed records; None: the default.
-        context: tokens of KV cache that the budget sets aside; None: the model's, at most
+        context: tokens of KV cache that the budget sets aside for each sequence; None: the model's, at most
             budget.DEFAULT_CONTEXT.
+        batch: sequences at once that the budget is for, beams among them.
         verify: compare each record with its checksum when it is first read.
         extra_bytes: memory that the budget must leave for something else, such as an adapter.
         any_dtype: the model may be opened in another dtype than the records have (tuning converts them at
@@ -39,6 +40,7 @@ class LoadSettings:
     predictor: str | None = None
     slots_format: str | None = None
     context: int | None = None
+    batch: int = 1
     verify: bool = False
     extra_bytes: int = 0
     any_dtype: bool = False

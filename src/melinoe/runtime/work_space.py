@@ -1,0 +1,152 @@
+"""What one forward pass computes with, in bytes, counted on a model without weights.
+
+The skeleton of the model runs once on the meta device, which knows shapes and computes nothing, and the
+tensors that live at the same time are added up. So nothing is assumed of a family's attention, state spaces
+or shared experts. Attention itself is not run where transformers leaves it to torch, whose kernels keep no
+scores. All rows go through one expert: no routing needs more.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from melinoe.experts.forward import combine, expert_output
+from melinoe.experts.row_counts import row_counts
+from melinoe.models.layers import experts_modules
+from melinoe.models.undecorated import take_over
+from melinoe.store.layout import per_expert
+
+_STAND_IN = "melinoe_work_space"
+# float32 copies of a row's logits that choosing a token takes at most: processors, sorting, probabilities
+LOGITS_COPIES = 10
+KERNELS = 1.15  # times what operations take: their own scratch, and holes that the allocator keeps
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+@dataclass(frozen=True)
+class WorkSpace:
+    """Of one forward pass. num_bytes: that live at once. shapes: different matrix products of a request."""
+
+    num_bytes: int
+    shapes: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operations make, as long as they live. `peak` is the most there was.
+
+    products: the shapes of matrix products that were computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.products: set[tuple[torch.Size, ...]] = set()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These are there already and do not count."""
+        for tensor in tensors:
+            self._known.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.__name__.partition(".")[0] in _PRODUCTS:
+            self.products.add(tuple(one.shape for one in args if isinstance(one, torch.Tensor)))
+        for tensor in tree_leaves(found):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                size = storage.nbytes()
+                self._known.add(storage)
+                self.now += size
+                weakref.finalize(storage, self._end, size)
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _end(self, size: int) -> None:
+        self.now -= size
+
+
+class _NoScores(TorchFunctionMode):
+    """Attention by torch's own kernels: an output as large as the queries, and no scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            query, value = args[0], args[2] if len(args) > 2 else (kwargs or {})["value"]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace:
+    """What one forward pass computes with, the cache and the weights apart.
+
+    Args:
+        skeleton: on the meta device, its experts included; its experts function is changed.
+        rows: sequences.
+        length: tokens of each that go through at once.
+        context: tokens of each that are in the cache then, these included.
+    """
+    config, dtype = skeleton.config.get_text_config(), skeleton.dtype
+    experts_products = _use_stand_in(skeleton)
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
+    with torch.no_grad(), LiveBytes() as live, _NoScores():
+        live.ignore((*skeleton.parameters(), *skeleton.buffers()))
+        skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    # the mask: boolean, and once more as torch's kernels take it
+    beside = rows * length * context * (1 + dtype.itemsize)
+    if (
+        skeleton.config._attn_implementation == "eager"
+    ):  # it keeps scores; those of this pass alone were counted
+        heads = config.num_attention_heads
+        beside += rows * length * (context - length) * heads * (4 + 2 * dtype.itemsize)
+    return WorkSpace(
+        int(KERNELS * (live.peak + beside)) + rows * config.vocab_size * 4 * LOGITS_COPIES,
+        # all but the experts' are computed for a prompt and for a token, and the output layer was not run
+        2 * (len(live.products) + 1) + experts_products * row_counts(rows * length),
+    )
+
+
+def _use_stand_in(model: Any) -> int:
+    """Returns how many different matrices the experts multiply by."""
+    tensors = {}
+    for _, module in experts_modules(model):
+        own = module.named_parameters(recurse=False)
+        tensors[module] = {name: per_expert(one, int(module.num_experts))[0] for name, one in own}  # type: ignore[arg-type]
+
+    def experts(
+        module: nn.Module, hidden_TH: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As melinoe_experts, with a row of every token for one expert."""
+        rows = torch.arange(len(hidden_TH), device="meta")
+        part = expert_output(module, hidden_TH[rows], tensors[module], 0)
+        outputs = part.new_zeros(top_k_index.numel(), part.shape[-1])
+        outputs[rows] = part
+        return combine(outputs, top_k_weights, top_k_index.shape[1], hidden_TH.dtype)
+
+    ALL_EXPERTS_FUNCTIONS.register(_STAND_IN, experts)
+    if not take_over(model, experts):
+        model.set_experts_implementation(_STAND_IN)
+    return len({part.shape for parts in tensors.values() for part in parts.values() if part.dim() > 1})
+
+
+def twin(model: Any) -> Any:
+    """The same model on the meta device, its experts included."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return type(model)._from_config(config, dtype=model.dtype)

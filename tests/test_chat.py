@@ -11,11 +11,14 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
 import melinoe
 from melinoe.cli.chat import command
+from melinoe.cli.main import app
 from melinoe.data.rows import read_rows
 from melinoe.errors import MelinoeError
+from melinoe.runtime.generation_settings import Sampling
 from melinoe.runtime.load import load_tokenizer
 from melinoe.serving.conversation import Conversation
 from melinoe.serving.engine.batched import PAGE_TOKENS
@@ -32,7 +35,7 @@ def conversation():
     tokenizer = load_tokenizer("tiny")
     settings = ServeSettings(concurrency=1)
     engine = start_engine(model, tokenizer, settings)
-    yield Conversation(model, tokenizer, engine, settings={"temperature": 0.0}, max_new_tokens=48)
+    yield Conversation(model, tokenizer, engine, sampling=Sampling(temperature=0.0), max_new_tokens=48)
     engine.stop()
 
 
@@ -51,6 +54,34 @@ def test_first_turn_is_what_generate_answers(conversation):
         {"role": "user", "content": QUESTION},
         {"role": "assistant", "content": text},
     ]
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_generate_takes_what_chat_takes(conversation, stream):
+    conversation.system = "Be brief."
+    try:
+        whole = "".join(conversation.ask(QUESTION))
+    finally:
+        conversation.system = ""
+    stop = whole[6:8]
+    options = [
+        "--system",
+        "Be brief.",
+        "--stop",
+        stop,
+        "--temperature",
+        "0",
+        "--top-k",
+        "3",
+        "--top-p",
+        "0.9",
+    ]
+    options += ["--min-p", "0.1", "--repetition-penalty", "1", "--max-new-tokens", "48", stream]
+    said = CliRunner().invoke(app, ["generate", "--model", "tiny", "--slots", "8", "-p", QUESTION, *options])
+    assert said.exit_code == 0, said.stderr
+    assert said.stdout == whole[: whole.index(stop)] + "\n"
+    refused = CliRunner().invoke(app, ["generate", "--model", "tiny", "-p", "hi", "--system", "x", "--raw"])
+    assert refused.exit_code == 1 and "--system needs the chat template" in refused.stderr
 
 
 def test_earlier_turns_are_not_computed_again(conversation):

@@ -68,6 +68,37 @@ def test_a_temperature_wins_over_the_checkpoint(model):
     assert ours(model, words, temperature=0.7) == own(model, words, temperature=0.7)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1.2, "top_p": 0.7}, {"top_k": 4}, {"min_p": 0.1}, {"repetition_penalty": 2.0}],
+    ids=" ".join,
+)
+def test_what_is_asked_for_is_what_transformers_does(model, settings):
+    words = model_and_tokenizer()[1]
+    drawn = settings.keys() != {"repetition_penalty"}
+    assert ours(model, words, **settings) == own(model, words, do_sample=drawn, **settings)
+    assert ours(model, words, **settings) != ours(model, words)
+    greedy = ours(model, words, **{**settings, "temperature": 0.0})
+    assert (greedy == ours(model, words)) == drawn
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"])
+def test_what_cannot_be_asked_for_is_refused_by_name(model, name):
+    with pytest.raises(MelinoeError, match=name):
+        ours(model, model_and_tokenizer()[1], **{name: -1})
+
+
+def test_text_ends_before_a_stop_string(model):
+    words = model_and_tokenizer()[1]
+    whole = ours(model, words)
+    stop = whole[4:6]
+    pieces = list(stream_generate(model, words, PROMPT, max_new_tokens=12, stop=(stop, "never")))
+    assert "".join(piece.text for piece in pieces) == whole[: whole.index(stop)]
+    assert pieces[-1].statistics.generated_tokens < 12
+    with pytest.raises(MelinoeError, match="empty"):
+        ours(model, words, stop=("",))
+
+
 def test_several_answers_are_one_and_it_is_said(model):
     words = model_and_tokenizer()[1]
     model.generation_config.update(num_return_sequences=3, num_beams=3)

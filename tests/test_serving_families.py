@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 import melinoe
 from families import save_checkpoint
 from family_configs import config
+from melinoe.runtime.answer_text import AnswerText
+from melinoe.runtime.generation_settings import Sampling, end_tokens
 from melinoe.serving.engine import batched, start
-from melinoe.serving.engine.answer_text import AnswerText
 from melinoe.serving.engine.request import EngineRequest
-from melinoe.serving.engine.sampling import Defaults
+from melinoe.serving.engine.sampling import sampler
 from melinoe.serving.settings import ServeSettings
 
 NEW_TOKENS = 12
@@ -32,18 +33,16 @@ def prompts() -> list[list[int]]:
     return made
 
 
-def answers(
-    engine: Any, defaults: Defaults, tokenizer: Any, prompts: list[list[int]], **settings: Any
-) -> Any:
+def answers(engine: Any, model: Any, tokenizer: Any, prompts: list[list[int]], **settings: Any) -> Any:
     """Tokens of all prompts, computed together; and how many tokens of each prompt were not computed."""
     ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    requests = []
+    requests, ends = [], end_tokens(model.generation_config, tokenizer)
     for number, prompt in enumerate(prompts):
-        sampler = defaults.sampler(prompt, NEW_TOKENS, seed=number, ignore_eos=True, **settings)
-        text = AnswerText(tokenizer, [])
-        requests.append(
-            EngineRequest(next(NAMES), prompt, sampler, text, NEW_TOKENS, defaults.end_tokens, ended.put)
+        chooser = sampler(
+            model, tokenizer, prompt, NEW_TOKENS, Sampling(**settings), seed=number, ignore_eos=True
         )
+        text = AnswerText(tokenizer, [])
+        requests.append(EngineRequest(next(NAMES), prompt, chooser, text, NEW_TOKENS, ends, ended.put))
     for request in requests:
         engine.submit(request)
     left = len(requests)
@@ -70,6 +69,7 @@ class NoTokenizer:
     """Engines need the text only."""
 
     added_tokens_decoder: dict[int, Any] = {}
+    eos_token_id = pad_token_id = None
 
     def convert_ids_to_tokens(self, token):
         return str(token)
@@ -107,14 +107,14 @@ def test_the_tokens_are_those_of_generate(family, tmp_path, monkeypatch, capsys)
     greedy = generated(model, given, do_sample=False)
     drawn = generated(model, given, do_sample=True, temperature=0.8, top_k=20)
     settings = ServeSettings(concurrency=3, context=64, cached_tokens=192)
-    tokenizer, defaults = NoTokenizer(), Defaults(model)
+    tokenizer = NoTokenizer()
     engine = start.start_engine(model, tokenizer, settings)
     try:
         assert engine.name == ("batched" if family in BATCHED else "one at a time")
         assert ("because" in capsys.readouterr().err) == (family in ALONE)
-        found, _ = answers(engine, defaults, tokenizer, given, temperature=0.0)
+        found, _ = answers(engine, model, tokenizer, given, temperature=0.0)
         assert found == greedy
-        found, cached = answers(engine, defaults, tokenizer, given, temperature=0.8, top_k=20)
+        found, cached = answers(engine, model, tokenizer, given, temperature=0.8, top_k=20)
         assert found == drawn
         if family == "olmoe":
             assert cached[1] == 32 and cached[4] == 32  # whole blocks of 16, never the whole prompt

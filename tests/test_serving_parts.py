@@ -18,9 +18,10 @@ from prometheus_client import generate_latest
 import melinoe
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import INITIAL_TRUST, DecayedCounts, decode_call
+from melinoe.runtime.answer_text import AnswerText
+from melinoe.runtime.generation_settings import Sampling, end_tokens
 from melinoe.serving.engine import batched
-from melinoe.serving.engine.answer_text import AnswerText
-from melinoe.serving.engine.sampling import Defaults
+from melinoe.serving.engine.sampling import sampler
 from melinoe.serving.http.admission import Admission
 from melinoe.serving.http.errors import ApiError
 from melinoe.serving.http.protocol import ChatRequest
@@ -78,12 +79,12 @@ def test_a_sampler_chooses_what_generate_chooses(kind, olmoe_store):
     model = melinoe.load(olmoe_store, slots=8)
     model.generation_config.suppress_tokens = [7, 8]
     settings, prompt = SETTINGS[kind], [3, 4, 5]
-    sampler = Defaults(model).sampler(prompt, 12, seed=5, ignore_eos=True, **settings)
+    chooser = sampler(model, LETTERS, prompt, 12, Sampling(**settings), seed=5, ignore_eos=True)
     tokens = list(prompt)
     drawn = settings["temperature"] > 0
     with torch.no_grad():
         for _ in range(12):
-            tokens.append(sampler.choose(model(torch.tensor([tokens])).logits[0, -1].float()).token)
+            tokens.append(chooser.choose(model(torch.tensor([tokens])).logits[0, -1].float()).token)
         torch.manual_seed(5)
         plain = {name: value for name, value in settings.items() if name != "temperature" or drawn}
         made = model.generate(
@@ -95,15 +96,17 @@ def test_a_sampler_chooses_what_generate_chooses(kind, olmoe_store):
 def test_what_the_checkpoint_says_holds_where_the_request_says_nothing(olmoe_store):
     model = melinoe.load(olmoe_store, slots=8)
     model.generation_config.update(do_sample=True, temperature=0.5, top_k=3, num_beams=4, eos_token_id=[1, 9])
-    defaults = Defaults(model)
-    assert defaults.end_tokens == [1, 9]
-    assert "TopK" in str(defaults.sampler([3], 4)._processors)
-    assert "TopK" not in str(defaults.sampler([3], 4, top_k=-1)._processors)
-    assert not defaults.sampler([3], 4, temperature=0.0)._drawn
+    assert end_tokens(model.generation_config, LETTERS) == [1, 9]
+
+    def chosen(**settings):
+        return sampler(model, LETTERS, [3], 4, Sampling(**settings))
+
+    assert "TopK" in str(chosen()._processors)
+    assert "TopK" not in str(chosen(top_k=0)._processors)
+    assert not chosen(temperature=0.0)._drawn
     model.generation_config.do_sample = False
-    greedy = Defaults(model)
-    assert not greedy.sampler([3], 4)._drawn
-    assert greedy.sampler([3], 4, top_p=0.5)._drawn  # whoever narrows down wants to draw
+    assert not chosen()._drawn
+    assert chosen(top_p=0.5)._drawn  # whoever narrows down wants to draw
 
 
 def test_the_prior_is_the_mean_of_who_is_in_flight(olmoe_store):

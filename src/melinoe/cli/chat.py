@@ -15,11 +15,18 @@ from melinoe.cli.options import (
     Adapter,
     Device,
     Memory,
+    MinP,
     Model,
     Packed,
     Policy,
     Predictor,
+    RepetitionPenalty,
     Slots,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
     prepare,
     slots_format_of,
 )
@@ -47,17 +54,13 @@ def chat(
     policy: Policy = DEFAULT_POLICY,
     device: Device = "cpu",
     packed: Packed = None,
-    system: Annotated[str, typer.Option(help="The system message: who the model is to be.")] = "",
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; the checkpoint's own setting if not given.", min=0.0)
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this share.", min=0, max=1)
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens.", min=1)] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")
-    ] = None,
+    system: System = "",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of every answer; a fresh one if not given.", min=0, max=MAX_SEED)
     ] = None,
@@ -76,6 +79,7 @@ def chat(
     prepare(model)
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.models.pretrained import read_config
+    from melinoe.runtime.generation_settings import Sampling
     from melinoe.runtime.load import load, load_tokenizer
     from melinoe.serving.conversation import Conversation
     from melinoe.serving.engine.start import cached_tokens, context_tokens, start_engine
@@ -96,7 +100,6 @@ def chat(
     )
     tokenizer = load_tokenizer(model)
     engine = start_engine(loaded, tokenizer, settings)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     try:
         talk(
             Conversation(
@@ -104,7 +107,8 @@ def chat(
                 tokenizer,
                 engine,
                 system=system,
-                settings=sampling,
+                sampling=Sampling(temperature, top_p, top_k, min_p, repetition_penalty),
+                seed=seed,
                 stops=tuple(stop or ()),
                 max_new_tokens=max_new_tokens,
             )

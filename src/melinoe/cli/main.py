@@ -30,14 +30,21 @@ from melinoe.cli.options import (
     Limit,
     MaxLength,
     Memory,
+    MinP,
     Model,
     Overwrite,
     Packed,
     Policy,
     Predictor,
     Quiet,
+    RepetitionPenalty,
     Seed,
     Slots,
+    Stop,
+    System,
+    Temperature,
+    TopK,
+    TopP,
     prepare,
     print_json,
     print_notes,
@@ -166,13 +173,19 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="At most this many tokens; 256 if not given.", min=1)
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(help="0 is greedy. [default: the checkpoint's own settings]", min=0, max=100),
-    ] = None,
+    system: System = "",
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     packed: Packed = None,
+    stream: Annotated[
+        bool, typer.Option("--stream/--no-stream", help="Print the text as it is generated, or at its end.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
@@ -185,8 +198,11 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
+    if system and raw:
+        raise MelinoeError("--system needs the chat template", next_step="leave out --raw, or --system")
     tokenizer = load_tokenizer(model)
-    needed = len(encode_prompt(tokenizer, text, raw)) + (max_new_tokens or DEFAULT_NEW_TOKENS)
+    asked = ({"role": "system", "content": system}, {"role": "user", "content": text}) if system else text
+    needed = len(encode_prompt(tokenizer, asked, raw)) + (max_new_tokens or DEFAULT_NEW_TOKENS)
     loaded = load(
         model,
         adapter=adapter,
@@ -200,19 +216,31 @@ def generate(
     )
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     answer, statistics = "", None
+    stream = stream and not as_json
     for piece in stream_generate(
-        loaded, tokenizer, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, raw=raw
+        loaded,
+        tokenizer,
+        asked,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop or (),
+        seed=seed,
+        raw=raw,
     ):
         answer += piece.text
         statistics = piece.statistics
-        if not as_json:
+        if stream:
             print(piece.text, end="", flush=True)
     assert statistics is not None
     for note in statistics.notes:
         print(f"melinoe: {note}", file=sys.stderr)
     if as_json:
         return print_json({"text": answer, **statistics.to_json()})
-    print()
+    print("" if stream else answer)
     print(statistics, file=sys.stderr)
 
 

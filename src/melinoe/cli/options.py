@@ -48,6 +48,22 @@ Packed = Annotated[
         " computed so) or at full size.",
     ),
 ]
+System = Annotated[str, typer.Option(help="The system message: who the model is to be.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 is greedy. [default: the checkpoint's own settings]", min=0, max=100)
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Draw from the likeliest tokens of this share.", min=0, max=1)
+]
+TopK = Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens; 0: all.", min=0)]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Draw from tokens of at least this share of the likeliest one's.", min=0, max=1),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: what was said becomes less likely.", min=0.01)
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End an answer before this text; may be repeated.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 
 

@@ -26,7 +26,7 @@ from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
 from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, track
 from melinoe.models.logits import logits_at
-from melinoe.runtime.generation_settings import Request, context_length, end_tokens, request
+from melinoe.runtime.generation_settings import Request, Sampling, context_length, end_tokens, request
 
 METRICS = ("perplexity", "exact_match", "rouge_l")
 GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given,
@@ -89,7 +89,7 @@ def greedy_completions(
 def greedy_request(model: Any, tokenizer: Any, max_new_tokens: int) -> Request:
     """How completions are generated: as the checkpoint says, but without chance."""
     why = "completions are compared"
-    asked = request(model, tokenizer, max_new_tokens, temperature=0.0, why_greedy=why)
+    asked = request(model, tokenizer, max_new_tokens, sampling=Sampling(temperature=0.0), why_greedy=why)
     return replace(asked, arguments=asked.arguments | {"prompt_lookup_num_tokens": None})  # of one row alone
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.machine import peak_memory
 from melinoe.paging.statistics import Statistics
+from melinoe.runtime.answer_text import AnswerText
 from melinoe.runtime.budget import PREFILL_CHUNK
-from melinoe.runtime.detokenize import Detokenizer
-from melinoe.runtime.generation_settings import context_length, request
+from melinoe.runtime.generation_settings import Sampling, context_length, request
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -123,6 +123,11 @@ def stream_generate(
     *,
     max_new_tokens: int | None = None,
     temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    stop: Collection[str] = (),
     seed: int | None = None,
     raw: bool = False,
     ignore_eos: bool = False,
@@ -133,14 +138,15 @@ def stream_generate(
         model: offloaded (`melinoe.load`) or resident.
         prompt: text, messages, or token ids; text goes through the chat template unless `raw`.
         max_new_tokens: None: 256, or what the model's context leaves room for.
-        temperature: 0 is greedy; None: as the checkpoint's generation settings have it, which hold for
-            everything that is not said here. With several beams all text comes at the end.
+        temperature, top_p, top_k, min_p, repetition_penalty: see `Sampling`; None: as the checkpoint's
+            generation settings have it, which hold for everything that is not said here. With several beams
+            all text comes at the end.
+        stop: the text ends before the first of these.
         ignore_eos: go on for exactly `max_new_tokens` (for measurements).
 
     Raises:
         MelinoeError: an empty prompt, settings of the checkpoint that cannot be followed, or whatever stops
-            the
-            generation (a read error).
+            the generation (a read error).
     """
     ids = prompt if isinstance(prompt, list) else encode_prompt(tokenizer, prompt, raw)
     if not ids:
@@ -159,7 +165,10 @@ def stream_generate(
             allowed=f"{limit} together",
             next_step="lower --max-new-tokens or shorten the prompt",
         )
-    asked = request(model, tokenizer, max_new_tokens, temperature=temperature, exactly=ignore_eos)
+    if "" in stop:
+        raise MelinoeError("a stop string is empty", allowed="one character or more")
+    sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
+    asked = request(model, tokenizer, max_new_tokens, sampling=sampling, exactly=ignore_eos)
     settings = asked.arguments
     if len(ids) > PREFILL_CHUNK:  # resident models too: what is computed must not depend on where experts are
         settings["prefill_chunk_size"] = PREFILL_CHUNK
@@ -190,7 +199,7 @@ def stream_generate(
     began = time.perf_counter()
     first = 0.0
     count = 0
-    decoder = Detokenizer(tokenizer)
+    decoder = AnswerText(tokenizer, list(stop))
     thread.start()
     try:
         while (token := tokens.queue.get()) is not None:
@@ -199,6 +208,8 @@ def stream_generate(
             count += 1
             first = first or time.perf_counter() - began
             yield Piece(decoder.add(token), token)
+            if decoder.stopped:
+                break
     finally:  # also when the reader stops early: the model is never left running
         stopped.event.set()
         thread.join()

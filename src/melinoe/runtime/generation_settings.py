@@ -2,12 +2,14 @@
 
 transformers reads it (generation_config.json, or what the model's config says) and `model.generate` follows
 it; here is the one place where a verb asks for it, and where what a verb must override is put into words.
-`generate` follows the checkpoint; `evaluate` and the speed rows of the demo compare tokens, so they are
-greedy.
+`generate`, `chat` and `serve` follow the checkpoint where nothing else is asked for; `evaluate` and the speed
+rows of the demo compare tokens, so they are greedy.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ _MODES = (
     GenerationMode.BEAM_SAMPLE,
     GenerationMode.ASSISTED_GENERATION,
 )
+MAX_TEMPERATURE, MIN_PENALTY = 100.0, 0.01
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -57,6 +60,51 @@ def context_length(model: Any) -> int | None:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a request wants its tokens chosen; names and meanings are those of GenerationConfig.
+
+    None: as the checkpoint has it. temperature 0 is greedy, above 0 draws. top_p, top_k or min_p draw as
+    well, because nobody narrows down what is not drawn; top_k 0 is all tokens.
+
+    Raises:
+        MelinoeError: a value that transformers cannot follow.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("temperature", 0.0, MAX_TEMPERATURE),
+            ("top_p", 0.0, 1.0),
+            ("top_k", 0, math.inf),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", MIN_PENALTY, math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                bound = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+                raise MelinoeError(f"{name} is out of range", got=value, allowed=bound)
+
+    def changes(self) -> dict[str, Any]:
+        """The fields of GenerationConfig that it sets."""
+        changed = {name: value for name, value in vars(self).items() if value is not None}
+        if self.temperature is not None:
+            changed["do_sample"] = self.temperature > 0
+            if self.temperature == 0:
+                del changed["temperature"]
+        elif changed.keys() & {"top_p", "top_k", "min_p"}:
+            changed["do_sample"] = True
+        return changed
+
+
+AS_THE_CHECKPOINT = Sampling()
+
+
+@dataclass(frozen=True)
 class Request:
     """What `model.generate` is called with.
 
@@ -75,7 +123,7 @@ def request(
     tokenizer: Any,
     max_new_tokens: int,
     *,
-    temperature: float | None = None,
+    sampling: Sampling = AS_THE_CHECKPOINT,
     exactly: bool = False,
     why_greedy: str = "",
 ) -> Request:
@@ -83,9 +131,9 @@ def request(
 
     Args:
         model: whose generation_config holds.
-        temperature: 0 is greedy, above 0 draws; None: as the checkpoint has it.
+        sampling: what the verb was told.
         exactly: go on for exactly max_new_tokens, whatever ends a generation: one answer, one beam.
-        why_greedy: why temperature is 0, where nobody asked for it.
+        why_greedy: why the temperature is 0, where nobody asked for it.
 
     Raises:
         MelinoeError: a way to decode that transformers itself no longer has.
@@ -98,7 +146,9 @@ def request(
             got=f"{mode.value.replace('_', ' ')} (generation_config.json)",
             allowed=", ".join(known.value.replace("_", " ") for known in _MODES),
         )
-    temperature = 0.0 if exactly and temperature is None else temperature
+    changes = sampling.changes()
+    if exactly and "do_sample" not in changes:
+        changes["do_sample"] = False
     ends = end_tokens(settings, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else settings.pad_token_id
     arguments: dict[str, Any] = {
@@ -108,13 +158,10 @@ def request(
         "return_dict_in_generate": False,
     }
     beams = settings.num_beams or 1
-    if temperature is not None:
-        arguments["do_sample"] = temperature > 0
-        if temperature > 0:
-            arguments["temperature"] = temperature
-        elif settings.do_sample and why_greedy:
-            drawn = (f"{name} {getattr(settings, name)}" for name in _SAMPLING if getattr(settings, name))
-            overridden.append(f"greedy ({why_greedy}), where the checkpoint draws ({', '.join(drawn)})")
+    if settings.do_sample and changes.get("do_sample") is False and why_greedy:
+        drawn = (f"{name} {getattr(settings, name)}" for name in _SAMPLING if getattr(settings, name))
+        overridden.append(f"greedy ({why_greedy}), where the checkpoint draws ({', '.join(drawn)})")
+    arguments |= changes
     if (settings.num_return_sequences or 1) > 1:
         arguments["num_return_sequences"] = 1
         overridden.append(f"one answer, where the checkpoint asks for {settings.num_return_sequences}")
@@ -124,3 +171,20 @@ def request(
     elif settings.stop_strings:
         arguments["tokenizer"] = tokenizer  # which finds them in the tokens
     return Request(arguments, beams, tuple(overridden))
+
+
+def of_one_answer(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Sampling) -> GenerationConfig:
+    """What `model.generate` would follow, as an object: one answer, one token at a time.
+
+    For whoever chooses tokens himself (`melinoe.serving`): several beams, guessed tokens and stop strings,
+    which need more than the last logits, are left out.
+
+    Raises:
+        MelinoeError: as `request`.
+    """
+    arguments = request(model, tokenizer, max_new_tokens, sampling=sampling).arguments
+    arguments.pop("tokenizer", None)
+    config: GenerationConfig = model._prepare_generation_config(None, **copy.deepcopy(arguments))[0]
+    config.num_beams = 1
+    config.prompt_lookup_num_tokens = config.stop_strings = None
+    return config

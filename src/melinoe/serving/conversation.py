@@ -16,10 +16,11 @@ from typing import Any
 from melinoe.config import format_bytes
 from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
-from melinoe.serving.engine.answer_text import AnswerText
+from melinoe.runtime.answer_text import AnswerText
+from melinoe.runtime.generation_settings import AS_THE_CHECKPOINT, Sampling, end_tokens
 from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.request import EngineRequest, Progress
-from melinoe.serving.engine.sampling import Defaults
+from melinoe.serving.engine.sampling import sampler
 
 POLL_SECONDS = 0.1  # how long a wait for text may keep Ctrl-C from being noticed
 
@@ -62,7 +63,8 @@ class Conversation:
         model, tokenizer: as `melinoe.load` and `load_tokenizer` give them.
         engine: started.
         system: text of the system message; "" for none.
-        settings: of `Defaults.sampler` (temperature, top_p, top_k, min_p, repetition_penalty, seed).
+        sampling: how tokens are chosen.
+        seed: of every answer; None: a fresh one each.
         stops: an answer ends before the first of these.
         max_new_tokens: of an answer; None: whatever the context leaves.
     """
@@ -74,16 +76,16 @@ class Conversation:
         engine: Engine,
         *,
         system: str = "",
-        settings: dict[str, Any] | None = None,
+        sampling: Sampling = AS_THE_CHECKPOINT,
+        seed: int | None = None,
         stops: tuple[str, ...] = (),
         max_new_tokens: int | None = None,
     ) -> None:
-        self.system, self.settings, self.stops = system, settings or {}, stops
+        self.system, self.sampling, self.seed, self.stops = system, sampling, seed, stops
         self.max_new_tokens = max_new_tokens
         self.turns: list[dict[str, str]] = []
         self.statistics: TurnStatistics | None = None
         self._model, self._tokenizer, self._engine = model, tokenizer, engine
-        self._defaults = Defaults(model)
         self._names = itertools.count(1)
 
     @property
@@ -145,13 +147,14 @@ class Conversation:
                 allowed=f"{self._engine.capacity} together",
                 next_step="/clear starts a new conversation; --context sets more aside",
             )
+        theirs = self._model.generation_config
         return EngineRequest(
             f"turn-{next(self._names)}",
             prompt,
-            self._defaults.sampler(prompt, length, **self.settings),
-            AnswerText(self._tokenizer, [*self._defaults.stop_strings, *self.stops]),
+            sampler(self._model, self._tokenizer, prompt, length, self.sampling, seed=self.seed),
+            AnswerText(self._tokenizer, [*(theirs.stop_strings or ()), *self.stops]),
             length,
-            self._defaults.end_tokens,
+            end_tokens(theirs, self._tokenizer),
             arrived.put,
             self._prediction(prompt),
         )

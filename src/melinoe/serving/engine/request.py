@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from melinoe.serving.engine.answer_text import AnswerText
+from melinoe.runtime.answer_text import AnswerText
 from melinoe.serving.engine.sampling import Choice, Sampler
 
 

@@ -6,13 +6,14 @@ in a batch. It is what `model.generate` would do with the same settings after `t
 
 from __future__ import annotations
 
-import copy
 import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
+
+from melinoe.runtime.generation_settings import AS_THE_CHECKPOINT, Sampling, of_one_answer
 
 
 @dataclass(frozen=True)
@@ -24,56 +25,32 @@ class Choice:
     alternatives: tuple[tuple[int, float], ...] = field(default=())
 
 
-class Defaults:
-    """The checkpoint's generation settings, filled up as `generate` does; requests change a copy.
+def sampler(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling = AS_THE_CHECKPOINT,
+    *,
+    seed: int | None = None,
+    logprobs: int | None = None,
+    ignore_eos: bool = False,
+) -> Sampler:
+    """For one request, which follows the checkpoint where it says nothing itself.
 
     Args:
-        model: whose generation_config holds.
+        seed: None: a fresh one.
+        logprobs: how many alternatives are reported; None: no logarithms at all.
+        ignore_eos: no end token before `max_new_tokens`.
+
+    Raises:
+        MelinoeError: settings of the checkpoint that cannot be followed.
     """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.config: GenerationConfig = model._prepare_generation_config(None)[0]
-        # one answer at a time, one token at a time, whatever the checkpoint prefers
-        self.config.num_beams = self.config.num_return_sequences = 1
-        self.stop_strings = list(self.config.stop_strings or [])
-
-    @property
-    def end_tokens(self) -> list[int]:
-        ends = self.config.eos_token_id
-        return [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [int(ends)]
-
-    def sampler(
-        self,
-        prompt: list[int],
-        max_new_tokens: int,
-        seed: int | None = None,
-        logprobs: int | None = None,
-        ignore_eos: bool = False,
-        **settings: Any,
-    ) -> Sampler:
-        """For one request.
-
-        Args:
-            settings: fields of GenerationConfig; None: the checkpoint's. temperature 0 is greedy.
-            seed: None: a fresh one.
-            logprobs: how many alternatives are reported; None: no logarithms at all.
-            ignore_eos: no end token before `max_new_tokens`.
-        """
-        config = copy.deepcopy(self.config)
-        given = {name: value for name, value in settings.items() if value is not None}
-        temperature = given.pop("temperature", None)
-        if temperature is not None:
-            config.do_sample = temperature > 0
-        elif given.keys() & {"top_p", "top_k", "min_p"}:
-            config.do_sample = True  # nobody narrows down what is not drawn
-        if temperature:
-            config.temperature = temperature
-        config.update(**{**given, "top_k": max(given["top_k"], 0)} if "top_k" in given else given)
-        config.max_new_tokens, config.max_length = max_new_tokens, len(prompt) + max_new_tokens
-        if ignore_eos:
-            config.min_new_tokens = max_new_tokens
-        return Sampler(self.model, config, prompt, seed, logprobs)
+    config = of_one_answer(model, tokenizer, max_new_tokens, sampling)
+    config.max_length = len(prompt) + max_new_tokens
+    if ignore_eos:
+        config.min_new_tokens = max_new_tokens
+    return Sampler(model, config, prompt, seed, logprobs)
 
 
 class Sampler:

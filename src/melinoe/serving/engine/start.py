@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from melinoe.errors import MelinoeError
+from melinoe.runtime.answer_text import AnswerText
 from melinoe.runtime.budget import DEFAULT_CONTEXT
-from melinoe.serving.engine.answer_text import AnswerText
 from melinoe.serving.engine.batched import BatchedEngine, CannotBatchError
 from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.one_at_a_time import OneAtATimeEngine

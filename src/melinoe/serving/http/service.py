@@ -13,10 +13,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from melinoe.serving.engine.answer_text import AnswerText
+from melinoe.runtime.answer_text import AnswerText
+from melinoe.runtime.generation_settings import Sampling, end_tokens
 from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.request import EngineRequest, Progress
-from melinoe.serving.engine.sampling import Choice, Defaults
+from melinoe.serving.engine.sampling import Choice, sampler
 from melinoe.serving.http.admission import Admission
 from melinoe.serving.http.answer import Answer, ClientGoneError, Item
 from melinoe.serving.http.answer_json import ChatJson, CompletionJson
@@ -50,7 +51,8 @@ class Service:
         self.created = int(time.time())
         self.admission = Admission(settings.concurrency, settings.queue)
         self.prompts = Prompts(tokenizer, model.get_input_embeddings().num_embeddings, engine.capacity)
-        self.defaults = Defaults(model)
+        self.end_tokens = end_tokens(model.generation_config, tokenizer)
+        self.stop_strings = list(model.generation_config.stop_strings or [])
         paged = getattr(model, "melinoe_paged", None)
         self.predictor = paged.predictor if paged is not None else None
         self.experts = ExpertEvents(paged.pager) if paged is not None else None
@@ -151,28 +153,32 @@ class Service:
         logprobs: int | None,
     ) -> EngineRequest:
         most = self.prompts.answer_length(prompt, *wanted)
-        ends, stops = list(self.defaults.end_tokens), list(self.defaults.stop_strings)
+        ends, stops = list(self.end_tokens), list(self.stop_strings)
         special = self.tokenizer.get_added_vocab()
         for stop in body.stops:
             if stop in special:  # special tokens have no text to look for
                 ends.append(special[stop])
             stops.append(stop)
-        sampler = self.defaults.sampler(
-            prompt,
-            most,
-            body.seed,
-            logprobs,
-            bool(body.ignore_eos),
+        sampling = Sampling(
             temperature=body.temperature,
             top_p=body.top_p,
-            top_k=body.top_k,
+            top_k=None if body.top_k is None else max(body.top_k, 0),
             min_p=body.min_p,
             repetition_penalty=body.repetition_penalty,
         )
         return EngineRequest(
             uuid.uuid4().hex,
             prompt,
-            sampler,
+            sampler(
+                self.model,
+                self.tokenizer,
+                prompt,
+                most,
+                sampling,
+                seed=body.seed,
+                logprobs=logprobs,
+                ignore_eos=bool(body.ignore_eos),
+            ),
             AnswerText(self.tokenizer, stops),
             most,
             ends,

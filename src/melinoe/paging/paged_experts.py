@@ -86,10 +86,10 @@ class PagedExperts:
 
     def attach(self, model: nn.Module) -> None:
         """Listens to the forward passes of a model from now on."""
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_pre_hook(self.before, with_kwargs=True)
 
     @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in
-    def _before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.tuning:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)

@@ -1,4 +1,4 @@
-"""Text with statistics: `generate` over `stream_generate` over transformers' own generate."""
+"""Text with statistics: `generate` over `stream_generate` over transformers' generate and its own loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from melinoe.config import format_bytes
 from melinoe.data.encoding import encode_prompt
+from melinoe.decoding import loop as decoding
 from melinoe.errors import MelinoeError
 from melinoe.machine import peak_memory
 from melinoe.paging.statistics import Statistics
@@ -174,12 +176,15 @@ def stream_generate(
         settings["prefill_chunk_size"] = PREFILL_CHUNK
     if seed is not None:
         torch.manual_seed(seed)
+    counters = getattr(getattr(model, "melinoe_paged", None), "pager", None)
     tokens, stopped = _Tokens(), _Stopped()
 
     def work() -> None:
         try:
             inputs = torch.tensor([ids], device=model.device)
-            whole = model.generate(
+            # resident models are what ours is compared with: transformers' own loop
+            generate = partial(decoding.generate, model) if counters else model.generate
+            whole = generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 streamer=tokens if asked.beams == 1 else None,
@@ -193,7 +198,6 @@ def stream_generate(
         except BaseException as error:  # the reading thread raises it again
             tokens.queue.put(error)
 
-    counters = getattr(getattr(model, "melinoe_paged", None), "pager", None)
     before = replace(counters.statistics) if counters else None  # a copy
     thread = threading.Thread(target=work, name="melinoe-generate", daemon=True)
     began = time.perf_counter()

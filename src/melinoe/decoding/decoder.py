@@ -1,0 +1,183 @@
+"""How one model decodes: eagerly, until its step was recorded, and by replay afterwards."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from melinoe.decoding.recording import record
+from melinoe.decoding.replay import Different, OtherStep, Replay
+from melinoe.models.layers import experts_modules
+
+_TENSORS = ("input_ids", "position_ids")
+# what else forward may be given, besides the cache; nothing but flags and numbers
+_SETTINGS = ("use_cache", "logits_to_keep", "attention_mask")
+_TRIES = 3  # recordings, of which no two in a row are alike
+_VARIANTS = 4  # steps of one model that are kept: below and above a window's length, and so on
+
+
+class Logits(dict[str, Any]):
+    """A model's output, as far as transformers' loop looks at it: empty but for `logits` [1, 1, V]."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+
+class Decoder:
+    """Runs the steps of one model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self._lock = threading.Lock()
+        self._state: Any = None
+        self._replays: list[Replay] = []
+        self._signature, self._tries = "", 0  # of the last recording, and how many there were
+        self._refused = ""  # by a recording
+        self._cannot = ""  # in the last generation
+
+    @property
+    def why_eager(self) -> str:
+        """Why its steps are not replayed, in words that follow "the model"; empty where they are."""
+        return self._cannot or self._refused
+
+    @property
+    def replays(self) -> int:
+        """How many different steps it has recorded."""
+        return len(self._replays)
+
+    def begin(self, inputs: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+        """The function that runs the steps of one generation, {name: what forward is given} -> output.
+
+        Args:
+            inputs: of its first step.
+        """
+        model = self._model()
+        assert model is not None
+        cannot = _cannot(model, inputs)
+        self._cannot = cannot
+        if cannot:
+            return partial(_eager, model)
+        state = _state(model, inputs)
+        with self._lock:
+            if state != self._state:  # an adapter was applied, another attention was chosen, ...
+                self._state, self._replays, self._refused = state, [], ""
+                self._signature, self._tries = "", 0
+            state = self._state
+        return partial(self._step, model, state)
+
+    @torch.no_grad()
+    def _step(self, model: Any, state: Any, inputs: dict[str, Any]) -> Any:
+        replays = self._replays
+        if self._refused or self._state is not state:  # another generation has found the model changed
+            return _eager(model, inputs)
+        cache, tensors = (
+            inputs["past_key_values"],
+            {n: inputs[n] for n in _TENSORS if inputs.get(n) is not None},
+        )
+        notice = partial(_notice, model, inputs)
+        for replay in replays:
+            try:
+                with torch.inference_mode():
+                    return Logits(replay(cache, tensors, notice))
+            except OtherStep:
+                continue
+        if len(replays) == _VARIANTS:
+            return _eager(model, inputs)
+        return self._record(model, cache, tensors, inputs)
+
+    def _record(
+        self, model: Any, cache: Any, tensors: dict[str, torch.Tensor], inputs: dict[str, Any]
+    ) -> Any:
+        _notice(model, inputs)
+        experts = [module for _, module in experts_modules(model)]
+        settings = {name: inputs[name] for name in _SETTINGS if name in inputs}
+        output, found = record(model, cache, experts, tensors, settings)
+        with self._lock:
+            if isinstance(found, str):
+                self._refused = found
+            elif self._signature != found.signature:
+                self._signature, self._tries = found.signature, self._tries + 1
+                if self._tries == _TRIES:
+                    self._refused = "does not do the same at two lengths"
+            else:
+                self._signature, self._tries = "", 0
+                try:
+                    self._replays = [*self._replays, Replay(found)]
+                except Different as error:
+                    self._refused = str(error)
+        return output
+
+
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def decoder_of(model: Any) -> Decoder:
+    """The one decoder of a model; it lives as long as the model."""
+    with _MAKING:
+        if model not in _DECODERS:
+            _DECODERS[model] = Decoder(model)
+        return _DECODERS[model]
+
+
+def _eager(model: Any, inputs: dict[str, Any]) -> Any:
+    return model(**inputs, return_dict=True)
+
+
+def _notice(model: Any, inputs: dict[str, Any]) -> None:
+    """What a forward pre-hook would have done: replays and recordings go around it."""
+    paged = getattr(model, "melinoe_paged", None)
+    if paged is not None:
+        paged.before(model, (), inputs)
+
+
+def _cannot(model: Any, inputs: dict[str, Any]) -> str:
+    """Why a model's steps cannot be replayed, as far as it shows without recording one."""
+    if model.device.type != "cpu":
+        return "is not on the CPU"
+    if model.training:
+        return "is in training mode"
+    cache = inputs.get("past_key_values")
+    if type(cache) is not DynamicCache:
+        return f"has a {type(cache).__name__}"
+    flags = {name: inputs[name] for name in inputs.keys() & set(_SETTINGS)}
+    others = inputs.keys() - set(_TENSORS) - flags.keys() - {"past_key_values"}
+    others |= {name for name, value in flags.items() if not (value is None or isinstance(value, int))}
+    others = {name for name in others if inputs[name] is not None}
+    if others:
+        return f"is given {', '.join(sorted(others))}"
+    if nn.modules.module._has_any_global_hook():
+        return "is in a process with hooks on all modules"
+    ours = getattr(model, "melinoe_paged", None)
+    for module in model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if ours is not None and module is model:
+            hooks = [hook for hook in hooks if getattr(hook, "__self__", None) is not ours]
+        if hooks or "_hf_hook" in vars(module):
+            return f"has a hook on its {type(module).__name__}"
+    return ""
+
+
+def _state(model: Any, inputs: dict[str, Any]) -> Any:
+    """What a recording depends on, besides what is in it."""
+    config = model.config.get_text_config()
+    weights = [
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*model.parameters(), *model.buffers())
+    ]
+    settings = (
+        config._attn_implementation,
+        config._experts_implementation,
+        torch._C._get_mkldnn_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_num_threads(),
+    )
+    return weights, [id(module) for module in model.modules()], settings, tuple(inputs)

@@ -1,0 +1,414 @@
+"""Records what a model computes for one token: torch's calls, in order, and what stays a call of its own.
+
+A decode step is run once as it is, on the token that is due, and every torch function it calls is written
+down. What depends on how long the text is, is not looked into and stays a call: the functions that make
+masks, the cache's `update`, the attention functions; and the experts, which are somebody else's work. The
+tensors that grow with the text may be handed from one of those to the next and be looked at by nobody else.
+So nothing that is written down can depend on the length, and a model that touches its cache, its keys or its
+masks in any other way is refused: it runs as before. Two steps are recorded, and must be the same.
+
+Two of those calls are looked into where their code is known: `update` of a cache that grows by concatenation,
+and attention through sdpa without a mask. There, growing tensors may be concatenated, sliced by constants,
+and given to sdpa; anything else makes it a call again.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# what may be asked about a tensor without reading its values, besides its properties (shape, dtype, ...)
+_ABOUT = frozenset(
+    (
+        "size", "dim", "ndimension", "stride", "numel", "nelement", "element_size", "storage_offset",
+        "is_contiguous", "is_floating_point", "is_complex", "get_device", "__len__", "is_inference",
+        "is_signed", "__hash__",
+        # no tensor's; gradients are off already, so a module's no_grad changes nothing
+        "_set_grad_enabled", "is_grad_enabled", "is_autocast_enabled", "get_default_dtype",
+    )
+)  # fmt: skip
+# what may be done with a growing tensor inside of a call that is looked into
+_GROWING = {"update": ("cat", "__getitem__"), "attention": ("scaled_dot_product_attention",)}
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor of the recording, by its number."""
+
+    number: int
+
+
+@dataclass
+class Call:
+    """One torch function. Tensors are Slots in `args` and `kwargs`.
+
+    results: the slots of what it returned, in the order of `tensors_of`. copies: their values, to compare a
+    replay with.
+    """
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    results: list[Slot] = field(default_factory=list)
+    copies: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Event(Call):
+    """A call that stays one. kind: mask, update, attention or experts."""
+
+    kind: str = ""
+    returned: Any = None  # with Slots
+
+
+@dataclass
+class Read:
+    """A tensor of the cache, as it is before the step: layers[layer].name."""
+
+    layer: int
+    name: str
+    slot: Slot
+
+
+@dataclass
+class Write:
+    """What the step leaves in the cache: layers[layer].name = slot, or += step where slot is None."""
+
+    layer: int
+    name: str
+    slot: Slot | None
+    step: int = 0
+
+
+class _Unknown(Exception):
+    """A tensor of unknown origin; caught before anything is called."""
+
+
+class _TheCache:
+    """Stands for the cache in the arguments of an event."""
+
+    def __repr__(self) -> str:
+        return "the cache"
+
+
+CACHE = _TheCache()
+
+
+@dataclass
+class Recording:
+    """One decode step.
+
+    items: calls, events, reads and writes in order. inputs: the slots of what the step was given, by name.
+    constants: {slot: tensor} parameters and buffers. output: the slot of the logits.
+    """
+
+    inputs: dict[str, Slot] = field(default_factory=dict)
+    items: list[Call | Read | Write] = field(default_factory=list)
+    constants: dict[Slot, torch.Tensor] = field(default_factory=dict)
+    values: dict[Slot, torch.Tensor] = field(default_factory=dict)
+    output: Slot = Slot(-1)
+
+    @property
+    def signature(self) -> str:
+        """The same for two steps that do the same, at whatever length of the text."""
+        lines = [str(self.inputs), str(self.output)]
+        for item in self.items:
+            if isinstance(item, Call):
+                function = getattr(item.function, "__func__", item.function)  # bound anew at each access
+                lines.append(f"{function!r} {item.args!r} {item.kwargs!r} {item.results!r}")
+                lines.append(f"{item.kind} {item.returned!r}" if isinstance(item, Event) else "")
+            else:
+                lines.append(repr(item))
+        return "\n".join(lines)
+
+
+def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A nest of tuples, lists, dicts and slices with its tensors (and Slots, and caches) exchanged."""
+    if isinstance(value, (torch.Tensor, Slot, Cache, _TheCache)):
+        return change(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(one, change) for one in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(one, change) for one in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(one, change) for key, one in value.items()}
+    if isinstance(value, slice):
+        return slice(*(map_tensors(one, change) for one in (value.start, value.stop, value.step)))
+    return value
+
+
+def tensors_of(value: Any) -> list[Any]:
+    """The tensors (or Slots) of a nest, in a fixed order."""
+    found: list[Any] = []
+    map_tensors(value, lambda one: found.append(one) if isinstance(one, (torch.Tensor, Slot)) else None)
+    return found
+
+
+class _WatchedCache:
+    """Stands before the cache while a step is recorded: lets `update` through and nothing else."""
+
+    def __init__(self, recorder: Recorder, cache: Cache) -> None:
+        self.__dict__.update(_recorder=recorder, _cache=cache)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # for isinstance
+        return type(self._cache)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *more: Any, **named: Any) -> Any:
+        return self._recorder.update(self._cache, key, value, layer_idx, more, named)
+
+    def __getattr__(self, name: str) -> Any:
+        self._recorder.refuse(f"uses {name} of its cache")
+        return getattr(self._cache, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._recorder.refuse(f"sets {name} of its cache")
+        setattr(self._cache, name, value)
+
+    def __len__(self) -> int:
+        self._recorder.refuse("asks for the length of its cache")
+        return len(self._cache)
+
+
+class Recorder(TorchFunctionMode):
+    """Makes one `Recording`; see `record`.
+
+    refused: why it cannot be one, in words that follow "the model". From then on nothing is watched, and the
+    step goes on to its end as it would without us.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self.refused = ""
+        self._alive: list[torch.Tensor] = []  # so that no id is used twice
+        self._slots: dict[int, Slot] = {}
+        self._growing: set[Slot] = set()
+        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._paused = False
+        self._inside = ""  # a call that is looked into
+        self._settings = _settings()
+
+    def refuse(self, reason: str) -> None:
+        if not self._paused:
+            self.refused, self._paused = reason, True
+
+    def new(self, tensor: torch.Tensor, growing: bool = False) -> Slot:
+        known = self._slots.get(id(tensor))
+        if known is None:
+            known = self._slots[id(tensor)] = Slot(len(self._alive))
+            self._alive.append(tensor)
+        if growing:
+            self._growing.add(known)
+        with torch._C.DisableTorchFunction():  # our own calls are no part of the step
+            own = tensor.detach()
+            self.recording.values[known] = own if known in self._growing else own.clone()
+        return known
+
+    def known(self, value: Any) -> Any:
+        """The slot of a tensor that is handed to a call; the sign for a cache."""
+        if isinstance(value, Cache):
+            return CACHE
+        slot = self._slots.get(id(value))
+        if slot is None:
+            if id(value) not in self._own:
+                raise _Unknown
+            slot = self._slots[id(value)] = Slot(len(self._alive))
+            self._alive.append(value)
+            with torch._C.DisableTorchFunction():
+                self.recording.constants[slot] = value.detach()
+        return slot
+
+    def event(self, kind: str, function: Any, args: Any, kwargs: Any) -> Any:
+        """Calls `function` without looking into it."""
+        noted = None if self._paused else self._noted((args, kwargs), kind)
+        if noted is None:  # inside of another one, or refused
+            return function(*args, **kwargs)
+        self._paused = True
+        try:
+            result = function(*args, **kwargs)
+            event = Event(function, noted[0], noted[1], kind=kind)
+            self._note(result, event, growing=kind in ("mask", "update"))
+            event.returned = map_tensors(result, self.known)
+        finally:
+            self._paused = False
+        return result
+
+    def _noted(self, nest: Any, name: str) -> Any:
+        """A nest with slots for its tensors; None, and refused, where one is of unknown origin."""
+        try:
+            return map_tensors(nest, self.known)
+        except _Unknown:
+            self.refuse(f"uses a tensor that is neither a weight nor made by torch's functions ({name})")
+            return None
+
+    def attention(self, function: Any, args: Any, kwargs: Any) -> Any:
+        if function is not sdpa_attention_forward or self._paused:
+            return self.event("attention", function, args, kwargs)
+        mask = args[4] if len(args) > 4 else kwargs.get("attention_mask")
+        with torch._C.DisableTorchFunction():
+            looked_into = mask is None and self._looks_into_sdpa(args, kwargs)
+        if not looked_into:
+            return self.event("attention", function, args, kwargs)
+        self._inside = "attention"
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._inside = ""
+
+    def _looks_into_sdpa(self, args: Any, kwargs: Any) -> bool:
+        """Whether sdpa_attention_forward hands key and value to sdpa as they are."""
+        module, query, key, value = args[:4]
+        groups = getattr(module, "num_key_value_groups", 1)
+        same_width = key.shape[-1] == value.shape[-1] <= 256  # else it repeats keys or packs queries
+        return (
+            query.device.type == "cpu"
+            and kwargs.get("position_bias") is None
+            and kwargs.get("cache") is None
+            and (groups == 1 or same_width)
+        )
+
+    def update(self, cache: Cache, key: Any, value: Any, layer_idx: int, more: Any, named: Any) -> Any:
+        layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+        known = type(cache) is DynamicCache and not cache.offloading and type(layer) in _LAYERS
+        if self._paused or not known or not layer.is_initialized or getattr(layer, "record_past", False):
+            return self.event("update", cache.update, (key, value, layer_idx, *more), named)
+        before = dict(vars(layer))
+        for name in ("keys", "values"):
+            slot = self.new(before[name], growing=True)
+            self.recording.items.append(Read(layer_idx, name, slot))
+        self._inside = "update"
+        try:
+            result = cache.update(key, value, layer_idx, *more, **named)
+        finally:
+            self._inside = ""
+        for name, now in vars(layer).items():
+            if now is before[name] or self.refused:
+                continue
+            if isinstance(now, torch.Tensor):
+                self.recording.items.append(Write(layer_idx, name, self._slots[id(now)]))
+            elif type(now) is int and name == "cumulative_length":
+                self.recording.items.append(Write(layer_idx, name, None, now - before[name]))
+            else:
+                self.refuse(f"has a cache whose {name} changes")
+        return result
+
+    def _note(self, result: Any, call: Call, growing: bool = False) -> None:
+        for tensor in tensors_of(result):
+            slot = self.new(tensor, growing)
+            call.results.append(slot)
+            call.copies.append(self.recording.values[slot])
+        self.recording.items.append(call)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        about = name == "__get__" or name in _ABOUT
+        noted = self._noted((args, kwargs), name)
+        growing = any(slot in self._growing for slot in tensors_of(noted))
+        if growing and not (self._inside and (about or name in _GROWING[self._inside])):
+            self.refuse(f"looks at a tensor that grows with the text ({name})")
+        elif name == "__set__":
+            self.refuse("sets a property of a tensor")
+        elif _settings() != self._settings:
+            self.refuse("computes a part with other settings of torch than the rest")
+        result = func(*args, **kwargs)
+        if self._paused:  # refused
+            return result
+        if tensors_of(result):
+            self._note(result, Call(func, *noted), growing=growing and self._inside == "update")
+        elif not about:
+            self.refuse(f"reads values of a tensor ({name})")
+        return result
+
+
+def _settings() -> tuple[bool, ...]:
+    """Of torch: what changes a result, and may be changed for the length of a call."""
+    return (torch._C._get_mkldnn_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
+
+
+_WATCHING = threading.Lock()
+
+
+@contextmanager
+def _watched(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
+    """Masks, attention and experts that this thread asks for are events of the recorder."""
+    me = threading.get_ident()
+    get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def attention(name: Any, default: Any) -> Any:
+        function = get_interface(name, default)
+        if threading.get_ident() != me:
+            return function
+        return lambda *args, **kwargs: recorder.attention(function, args, kwargs)
+
+    def mask(function: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != me:
+                return function(*args, **kwargs)
+            return recorder.event("mask", function, args, kwargs)
+
+        return watched
+
+    def module(function: Any) -> Any:
+        return lambda *args, **kwargs: recorder.event("experts", function, args, kwargs)
+
+    with _WATCHING, ExitStack() as undo:
+        ALL_ATTENTION_FUNCTIONS.get_interface = attention  # type: ignore[method-assign]
+        undo.callback(ALL_ATTENTION_FUNCTIONS.__dict__.pop, "get_interface")
+        for file in {type(one).__module__ for one in model.modules()}:
+            for name, function in list(vars(sys.modules[file]).items()):
+                if type(function) is FunctionType and function.__module__ == masking_utils.__name__:
+                    setattr(sys.modules[file], name, mask(function))
+                    undo.callback(setattr, sys.modules[file], name, function)
+        for one in experts:
+            original = one.forward
+            if "forward" in vars(one):
+                undo.callback(setattr, one, "forward", original)
+            else:
+                undo.callback(vars(one).pop, "forward")
+            one.forward = module(original)  # type: ignore[method-assign]
+        yield
+
+
+def record(
+    model: Any, cache: Cache, experts: list[nn.Module], inputs: dict[str, torch.Tensor], more: dict[str, Any]
+) -> tuple[Any, Recording | str]:
+    """Runs one decode step, and records it.
+
+    Args:
+        experts: modules that stay calls.
+        inputs: tensors for forward, by name: one token's. more: its other arguments, besides the cache.
+
+    Returns:
+        What forward returned, and the recording, or why there is none, in words that follow "the model".
+    """
+    recorder = Recorder(model)
+    recording = recorder.recording
+    recording.inputs = {name: recorder.new(tensor) for name, tensor in inputs.items()}
+    weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
+    versions = [tensor._version for tensor in weights]
+    with _watched(recorder, model, experts), recorder:
+        output = model.forward(**inputs, **more, past_key_values=_WatchedCache(recorder, cache))
+    output.past_key_values = cache
+    if not recorder.refused and [tensor._version for tensor in weights] != versions:
+        recorder.refuse("changes its own weights or buffers")
+    if not recorder.refused:
+        recording.output = recorder._noted(output.logits, "logits")
+    return output, recorder.refused or recording

@@ -1,0 +1,301 @@
+"""The recorded decode step gives the tokens and the logits of `model.generate`, or steps aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+import melinoe
+from families import FAMILIES, batch, resident, save_checkpoint
+from family_configs import config
+from melinoe.decoding import loop
+from melinoe.decoding.decoder import decoder_of
+
+NEW_TOKENS = 14
+# why the steps of a family are not replayed; the others are
+EAGER = {
+    "phimoe": "prepare_inputs_for_generation of its own",
+    "nemotron_h": "prepare_inputs_for_generation of its own",
+    "qwen3_next": "uses get_conv_state of its cache",
+    "lfm2_moe": "uses get_conv_state of its cache",
+    "jamba": "uses get_conv_state of its cache",
+    "deepseek_v2": "looks at a tensor that grows with the text",
+    "deepseek_v3": "looks at a tensor that grows with the text",
+    "llama4_text": "uses get_seq_length of its cache",
+    "dbrx": "reads values of a tensor",
+}
+
+
+class Logits(LogitsProcessor):
+    """Keeps what the model computed for every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, input_ids, scores):
+        self.steps.append(scores.clone())
+        return scores
+
+
+def both(model, ids, new_tokens=NEW_TOKENS, **settings):
+    """(tokens by model.generate, tokens by ours); every bit of the logits is compared."""
+    found = []
+    for run in (model.generate, lambda *args, **kwargs: loop.generate(model, *args, **kwargs)):
+        torch.manual_seed(0)
+        logits = Logits()
+        tokens = run(
+            ids,
+            max_new_tokens=new_tokens,
+            logits_processor=LogitsProcessorList([logits]),
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=0,
+            **settings,
+        )
+        found.append((tokens, logits.steps))
+    (expected, theirs), (tokens, ours) = found
+    assert len(ours) == len(theirs)
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    return expected, tokens
+
+
+def prompt(length=9, seed=0):
+    return batch(length, seed)["input_ids"][:1]
+
+
+def made(family, **changes):
+    """A small random model with changed settings."""
+    settings = config(family)
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name and parameter.numel() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model(olmoe):
+    return resident(olmoe)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_answers_as_generate_does(family, tmp_path):
+    model = resident(save_checkpoint(tmp_path / "model", family))
+    why = loop.why_stock(model, prompt(), {})
+    for seed in range(2):  # the second answer is replayed from its first step
+        expected, tokens = both(model, prompt(seed=seed), min_new_tokens=NEW_TOKENS, do_sample=False)
+        assert torch.equal(tokens, expected)
+    decoder = decoder_of(model)
+    if family in EAGER:
+        assert EAGER[family] in (why or decoder.why_eager)
+        assert not decoder.replays
+    else:
+        assert (why, decoder.why_eager, decoder.replays) == ("", "", 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"sliding_window": 12}),
+        ("gpt_oss", {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("afmoe", {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("gemma4_text", {"sliding_window": 12}),
+        ("olmoe", {"_attn_implementation": "eager"}),
+    ],
+    ids=["all windows", "sinks", "some windows", "shared keys", "eager attention"],
+)
+def test_lengths_on_both_sides_of_a_window(family, changes):
+    model = made(family, **changes)
+    for length in (5, 20, 3, 11):
+        expected, tokens = both(model, prompt(length), 20, min_new_tokens=20, do_sample=False)
+        assert torch.equal(tokens, expected), length
+    assert decoder_of(model).why_eager == "" and decoder_of(model).replays in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+        {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "eos_token_id": list(range(20, 40))},
+        {"do_sample": False, "prefill_chunk_size": 4},
+    ],
+    ids=["sampling", "warpers", "penalties", "ends early", "prefill in chunks"],
+)
+def test_the_rules_are_those_of_transformers(model, settings):
+    for seed in range(3):
+        expected, tokens = both(model, prompt(seed=seed), **settings)
+        assert torch.equal(tokens, expected)
+    assert decoder_of(model).replays
+
+
+def test_bfloat16_and_paged_with_the_same_statistics(tmp_path):
+    source = save_checkpoint(tmp_path / "model", "olmoe", torch.bfloat16)
+    melinoe.convert(source, tmp_path / "store", progress=False)
+    own = resident(source)
+    seen = []
+    for run in (lambda one, ids, **more: one.generate(ids, **more), loop.generate):
+        paged = melinoe.load(tmp_path / "store", slots=3)
+        for seed in range(3):
+            ids = prompt(seed=seed)
+            tokens = run(paged, ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+            expected = own.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+            assert torch.equal(tokens, expected)
+        counted = melinoe.stats(paged).to_json()
+        counted.pop("stalled_seconds")
+        seen.append(counted)
+    assert decoder_of(paged).replays == 1
+    assert seen[0] == seen[1] and seen[0]["decode_loads"] > 0
+
+
+def test_who_stops_it_is_asked_after_every_token(model):
+    class AfterThree(StoppingCriteria):
+        asked = 0
+
+        def __call__(self, input_ids, scores, **_):
+            self.asked += 1
+            return torch.full((1,), self.asked == 3)
+
+    class Streamer:
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen.append(value.reshape(-1).tolist())
+
+        def end(self):
+            self.seen.append("end")
+
+    streamers = Streamer(), Streamer()
+    settings = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    for streamer, run in zip(
+        streamers, (model.generate, lambda ids, **more: loop.generate(model, ids, **more)), strict=True
+    ):
+        run(prompt(), streamer=streamer, stopping_criteria=StoppingCriteriaList([AfterThree()]), **settings)
+    assert streamers[0].seen == streamers[1].seen
+    assert len(streamers[1].seen) == 1 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ],
+    ids=["beams", "prompt lookup", "no cache", "static cache"],
+)
+def test_what_it_cannot_do_is_done_by_generate(model, settings):
+    settings |= {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    assert loop.why_stock(model, prompt(), settings)
+    assert torch.equal(loop.generate(model, prompt(), **settings), model.generate(prompt(), **settings))
+
+
+def test_weights_that_change_are_seen(olmoe):
+    model = resident(olmoe)
+    both(model, prompt(), do_sample=False)
+    assert decoder_of(model).replays == 1
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(3)  # in place
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+    norm = model.model.norm
+    norm.weight = torch.nn.Parameter(torch.rand_like(norm.weight), requires_grad=False)  # another one
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+    head = model.lm_head
+    model.set_output_embeddings(torch.nn.Linear(head.in_features, head.out_features, bias=True))
+    model.requires_grad_(False)
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+
+
+def test_a_hook_is_called_for_every_token(olmoe):
+    model = resident(olmoe)
+    both(model, prompt(), do_sample=False)
+    called = []
+    hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: called.append(1))
+    loop.generate(model, prompt(), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(called) == 6
+    hook.remove()
+    loop.generate(model, prompt(), max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert len(called) == 6 and decoder_of(model).why_eager == ""
+
+
+def scaled(by):
+    """A layer's output times what `by` finds in the layer's arguments."""
+
+    def around(forward):
+        def changed(*args, **kwargs):
+            return forward(*args, **kwargs) * by(kwargs)
+
+        return changed
+
+    return around
+
+
+class Counting:
+    """Changes with each call, as nothing that torch sees does."""
+
+    calls = 0
+
+    def __call__(self, _):
+        self.calls += 1
+        return 1 + self.calls / 1000
+
+
+@pytest.mark.parametrize(
+    ("by", "why"),
+    [
+        (lambda kwargs: kwargs["past_key_values"].get_seq_length() / 10, "uses get_seq_length of its cache"),
+        (lambda kwargs: kwargs["past_key_values"].layers[0].keys.shape[2] / 10, "uses layers of its cache"),
+        (lambda kwargs: 1 + kwargs["position_ids"].item() / 10, "reads values of a tensor (item)"),
+        (lambda kwargs: 2 if kwargs["position_ids"].sum() > 15 else 1, "reads values of a tensor (__bool__)"),
+        (lambda _: torch.from_numpy(torch.ones(1).numpy()), "reads values of a tensor (numpy)"),
+    ],
+    ids=["length", "keys", "number", "condition", "around torch"],
+)
+def test_a_model_that_looks_at_the_length_is_left_alone(olmoe, by, why):
+    model = resident(olmoe)
+    layer = model.model.layers[1]
+    layer.forward = scaled(by)(layer.forward)
+    expected, tokens = both(model, prompt(), min_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert (decoder_of(model).why_eager, decoder_of(model).replays) == (why, 0)
+
+
+def test_a_model_that_does_another_thing_each_time_is_left_alone(olmoe):
+    found = []
+    for run in (lambda one, *args, **more: one.generate(*args, **more), loop.generate):
+        model = resident(olmoe)
+        layer = model.model.layers[1]
+        layer.forward = scaled(Counting())(layer.forward)
+        found.append(run(model, prompt(), max_new_tokens=9, min_new_tokens=9, do_sample=False))
+    assert torch.equal(*found)
+    assert "two lengths" in decoder_of(model).why_eager
+
+
+def test_what_cannot_be_replayed_to_the_bit_is_left_alone(olmoe, monkeypatch):
+    from melinoe.decoding import replay
+
+    model = resident(olmoe)
+    trace = torch.jit.trace
+
+    def another(function, *args, **kwargs):
+        return trace(lambda *inputs: [one * 1.0000001 for one in function(*inputs)], *args, **kwargs)
+
+    monkeypatch.setattr(replay.torch.jit, "trace", another)
+    expected, tokens = both(model, prompt(), min_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert "by TorchScript" in decoder_of(model).why_eager

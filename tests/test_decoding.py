@@ -221,6 +221,21 @@ def test_weights_that_change_are_seen(olmoe):
     assert torch.equal(tokens, expected)
 
 
+def test_settings_that_change_are_seen(olmoe):
+    model = resident(olmoe)
+    both(model, prompt(), do_sample=False)
+    for layer in model.model.layers:
+        layer.mlp.gate.top_k = 1
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+    model.config.clip_qkv = 0.01
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+    model.set_attn_implementation("eager")
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected) and decoder_of(model).replays == 1
+
+
 def test_a_hook_is_called_for_every_token(olmoe):
     model = resident(olmoe)
     both(model, prompt(), do_sample=False)
@@ -260,7 +275,7 @@ class Counting:
     [
         (lambda kwargs: kwargs["past_key_values"].get_seq_length() / 10, "uses get_seq_length of its cache"),
         (lambda kwargs: kwargs["past_key_values"].layers[0].keys.shape[2] / 10, "uses layers of its cache"),
-        (lambda kwargs: 1 + kwargs["position_ids"].item() / 10, "reads values of a tensor (item)"),
+        (lambda kwargs: 1 + kwargs["position_ids"][0, -1].item() / 10, "reads values of a tensor (item)"),
         (lambda kwargs: 2 if kwargs["position_ids"].sum() > 15 else 1, "reads values of a tensor (__bool__)"),
         (lambda _: torch.from_numpy(torch.ones(1).numpy()), "reads values of a tensor (numpy)"),
     ],

@@ -180,4 +180,10 @@ def _state(model: Any, inputs: dict[str, Any]) -> Any:
         torch.is_autocast_enabled("cpu"),
         torch.get_num_threads(),
     )
-    return weights, [id(module) for module in model.modules()], settings, tuple(inputs)
+    modules = [(id(module), _plain(module)) for module in model.modules()]
+    return weights, modules, _plain(config), settings, tuple(inputs)
+
+
+def _plain(owner: Any) -> dict[str, Any]:
+    """Flags and numbers that somebody may have set: how many experts a router chooses, and the like."""
+    return {name: value for name, value in vars(owner).items() if type(value) in (bool, int, float, str)}

@@ -275,7 +275,8 @@ class DecayedCounts(Policy):
         return 1.0 / (1.0 + math.exp(-min(max(self.trust_log_odds, -50.0), 50.0)))
 
     def worth(self, layer: int) -> list[float]:
-        worth = self.weights @ self.counts[layer]
+        slow, fast = self.counts[layer]
+        worth = slow + self.weights[1] * fast  # not as a matrix product: how it rounds differs by machine
         if self.prior is not None:
             behind = self.decoded[layer] - self.horizon
             worth += self.prior[layer] * (self.trust if behind <= 0 else self.trust * FADE**behind)

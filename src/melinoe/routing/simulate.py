@@ -3,7 +3,7 @@
 The policies are the very objects that run on the device, so a number from here is the number of the
 device (same hits, misses and evictions). Three rows are bounds rather than policies: `belady` sees the
 future of every request, `static-oracle` knows the best fixed set of each sequence, `static-global` keeps
-one fixed set for all.
+one fixed set for all. Long traces are replayed by twins of the policies' objects (compiled.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from melinoe.errors import MelinoeError
+from melinoe.routing import compiled
 from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, Strength, make_policy
 from melinoe.routing.published import PUBLISHED
@@ -176,6 +177,20 @@ def _slots(slots: int | Iterable[int]) -> list[int]:
     return sizes
 
 
+def _ask(trace: Trace, replays: list[_Replay]) -> None:
+    """Asks the policies' own objects, call by call."""
+    previous = -1
+    for position, layer, call in trace.calls():
+        if position != previous:
+            previous = position
+            if trace.begins[position]:
+                tokens = slice(trace.call_offsets[position], trace.call_offsets[position + 1])
+                for replay in replays:
+                    replay.begin(np.unique(trace.sequence[tokens]))
+        for replay in replays:
+            replay.request(layer, call)
+
+
 def simulate(
     trace: Trace | str | Path,
     policy: str | Iterable[str] = "decay,lru,belady",
@@ -222,16 +237,15 @@ def simulate(
     replays = [
         _replay(trace, name, size, predictor_scores, strength, carry_over) for name in names for size in sizes
     ]
-    previous = -1
-    for position, layer, call in trace.calls():
-        if position != previous:
-            previous = position
-            if trace.begins[position]:
-                tokens = slice(trace.call_offsets[position], trace.call_offsets[position + 1])
-                for replay in replays:
-                    replay.begin(np.unique(trace.sequence[tokens]))
-        for replay in replays:
-            replay.request(layer, call)
+    long = trace.num_calls * trace.num_layers >= compiled.LONG
+    by_object = []
+    for replay in replays:
+        if long and compiled.can_replay(replay.policy, replay.scores is not None):
+            replay.rows = compiled.replay(trace, replay.policy, carry_over).tolist()
+        else:
+            by_object.append(replay)
+    if by_object:
+        _ask(trace, by_object)
     request = np.repeat(np.cumsum(trace.begins) - 1, np.diff(trace.call_offsets))  # [N]
     num_requests = int(trace.begins.sum())
     decoded = np.bincount(request[trace.decoded], minlength=num_requests)

@@ -8,40 +8,36 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import melinoe
-from families import FAMILIES, config, enough_for, save_checkpoint
+from families import config, enough_for, save_checkpoint
+from family_configs import exact_types
 from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.machine import free_memory
 from melinoe.runtime import budget
 from melinoe.runtime.plan import deployed_slots, describe
+from melinoe.runtime.work_space import twin, work_space
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_cache_of_every_family_is_not_larger_than_planned(family):
+@pytest.mark.parametrize("family", exact_types())
+def test_the_cache_of_every_type_is_what_is_planned(family):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32).eval()
-
-    def cached(length):
-        with torch.no_grad():
-            cache = model(torch.randint(3, 50, (1, length)), use_cache=True).past_key_values
-        parts = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-        return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
-
-    per_token = (cached(12) - cached(4)) / 8
-    planned = budget._cache_bytes_per_token(model)
-    assert 0 < per_token <= planned
-    # layers without a cache, or with a window
-    mixed = ("qwen3_next", "lfm2_moe", "jamba", "nemotron_h", "llama4_text")
-    if family not in mixed:
-        assert per_token == planned
+    with torch.no_grad():
+        cache = model(torch.randint(3, 50, (1, 12)), use_cache=True).past_key_values
+    parts = [part for layer in cache.layers for part in tree_leaves(vars(layer))]
+    held = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    found = work_space(twin(model), 2, 12, 20)
+    assert held == found.cache_bytes + 12 * found.cache_bytes_per_token
+    assert found.num_bytes > 0
 
 
 def test_a_longer_context_leaves_less_for_slots(olmoe_store):
     memory = enough_for(olmoe_store, 3, context=128)
     short, long = (melinoe.load(olmoe_store, memory=memory, context=tokens) for tokens in (16, 128))
-    per_token = budget._cache_bytes_per_token(short)
+    per_token = work_space(twin(short), 1, 8, 8).cache_bytes_per_token
     assert long.melinoe_budget.cache_bytes - short.melinoe_budget.cache_bytes == 112 * per_token
     assert long.melinoe_budget.slots < short.melinoe_budget.slots
     assert long.melinoe_budget.total_bytes <= memory

@@ -66,21 +66,6 @@ class Budget:
         )
 
 
-def _cache_bytes_per_token(model: nn.Module) -> int:
-    """Bytes of one sequence at most.
-
-    Counted as if every layer had full attention: hybrids and sliding windows need less.
-    """
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    widths = 2 * max(width, getattr(config, "global_head_dim", None) or 0)  # gemma4: some heads are wider
-    if getattr(config, "kv_lora_rank", None):  # latent attention: cached before it is expanded to heads
-        heads, widths = 1, config.kv_lora_rank + config.qk_rope_head_dim
-    element = (config.dtype or torch.float32).itemsize
-    return int(config.num_hidden_layers * heads * widths * element)
-
-
 def given_bytes(memory: int | str | None, device: torch.device | None) -> int:
     """Bytes of a budget: a size, a share of what is free ("80%"), or None for most of what is free.
 
@@ -148,8 +133,8 @@ def derive(
     context = context or min(
         DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     )
-    cache = batch * context * _cache_bytes_per_token(model)
     needed = work_space(twin(model), batch, min(context, PREFILL_CHUNK), context)
+    cache = batch * (needed.cache_bytes + context * needed.cache_bytes_per_token)
     work = needed.num_bytes + cache // config.num_hidden_layers  # a layer's cache grows by being copied
     staging = STAGING_RECORDS * max(size for _, size in records) + buffer_bytes
     per_slot = sum(size for _, size in records)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental._config import patch  # type: ignore[attr-defined]
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,26 +32,39 @@ _STAND_IN = "melinoe_work_space"
 # float32 copies of a row's logits that choosing a token takes at most: processors, sorting, probabilities
 LOGITS_COPIES = 10
 KERNELS = 1.15  # times what operations take: their own scratch, and holes that the allocator keeps
+_FEW = (8, 24)  # tokens
+_MOST_OPERATIONS = 6_000  # of 20 to 40 microseconds
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 @dataclass(frozen=True)
 class WorkSpace:
-    """Of one forward pass. num_bytes: that live at once. shapes: different matrix products of a request."""
+    """Of one forward pass, and what it leaves in transformers' own cache.
+
+    num_bytes: that live at once, the cache apart. shapes: different matrix products of a request.
+    cache_bytes, cache_bytes_per_token: of one sequence, whatever its length and for each token, as if no
+    layer had a window.
+    """
 
     num_bytes: int
     shapes: int
+    cache_bytes: int
+    cache_bytes_per_token: int
+
+
+_known: dict[tuple[Any, ...], WorkSpace] = {}  # counting takes a second or two for a large model
 
 
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make, as long as they live. `peak` is the most there was.
 
-    products: the shapes of matrix products that were computed.
+    products: the shapes of matrix products that were computed. operations: how many there were. cache_bytes:
+    of the cache that a run has left.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = self.cache_bytes = 0
         self.products: set[tuple[torch.Size, ...]] = set()
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -61,6 +75,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        self.operations += 1
         if func.__name__.partition(".")[0] in _PRODUCTS:
             self.products.add(tuple(one.shape for one in args if isinstance(one, torch.Tensor)))
         for tensor in tree_leaves(found):
@@ -90,7 +105,7 @@ class _NoScores(TorchFunctionMode):
 
 
 def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace:
-    """What one forward pass computes with, the cache and the weights apart.
+    """What one forward pass computes with, the weights apart.
 
     Args:
         skeleton: on the meta device, its experts included; its experts function is changed.
@@ -99,13 +114,23 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
         context: tokens of each that are in the cache then, these included.
     """
     config, dtype = skeleton.config.get_text_config(), skeleton.dtype
+    asked = (skeleton.config.to_json_string(), config._attn_implementation, dtype, rows, length, context)
+    if asked in _known:
+        return _known[asked]
     experts_products = _use_stand_in(skeleton)
-    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-    # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
-    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
-    with torch.no_grad(), LiveBytes() as live, _NoScores():
-        live.ignore((*skeleton.parameters(), *skeleton.buffers()))
-        skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    few, more = (_run(skeleton, 1, tokens, use_cache=True) for tokens in _FEW)
+    between = _FEW[1] - _FEW[0]
+    # state spaces without their kernels take a step of Python for every token: then some tokens stand for all
+    operations = rows * (more.operations - few.operations) / between
+    counted = length
+    if operations * length > _MOST_OPERATIONS:
+        counted = min(length, max(64, int(_MOST_OPERATIONS / operations)))
+    live = _run(skeleton, rows, counted)
+    peak = live.peak
+    if counted < length:
+        half = _run(skeleton, rows, counted // 2).peak
+        peak += max(0, peak - half) * (length - counted) // (counted - counted // 2)
+    per_token = (more.cache_bytes - few.cache_bytes) // between
     # the mask: boolean, and once more as torch's kernels take it
     beside = rows * length * context * (1 + dtype.itemsize)
     if (
@@ -113,11 +138,32 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
     ):  # it keeps scores; those of this pass alone were counted
         heads = config.num_attention_heads
         beside += rows * length * (context - length) * heads * (4 + 2 * dtype.itemsize)
-    return WorkSpace(
-        int(KERNELS * (live.peak + beside)) + rows * config.vocab_size * 4 * LOGITS_COPIES,
+    _known[asked] = WorkSpace(
+        int(KERNELS * (peak + beside)) + rows * config.vocab_size * 4 * LOGITS_COPIES,
         # all but the experts' are computed for a prompt and for a token, and the output layer was not run
         2 * (len(live.products) + 1) + experts_products * row_counts(rows * length),
+        few.cache_bytes - _FEW[0] * per_token,
+        per_token,
     )
+    return _known[asked]
+
+
+def _bytes(part: Any) -> int:
+    return sum(one.nbytes for one in tree_leaves(part) if isinstance(one, torch.Tensor))
+
+
+def _run(skeleton: Any, rows: int, length: int, use_cache: bool = False) -> LiveBytes:
+    """One forward pass on shapes."""
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
+    every = patch(meta_nonzero_assume_all_nonzero=True)  # qwen4_exp looks for what a token may see: all
+    with torch.no_grad(), every, LiveBytes() as live, _NoScores():
+        live.ignore((*skeleton.parameters(), *skeleton.buffers()))
+        found = skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=use_cache)
+    if use_cache:
+        live.cache_bytes = sum(_bytes(vars(layer)) for layer in found.past_key_values.layers)
+    return live
 
 
 def _use_stand_in(model: Any) -> int:

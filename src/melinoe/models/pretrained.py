@@ -82,6 +82,8 @@ def load_model(folder: Path, **settings: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from melinoe.models.token_ids import refuse_unknown_ids
+
     config = settings.get("config") or read_config(folder)
     generation = folder / "generation_config.json"
     if generation.is_file():  # transformers passes over a broken one, and samples by its defaults
@@ -113,6 +115,8 @@ def load_model(folder: Path, **settings: Any) -> Any:
             got=f"nothing for {missing[0]}" + (f" and {len(missing) - 1} others" if len(missing) > 1 else ""),
             next_step="fetch the checkpoint again",
         )
+    if not is_marked(config):  # a store's pager listens itself
+        refuse_unknown_ids(model)
     return model
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from melinoe.errors import MelinoeError
+from melinoe.models.token_ids import refuse_unknown_ids
 from melinoe.paging.pager import ExpertPager
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import DECODE, PREFILL, Call
@@ -85,7 +86,8 @@ class PagedExperts:
         self._followed: dict[str, np.ndarray] = {}  # those that the prior is made of
 
     def attach(self, model: nn.Module) -> None:
-        """Listens to the forward passes of a model from now on."""
+        """Listens to the forward passes of a model from now on; token ids that it has not are refused."""
+        refuse_unknown_ids(model)
         model.register_forward_pre_hook(self.before, with_kwargs=True)
 
     @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in

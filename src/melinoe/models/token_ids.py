@@ -1,0 +1,42 @@
+"""Token ids that a model does not have: named, before torch's embedding says "index out of range in self"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from melinoe.errors import MelinoeError
+
+
+def check_ids(ids: torch.Tensor, count: int) -> None:
+    """Refuses ids that are not below `count`.
+
+    On an accelerator one token alone is not looked at: it is what the model has chosen itself, and looking
+    waits for the device.
+
+    Raises:
+        MelinoeError: with the first such id.
+    """
+    if not ids.numel() or (ids.device.type != "cpu" and ids.shape[-1] == 1):
+        return
+    least, most = (int(one) for one in torch.aminmax(ids))
+    if least < 0 or most >= count:
+        raise MelinoeError(
+            "a token id is beyond the model's embeddings",
+            got=least if least < 0 else most,
+            allowed=f"0 to {count - 1}",
+            next_step="use the tokenizer that belongs to this model: this one has more or other tokens",
+        )
+
+
+def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is not None:
+        check_ids(ids, len(model.get_input_embeddings().weight))  # type: ignore[operator]
+
+
+def refuse_unknown_ids(model: nn.Module) -> None:
+    """Checks the ids of every forward pass of a model from now on."""
+    model.register_forward_pre_hook(_before, with_kwargs=True)

@@ -1,6 +1,7 @@
 """The predictor: learns what can be learnt, is deterministic, and refuses other models."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,3 +146,48 @@ def test_other_models_and_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "v", {"format": "melinoe-predictor", "version": "9"})
     with pytest.raises(MelinoeError, match="another version"):
         Predictor.load(tmp_path / "v")
+
+
+def test_a_network_that_learns_nothing_gives_way_to_the_global_frequencies(tmp_path):
+    """Prompts of two kinds, and answers that do not care: the warning, and a file that says so."""
+    generator = np.random.default_rng(0)
+    liked = generator.dirichlet(np.ones(8), 2)
+    made = topics(120)
+    indices = made.indices.copy()
+    for token in np.flatnonzero(made.decoded):
+        indices[token] = [generator.choice(8, 2, replace=False, p=p) for p in liked]
+    report = fit_predictor(
+        model_and_tokenizer(), replace(made, indices=indices), tmp_path / "p", slots=4, epochs=60, hidden=64
+    )
+    assert report["loads_global"] <= report["loads_predictor"] and report["kept"] == "global"
+    assert any("global frequencies, which were kept" in text for text in report["warnings"])
+    predictor = Predictor.load(tmp_path / "p")
+    one, other = predictor.scores([5, 6, 7]), predictor.scores([17, 18])
+    assert (one == other).all()
+    counted = np.sort(one[0])[::-1] / 2
+    assert counted == pytest.approx(np.sort(liked[0])[::-1], abs=0.15)
+
+
+def test_what_a_network_gains_is_said_without_a_warning(tmp_path):
+    report = fit_predictor(model_and_tokenizer(), topics(), tmp_path / "p", slots=4, epochs=40, hidden=32)
+    assert report["kept"] == "network" and report["warnings"] == []
+    assert report["loads_predictor"] < min(report["loads_global"], report["loads_none"])
+    assert report["recall_nearest"] > 0.8  # two kinds of prompts: neighbours know as much
+
+
+def test_the_verb_prints_the_warning(tmp_path, monkeypatch, capsys):
+    from melinoe.cli.main import app
+    from melinoe.prediction import fit
+
+    save(tmp_path / "model")
+    topics(40).save(tmp_path / "t")
+    report = fit_predictor(model_and_tokenizer(), topics(40), epochs=1)
+    text = fit._warnings(report | {"kept": "global", "loads_predictor": 3.0, "loads_global": 2.0})
+    assert text[0].startswith("the network reads nothing out of prompts: 3.000 loads per token")
+    text = fit._warnings(report | {"kept": "network", "loads_none": 0.0})
+    assert "generate without --predictor" in text[0]
+    arguments = ["--model", tmp_path / "model", "--trace", tmp_path / "t", "--output", tmp_path / "p"]
+    app(["fit-predictor", *map(str, arguments)], standalone_mode=False)
+    out, err = capsys.readouterr()
+    shown = [line for line in err.splitlines() if line.startswith("melinoe: ")]
+    assert ": network, " in out or shown  # who keeps the global frequencies is told

@@ -1,5 +1,7 @@
 """Traces and their replay: totals by hand, bounds that bound, files that refuse."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,8 +10,9 @@ from safetensors.numpy import save_file
 
 from melinoe.errors import MelinoeError
 from melinoe.measure.intervals import ratio_of_sums
+from melinoe.routing.policies import Strength, mean_strength
 from melinoe.routing.simulate import simulate
-from melinoe.routing.trace import Trace, from_sequences
+from melinoe.routing.trace import Trace, from_sequences, joined
 
 
 def random_trace(seed, num_sequences=3, num_layers=2, num_experts=8, top_k=2, prompts=True) -> Trace:
@@ -191,3 +194,49 @@ def test_arrays_that_do_not_fit_are_refused():
     trace = by_hand()
     with pytest.raises(MelinoeError, match="do not fit each other"):
         Trace(**{**vars(trace), "call_offsets": np.array([0, 2])})
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000))
+def test_some_sequences_alone_replay_as_they_did_among_others(seed):
+    trace, kept = random_trace(seed, num_sequences=5), [3, 1]
+    some = trace.only(kept)
+    assert some.num_sequences == 2 and some.prompts() == [trace.prompts()[1], trace.prompts()[3]]
+    whole, part = (
+        simulate(one, "decay", 3, per_sequence=True)["results"][0]["per_sequence"] for one in (trace, some)
+    )
+    for name, counts in part.items():
+        assert counts.tolist() == whole[name][[1, 3]].tolist(), name
+    both = joined([trace.only([0, 2, 4]), some])
+    assert (both.frequencies() == trace.frequencies()[[0, 2, 4, 1, 3]]).all()
+
+
+def test_traces_of_different_models_are_not_joined():
+    with pytest.raises(MelinoeError, match="traces of different models"):
+        joined([random_trace(0), replace(random_trace(0), fingerprint="g" * 16)])
+
+
+def test_a_preload_that_nobody_asks_for_is_wasted():
+    """The prompt asks 0 0 1, decoding 2 0 0 2: expert 2 is used, expert 3 is not."""
+    trace = by_hand()
+    trace = replace(trace, num_experts=4)
+    for liked, wasted in ((2, 0), (3, 1)):
+        scores = np.zeros((1, 1, 4))
+        scores[0, 0, liked] = 9.0
+        row = simulate(trace, "static", 1, predictor_scores=scores)["results"][0]
+        assert row["preload_loads_per_sequence"] == 1
+        assert row["wasted_preloads_per_sequence"] == wasted
+
+
+def test_each_sequence_has_a_strength_of_its_own():
+    trace, strengths = random_trace(5, num_sequences=4), [Strength(9.0 * n, 3.0 * n) for n in range(1, 5)]
+    scores = trace.frequencies()
+    together = simulate(trace, "decay", 3, predictor_scores=scores, strength=strengths, per_sequence=True)[
+        "results"
+    ][0]["per_sequence"]["loads"]
+    for number, strength in enumerate(strengths):
+        alone = simulate(
+            trace.only([number]), "decay", 3, predictor_scores=scores[[number]], strength=strength
+        )["results"][0]
+        assert alone["loads_per_token"] * alone["num_tokens"] == pytest.approx(together[number])
+    assert mean_strength(strengths[:2]) == Strength(13.5, 4.5)

@@ -370,9 +370,14 @@ def fit_predictor(
     from melinoe.prediction.fit import fit_predictor as run
 
     result = run(model, trace, output, seed=seed)
+    for warning in result["warnings"]:
+        print(f"melinoe: {warning}", file=sys.stderr)
     if as_json:
         return print_json(result)
-    print(f"{output}: " + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
+    print(
+        f"{output}: {result['kept']}, "
+        + ", ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float))
+    )
 
 
 @app.command(short_help="Measure quality on held-out rows.")

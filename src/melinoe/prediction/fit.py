@@ -1,9 +1,10 @@
 """Fits what tells from a prompt which experts decoding will ask for, before a token is decoded.
 
 A small network on the features of `features.py`, fitted to traces: its target is how often each expert
-was asked for per decoded token. The scores go to the policy as its prior; what that is worth is measured
-in loads per token (docs/log.md), here by recall: the share of decoding's requests that the C best-scored
-experts of each layer would have served.
+was asked for per decoded token. The scores go to the policy as its prior. What that is worth is
+measured on sequences that were held out, beside what costs nothing (`rivals.py`): by recall, the share of
+decoding's requests that the C best-scored experts of each layer would have served, and by the loads of the
+default policy. Where the network needs no fewer loads than the global frequencies, these are what is kept.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from melinoe.models.pretrained import load_model
 from melinoe.outputs import Output
 from melinoe.prediction.features import prompt_features, token_table
 from melinoe.prediction.predictor import PREDICTOR, Predictor, check_same_model
+from melinoe.prediction.rivals import decoded_lengths, nearest, with_prefill
 from melinoe.routing.policies import DECODE, PREFILL, Strength
+from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, as_trace
 
 __all__ = ["Predictor", "fit_predictor", "recall"]
 
 MIN_SEQUENCES = 10
+MAX_REPLAYED = 200_000  # calls of one layer each, in the comparison of loads
 PRIOR_TOKENS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 55.0, 75.0, 100.0, 140.0, 200.0)
 
 
@@ -104,6 +108,44 @@ def _train(
             schedule.step()
 
 
+def _loads(trace: Trace, slots: int, scores: np.ndarray | None, strength: Strength | None) -> float:
+    """Decode loads per token of the default policy, on the first sequences of a trace.
+
+    Args:
+        scores: [S, L, E], or None for no prediction.
+    """
+    calls = np.bincount(trace.sequence, minlength=trace.num_sequences).cumsum() * trace.num_layers
+    number = max(1, int((calls <= MAX_REPLAYED).sum()))
+    some = trace.only(range(number))
+    given = None if scores is None else scores[:number]
+    replayed = simulate(some, "decay", slots, predictor_scores=given, strength=strength)
+    return float(replayed["results"][0]["loads_per_token"])
+
+
+def _warnings(report: dict[str, Any]) -> list[str]:
+    """What the report means, where it is not what somebody who fits a predictor expects."""
+    found = []
+    if report["kept"] == "global":
+        found.append(
+            f"the network reads nothing out of prompts: {report['loads_predictor']:.3f} loads per token on"
+            f" held-out rows, {report['loads_global']:.3f} with the global frequencies, which were kept"
+        )
+    best = min(report["loads_predictor"], report["loads_global"])
+    if best >= report["loads_none"]:
+        found.append(
+            f"no prediction is as good: {report['loads_none']:.3f} loads per token without one,"
+            f" {best:.3f} with it; generate without --predictor"
+        )
+    free = max(("global", "prefill"), key=lambda name: report[f"recall_{name}"])
+    if report["recall_predictor"] <= report[f"recall_{free}"]:
+        name = {"global": "the global frequencies", "prefill": "the routing of the prompt"}[free]
+        found.append(
+            f"as a fixed set {name} would serve more than the network: recall"
+            f" {report[f'recall_{free}']:.3f} against {report['recall_predictor']:.3f}"
+        )
+    return found
+
+
 def _model_of(model: Any) -> Any:
     """The model itself, from a path or from (model, tokenizer)."""
     if isinstance(model, str | Path):
@@ -136,10 +178,14 @@ def fit_predictor(
 
     Returns:
         loss (nats per request, held out) and loss_global (that of the global frequencies); recall_predictor
-        beside recall_global (one fixed ranking), recall_prefill (ranked by the prompt's own routing: the free
-        rival) and recall_oracle (the best fixed set of each sequence: the bound); slots, num_sequences,
-        num_held_out, seconds; prior_tokens, horizon: what the scores are worth to the policy, and for how
-        many decoded tokens (`routing.policies.Strength`): as many as the sequences had on average.
+        beside recall_global (one fixed ranking), recall_prefill (ranked by the prompt's own routing),
+        recall_nearest (by the ten most similar prompts), recall_predictor_prefill (prediction and prompt
+        together) and recall_oracle (the best fixed set of each sequence: the bound); loads_predictor,
+        loads_global and loads_none: decode loads per token of the default policy with either prior and with
+        the evidence of the prompt alone. kept: network, or global where the network is no better. warnings:
+        sentences for whoever fitted it. slots, num_sequences, num_held_out, seconds; prior_tokens, horizon:
+        what the scores are worth to the policy, and for how many decoded tokens
+        (`routing.policies.Strength`): as many as the sequences had on average.
 
     Raises:
         MelinoeError: nothing may be written at `output` (melinoe.outputs), a trace of another model, or fewer
@@ -152,7 +198,7 @@ def fit_predictor(
     started, trace, model = time.perf_counter(), as_trace(trace), _model_of(model)
     fingerprint = model_fingerprint(model)
     check_same_model("the trace", trace.fingerprint, fingerprint)
-    lengths = np.bincount(trace.sequence[trace.decoded], minlength=trace.num_sequences)
+    lengths = decoded_lengths(trace)
     used = np.flatnonzero((lengths > 0) & (trace.prompt_lengths > 0))
     if len(used) < MIN_SEQUENCES:
         raise MelinoeError(
@@ -187,14 +233,40 @@ def fit_predictor(
             batch_size,
         )
     predictor.eval()
-    overall = (shares[train] * weights[train, None, None]).sum(0) / weights[train].sum()
+    overall_shares = (shares[train] * weights[train, None, None]).sum(0) / weights[train].sum()
     with torch.no_grad():
         logs = predictor(features[test])
     counts = (frequencies[test] * weights[test, None, None]).round()
     horizon = float(weights.mean())
     predictor.strength = Strength(worth_in_tokens(logs, counts, top_k), horizon)
-    measured = {"predictor": logs, "global": overall, "prefill": prefill[test], "oracle": frequencies[test]}
-    global_logs = overall.clamp_min(1e-5).log().expand_as(logs)
+    global_logs = overall_shares.clamp_min(1e-5).log().expand_as(logs)
+    global_strength = Strength(worth_in_tokens(global_logs, counts, top_k), horizon)
+    held = trace.only(used[np.sort(test.numpy())])
+    in_order = test.argsort()
+    predicted = (top_k * logs.double().exp()).numpy()
+    everybody = np.broadcast_to(top_k * overall_shares.double().numpy(), predicted.shape)
+    measured = {
+        "predictor": logs,
+        "global": overall_shares,
+        "prefill": prefill[test],
+        "nearest": torch.from_numpy(nearest(features[train], features[test], frequencies[train].numpy())),
+        "predictor_prefill": torch.from_numpy(
+            with_prefill(predicted[in_order], held, predictor.strength.tokens)[in_order.argsort()]
+        ),
+        "oracle": frequencies[test],
+    }
+    loads = {
+        name: _loads(held, slots, None if scores is None else scores[in_order], strength)
+        for name, scores, strength in (
+            ("predictor", predicted, predictor.strength),
+            ("global", everybody, global_strength),
+            ("none", None, None),
+        )
+    }
+    kept = "network" if loads["predictor"] < loads["global"] else "global"
+    if kept == "global":
+        predictor.forget_prompts(overall_shares)
+        predictor.strength = global_strength
     report: dict[str, Any] = {
         "loss": float(_loss(logs, shares[test], weights[test])),
         "loss_global": float(_loss(global_logs, shares[test], weights[test])),
@@ -202,6 +274,8 @@ def fit_predictor(
             f"recall_{name}": recall(scores, frequencies[test], weights[test], slots)
             for name, scores in measured.items()
         },
+        **{f"loads_{name}": value for name, value in loads.items()},
+        "kept": kept,
         "prior_tokens": predictor.strength.tokens,
         "horizon": horizon,
         "slots": slots,
@@ -210,6 +284,7 @@ def fit_predictor(
         "seed": seed,
         "fingerprint": fingerprint,
     }
+    report["warnings"] = _warnings(report)
     if written is not None:
         predictor.save(written.path, report, written.check)
     return report | {"seconds": time.perf_counter() - started}

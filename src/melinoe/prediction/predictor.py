@@ -79,6 +79,16 @@ class Predictor(nn.Module):
         self.train(training)
         return self.experts_per_token * shares.double().numpy()
 
+    @torch.no_grad()
+    def forget_prompts(self, shares: torch.Tensor) -> None:
+        """Predicts the same for every prompt from now on.
+
+        Args:
+            shares: [L, E] of each layer's requests.
+        """
+        self.outer.weight.zero_()
+        self.outer.bias.copy_(shares.clamp_min(1e-5).log().flatten())
+
     def save(
         self, path: str | Path, report: dict[str, Any] | None = None, check: Callable[[], None] | None = None
     ) -> Path:

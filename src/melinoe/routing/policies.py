@@ -17,7 +17,7 @@ The rules that hold for all:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,14 @@ class Strength:
 
     tokens: float = 50.0
     horizon: float = math.inf
+
+
+def mean_strength(strengths: Sequence[Strength]) -> Strength:
+    """What the mean of several predictions is worth."""
+    return Strength(
+        sum(one.tokens for one in strengths) / len(strengths),
+        sum(one.horizon for one in strengths) / len(strengths),
+    )
 
 
 class Policy:

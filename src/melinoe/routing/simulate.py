@@ -9,7 +9,7 @@ one fixed set for all. Long traces are replayed by twins of the policies' object
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,17 @@ import numpy as np
 from melinoe.errors import MelinoeError
 from melinoe.routing import compiled
 from melinoe.routing.calls import hit_rate, per
-from melinoe.routing.policies import DECODE, POLICIES, Call, Load, Policy, Static, Strength, make_policy
+from melinoe.routing.policies import (
+    DECODE,
+    POLICIES,
+    Call,
+    Load,
+    Policy,
+    Static,
+    Strength,
+    make_policy,
+    mean_strength,
+)
 from melinoe.routing.published import PUBLISHED
 from melinoe.routing.trace import Trace, as_trace
 
@@ -74,7 +84,9 @@ class Belady(Policy):
 class _Replay:
     """One policy at one number of slots, and what it did, request by request."""
 
-    columns = ("hits", "loads", "prefill_hits", "prefill_loads", "preload_loads", "evictions")
+    columns = (
+        "hits", "loads", "prefill_hits", "prefill_loads", "preload_loads", "evictions", "preloads_used"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -82,27 +94,37 @@ class _Replay:
         slots: int,
         policy: Policy,
         scores: np.ndarray | None,
-        strength: Strength | None,
+        strength: Strength | Sequence[Strength] | None,
         carry_over: bool,
     ) -> None:
         self.name, self.slots, self.policy = name, slots, policy
         self.scores, self.strength, self.carry_over = scores, strength, carry_over
         self.rows: list[list[int]] = []
+        self.preloaded: set[tuple[int, int]] = set()  # and not asked for since
 
     def begin(self, sequences: np.ndarray) -> None:
         if not self.carry_over:
             self.policy.reset()
+            self.preloaded.clear()
         scores = None if self.scores is None else self.scores[sequences].mean(0)
-        self.policy.begin(scores, self.strength)
+        strength = self.strength
+        if isinstance(strength, Sequence):
+            strength = mean_strength([strength[one] for one in sequences])
+        self.policy.begin(scores, strength)
         self.rows.append([0] * len(self.columns))
 
     def request(self, layer: int, call: Call) -> None:
         decision = self.policy.request(layer, call)
         row = self.rows[-1]
         loads, evictions = len(decision.loads), 0
+        if self.preloaded:
+            used = self.preloaded.intersection([(layer, expert) for expert in decision.hits])
+            row[6] += len(used)
+            self.preloaded -= used
         for load in decision.loads:
             if load.victim is not None:
                 evictions += 1
+                self.preloaded.discard((layer, load.victim))
         if call.phase == DECODE:
             row[0] += len(decision.hits)
             row[1] += loads
@@ -111,6 +133,7 @@ class _Replay:
             row[2] += len(decision.hits)
             row[3] += loads
             row[4] += len(decision.preloads)
+            self.preloaded.update((layer, load.expert) for load in decision.preloads)
         row[5] += evictions
 
     def result(self, decoded: np.ndarray, prompt: np.ndarray, per_sequence: bool) -> dict[str, Any]:
@@ -128,6 +151,8 @@ class _Replay:
             "prefill_loads_per_token": per(sums["prefill_loads"], int(prompt.sum())) or 0.0,
             "prefill_loads_per_sequence": per(sums["prefill_loads"], requests) or 0.0,
             "preload_loads_per_sequence": per(sums["preload_loads"], requests) or 0.0,
+            "wasted_preloads_per_sequence": per(sums["preload_loads"] - sums["preloads_used"], requests)
+            or 0.0,
             "total_loads_per_token": per(loads, tokens) or 0.0,
             "evictions": sums["evictions"],
             "num_tokens": tokens,
@@ -143,7 +168,7 @@ def _replay(
     name: str,
     slots: int,
     scores: np.ndarray | None,
-    strength: Strength | None,
+    strength: Strength | Sequence[Strength] | None,
     carry_over: bool,
 ) -> _Replay:
     policy: Policy
@@ -197,7 +222,7 @@ def simulate(
     slots: int | Iterable[int] = 8,
     carry_over: bool = False,
     predictor_scores: np.ndarray | None = None,
-    strength: Strength | None = None,
+    strength: Strength | Sequence[Strength] | None = None,
     per_sequence: bool = False,
 ) -> dict[str, Any]:
     """Replays a trace through policies at one or more sizes.
@@ -212,7 +237,8 @@ def simulate(
         slots: per layer; one number or several.
         carry_over: requests follow each other in a warm cache.
         predictor_scores: [S, L, E] predicted requests per decoded token, for policies that use prediction.
-        strength: what the prediction is worth (`Predictor.strength`); None: the policy's default.
+        strength: what the predictions are worth (`Predictor.strength`), one for all or one for each sequence;
+            None: the policy's default.
         per_sequence: adds the counts of every request as arrays, for a comparison in pairs
             (melinoe.measure.intervals).
 
@@ -222,6 +248,8 @@ def simulate(
         loads_per_token: expert records read while decoding, per decoded token, summed over layers.
         prefill_loads_per_token, prefill_loads_per_sequence: read by prompts, per prompt token and request.
         preload_loads_per_sequence: predicted records that the prompt did not ask for, per request.
+        wasted_preloads_per_sequence: those of them that left, or were there at the end, without being asked
+        for.
         total_loads_per_token: all three, per decoded token.
         evictions: residents that were replaced, all phases. num_tokens: decoded. num_sequences: requests.
 
@@ -241,7 +269,9 @@ def simulate(
     by_object = []
     for replay in replays:
         if long and compiled.can_replay(replay.policy, replay.scores is not None):
-            replay.rows = compiled.replay(trace, replay.policy, carry_over).tolist()
+            # without a prediction, so nothing was preloaded
+            found = compiled.replay(trace, replay.policy, carry_over)
+            replay.rows = np.pad(found, ((0, 0), (0, len(replay.columns) - found.shape[1]))).tolist()
         else:
             by_object.append(replay)
     if by_object:

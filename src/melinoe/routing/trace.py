@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,32 @@ class Trace:
         lengths = np.bincount(self.sequence[tokens], minlength=self.num_sequences)
         return self.request_counts(phase) / np.maximum(lengths, 1)[:, None, None].astype(np.float32)
 
+    def only(self, sequences: Sequence[int] | np.ndarray) -> Trace:
+        """The calls of these sequences alone, in the order in which they were made.
+
+        Args:
+            sequences: which to keep; they are numbered anew, in ascending order.
+        """
+        kept = np.unique(np.asarray(sequences, np.int64))
+        number = np.full(self.num_sequences, -1, np.int64)
+        number[kept] = np.arange(len(kept))
+        tokens = number[self.sequence] >= 0
+        sizes: Any = (
+            np.add.reduceat(tokens.astype(np.int64), self.call_offsets[:-1]) if self.num_calls else []
+        )
+        sizes = np.asarray(sizes, np.int64)
+        per_token: dict[str, Any] = {
+            name: getattr(self, name)[tokens] for name in ("indices", "ages", "valid", "token_ids")
+        }
+        return replace(
+            self,
+            **per_token,
+            sequence=number[self.sequence[tokens]],
+            call_offsets=np.concatenate([[0], np.cumsum(sizes[sizes > 0])]),
+            call_phase=self.call_phase[sizes > 0],
+            prompt_lengths=self.prompt_lengths[kept],
+        )
+
     def save(self, path: str | Path, check: Callable[[], None] | None = None) -> Path:
         """Writes the file, whole or not at all. check: whether it may be replaced, asked last."""
         metadata = {
@@ -224,6 +250,29 @@ class Trace:
 def as_trace(trace: Trace | str | Path) -> Trace:
     """The trace itself, or the one in a file."""
     return trace if isinstance(trace, Trace) else Trace.load(trace)
+
+
+def joined(traces: Sequence[Trace]) -> Trace:
+    """Traces of one model behind each other, sequences numbered on.
+
+    Raises:
+        MelinoeError: traces of different models.
+    """
+    first = traces[0]
+    for other in traces[1:]:
+        if (other.fingerprint, other.num_experts) != (first.fingerprint, first.num_experts):
+            raise MelinoeError("traces of different models", got=other.fingerprint, allowed=first.fingerprint)
+    arrays: dict[str, Any] = {
+        name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ARRAYS
+    }
+    sequences = np.cumsum([0, *(trace.num_sequences for trace in traces)])
+    tokens = np.cumsum([0, *(len(trace.indices) for trace in traces)])
+    arrays["sequence"] = np.concatenate(
+        [trace.sequence + start for trace, start in zip(traces, sequences[:-1], strict=True)]
+    )
+    offsets = [trace.call_offsets[1:] + start for trace, start in zip(traces, tokens[:-1], strict=True)]
+    arrays["call_offsets"] = np.concatenate([[0], *offsets])
+    return replace(first, **arrays)
 
 
 def from_sequences(

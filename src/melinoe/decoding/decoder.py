@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from melinoe.decoding.one_token import Functions, one_token
 from melinoe.decoding.recording import record
 from melinoe.decoding.replay import Different, OtherStep, Replay
 from melinoe.models.layers import experts_modules
@@ -39,6 +40,7 @@ class Decoder:
         self._lock = threading.Lock()
         self._state: Any = None
         self._replays: list[Replay] = []
+        self._functions: Functions = {}
         self._signature, self._tries = "", 0  # of the last recording, and how many there were
         self._refused = ""  # by a recording
         self._cannot = ""  # in the last generation
@@ -69,7 +71,7 @@ class Decoder:
         with self._lock:
             if state != self._state:  # an adapter was applied, another attention was chosen, ...
                 self._state, self._replays, self._refused = state, [], ""
-                self._signature, self._tries = "", 0
+                self._signature, self._tries, self._functions = "", 0, {}
             state = self._state
         return partial(self._step, model, state)
 
@@ -110,10 +112,16 @@ class Decoder:
             else:
                 self._signature, self._tries = "", 0
                 try:
-                    self._replays = [*self._replays, Replay(found)]
+                    self._replays = [*self._replays, Replay(found, self._in_place_of)]
                 except Different as error:
                     self._refused = str(error)
         return output
+
+    def _in_place_of(self, function: Any) -> Any:
+        """Experts have a faster way for one token."""
+        module = getattr(function, "__self__", None)
+        faster = one_token(module, self._functions) if isinstance(module, nn.Module) else None
+        return faster or function
 
 
 _DECODERS: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
@@ -133,10 +141,13 @@ def _eager(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 def _notice(model: Any, inputs: dict[str, Any]) -> None:
-    """What a forward pre-hook would have done: replays and recordings go around it."""
+    """Calls the model's own forward pre-hooks: replays and recordings go around them."""
     paged = getattr(model, "melinoe_paged", None)
-    if paged is not None:
-        paged.before(model, (), inputs)
+    for hook in model._forward_pre_hooks.values():
+        if getattr(hook, "__self__", None) is paged and paged is not None:
+            paged.before(model, (), inputs)
+        else:
+            hook(model, (), inputs)
 
 
 def _cannot(model: Any, inputs: dict[str, Any]) -> str:
@@ -156,12 +167,11 @@ def _cannot(model: Any, inputs: dict[str, Any]) -> str:
         return f"is given {', '.join(sorted(others))}"
     if nn.modules.module._has_any_global_hook():
         return "is in a process with hooks on all modules"
-    ours = getattr(model, "melinoe_paged", None)
     for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if ours is not None and module is model:
-            hooks = [hook for hook in hooks if getattr(hook, "__self__", None) is not ours]
-        if hooks or "_hf_hook" in vars(module):
+        before = module._forward_pre_hooks.values()
+        if module is model:  # ours are called for each step; they look and change nothing
+            before = [hook for hook in before if not hook.__module__.startswith("melinoe.")]
+        if before or module._forward_hooks or "_hf_hook" in vars(module):
             return f"has a hook on its {type(module).__name__}"
     return ""
 

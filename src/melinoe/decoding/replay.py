@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
 
+from melinoe.decoding.bits import same_bits
 from melinoe.decoding.recording import Call, Event, Read, Recording, Slot, Write, map_tensors, tensors_of
 
 _CHECKS = 3  # TorchScript rewrites a function after its first runs
@@ -93,23 +95,19 @@ class _Segment:
         return functions[key]
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same, bit for bit: not a number equals itself, and 0 is not -0."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    return bytes(one.contiguous().reshape(-1).view(torch.uint8).numpy()) == bytes(
-        other.contiguous().reshape(-1).view(torch.uint8).numpy()
-    )
-
-
 class Replay:
     """One model's decode step.
+
+    Args:
+        in_place_of: what is called in the place of an event's function.
 
     Raises:
         Different: a part of it does not compute what was recorded.
     """
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(
+        self, recording: Recording, in_place_of: Callable[[Any], Any] = lambda function: function
+    ) -> None:
         values = {**recording.values, **recording.constants}
         functions: Functions = {}
         self._inputs = [(name, slot.number) for name, slot in recording.inputs.items()]
@@ -118,11 +116,13 @@ class Replay:
         self._masks = 0  # steps up to the last mask
         begun = False  # the cache has been updated, or experts have been asked for
         for items, later in _grouped(recording):
+            if isinstance(items, Event) and _always_none(items):
+                continue
             if isinstance(items, Event):
                 if items.kind == "mask" and begun:
                     raise Different("makes masks between its layers")  # there is no way back from there
                 begun = begun or items.kind != "mask"
-                self._steps.append(_event(items))
+                self._steps.append(_event(items, in_place_of(items.function)))
                 self._masks = len(self._steps) if items.kind == "mask" else self._masks
                 continue
             segment = _Segment(items, later)
@@ -220,8 +220,8 @@ class _Function:
                 setattr(layers[layer], name, values[number])
 
 
-def _event(event: Event) -> Callable[[list[Any], Any], None]:
-    function, kind, nest = event.function, event.kind, _nest(event.returned)
+def _event(event: Event, function: Any) -> Callable[[list[Any], Any], None]:
+    kind, nest = event.kind, _nest(event.returned)
     given, results = (event.args, event.kwargs), [slot.number for slot in event.results]
 
     def run(values: list[Any], cache: Any) -> None:
@@ -233,6 +233,14 @@ def _event(event: Event) -> Callable[[list[Any], Any], None]:
             values[number] = tensor
 
     return run
+
+
+def _always_none(event: Event) -> bool:
+    """Whether a mask was None, and is at every length: one token behind a cache sees all of it."""
+    if event.kind != "mask" or event.function is not create_causal_mask or event.returned is not None:
+        return False
+    overlays = ("or_mask_function", "and_mask_function", "block_sequence_ids", "attention_mask")
+    return not event.args and all(event.kwargs.get(name) is None for name in overlays)
 
 
 def _nest(value: Any) -> Any:

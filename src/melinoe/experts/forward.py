@@ -141,8 +141,7 @@ def _many_tokens(
     return outputs
 
 
-@torch.compiler.disable  # which experts are where is no part of a graph
-def melinoe_experts(
+def compute_experts(
     module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """Transformers' experts contract.
@@ -175,6 +174,10 @@ def melinoe_experts(
     if outputs is None:  # no tokens, or nothing but sentinels
         return torch.zeros_like(hidden_states)
     return combine(outputs, top_k_weights if scale_TK is None else None, top_k, hidden_states.dtype)
+
+
+# what transformers calls: which experts are where is no part of a graph
+melinoe_experts = torch.compiler.disable(compute_experts)
 
 
 def combine(

@@ -87,44 +87,45 @@ def expansion_bytes(store: Store, packed: bool) -> int:
 class PackedExpert(Mapping[str, torch.Tensor]):
     """The tensors of one expert in a packed record: each is expanded when it is asked for.
 
+    layer: what it has in common with the layer's others. packed: the tensors of the record.
     They hold until the scratch record is used for another expert.
     """
 
     def __init__(self, layer: _ScratchLayer, packed: Mapping[str, torch.Tensor]) -> None:
-        self._layer, self._packed = layer, packed
+        self.layer, self.packed = layer, packed
         self._expanded: set[str] = set()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._layer.views[name]
+        weight = self.layer.views[name]
         if name not in self._expanded:
-            layer = self._layer
-            layer.packing.expand_one(layer.fields[name], self._packed, weight, layer.tile)
+            layer = self.layer
+            layer.packing.expand_one(layer.fields[name], self.packed, weight, layer.tile)
             self._expanded.add(name)
         return weight
 
     @property
     def few_rows(self) -> int:
         """Up to so many rows are computed from the record as it lies."""
-        return self._layer.few_rows
+        return self.layer.few_rows
 
     def product(self, rows: torch.Tensor, name: str) -> torch.Tensor | None:
         """rows [N, in] by the matrix, [N, out], as it lies; None where it is to be expanded.
 
         Which of the two it is depends on the record's format, the number of rows and the machine alone.
         """
-        layer = self._layer
+        layer = self.layer
         if len(rows) > layer.few_rows or rows.dtype != kernels.DTYPE or rows.requires_grad:
             return None
-        packed = self._packed
+        packed = self.packed
         return kernels.product(
             layer.packing.format, rows, packed[name], packed[name + SCALE], layer.out[name]
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layer.views)
+        return iter(self.layer.views)
 
     def __len__(self) -> int:
-        return len(self._layer.views)
+        return len(self.layer.views)
 
 
 class _ScratchLayer:

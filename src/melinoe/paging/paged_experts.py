@@ -30,6 +30,10 @@ class _Note(threading.local):
     valid: np.ndarray = np.empty(0, bool)
 
 
+# of a pass of one token: [1, 1] and [1] real, [1] the last of its sequence; read only
+_ONE, _REAL, _LAST = np.ones((1, 1), bool), np.ones(1, bool), np.zeros(1, np.int64)
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a memory budget was divided for.
@@ -88,10 +92,14 @@ class PagedExperts:
     def attach(self, model: nn.Module) -> None:
         """Listens to the forward passes of a model from now on; token ids that it has not are refused."""
         refuse_unknown_ids(model)
-        model.register_forward_pre_hook(self.before, with_kwargs=True)
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     @torch.compiler.disable  # decisions are made anew for every pass, nothing of them may be compiled in
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.before(model, args, kwargs)
+
     def before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """To be called before each forward pass, with its arguments."""
         if self.tuning:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -109,11 +117,16 @@ class PagedExperts:
         if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
             valid = mask[:, -length:].bool().cpu().numpy()
         else:
-            valid = np.ones((batch, length), bool)
+            valid = _ONE if batch * length == 1 else np.ones((batch, length), bool)
         cache = kwargs.get("past_key_values")
         past = int(cache.get_seq_length()) if cache is not None else 0
         if self.limits is not None:
             self.limits.check(batch, length, max(past + length, _reserved(cache)))
+        if past > 0 and valid is _ONE:  # by far the most passes, and those where microseconds show
+            note = self._note
+            note.phase, note.ages, note.valid = DECODE, _LAST, _REAL
+            self.pager.statistics.decode_tokens += 1
+            return
         # several tokens behind a cache: the next piece of a prompt, unless decoding has begun (then it
         # is the verification of guessed tokens)
         note = self._note

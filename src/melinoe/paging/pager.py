@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from melinoe.errors import MelinoeError
 from melinoe.paging.disk_reader import DiskReader
@@ -70,6 +71,11 @@ class ExpertPager:
         self._process = os.getpid()
         self._inside = False  # while a call is served
         self._unfinished = False  # behind a call that did not come to its end
+
+    @property
+    def packed(self) -> bool:
+        """Whether slots hold packed records."""
+        return self._scratch is not None
 
     @property
     def slot_bytes(self) -> int:
@@ -132,11 +138,7 @@ class ExpertPager:
                 self.reset()
             self._inside = self._unfinished = True
             try:
-                decision = self.policy.request(layer, call)
-                record_bytes = self.store.layers[layer].layout.record_bytes
-                self.statistics.count(call, decision, record_bytes, training)
-                if self.watcher is not None:
-                    self.watcher(layer, decision)
+                decision = self._decide(layer, call, training)
                 served = ServedCall(
                     layer, decision, self.banks[layer], self.staging, self.reader, self.statistics
                 )
@@ -147,6 +149,45 @@ class ExpertPager:
                 self._unfinished = False
             finally:
                 self._inside = False
+
+    def serve_hits(
+        self, layer: int, call: Call, compute: Callable[[list[Views]], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """`compute` of the tensors of a decoded token's experts, in the order in which they are asked for.
+
+        The same decisions as `serve`, with less in between. None, and nothing decided, where an expert is to
+        be read or still arriving, and where it takes `serve` to say what is wrong.
+        """
+        asked, bank = call.indices[0].tolist(), self.banks[layer]
+        with self._lock:
+            if (
+                self._inside
+                or self._unfinished
+                or os.getpid() != self._process
+                or len(set(asked)) < len(asked)
+            ):
+                return None
+            slots, pending = bank.slot_of, bank.pending
+            if any(expert not in slots or expert in pending for expert in asked):
+                return None
+            self._inside = self._unfinished = True
+            try:
+                self._decide(layer, call)
+                views: list[Views] = [bank.views(expert) for expert in asked]
+                if self._scratch is not None:
+                    views = [self._scratch.expert(layer, one) for one in views]
+                found = compute(views)
+                self._unfinished = False
+                return found
+            finally:
+                self._inside = False
+
+    def _decide(self, layer: int, call: Call, training: bool = False) -> Decision:
+        decision = self.policy.request(layer, call)
+        self.statistics.count(call, decision, self.store.layers[layer].layout.record_bytes, training)
+        if self.watcher is not None:
+            self.watcher(layer, decision)
+        return decision
 
     def close(self) -> None:
         self.reset()

@@ -1,0 +1,127 @@
+"""The experts of one token, where all of them are in slots: one function of TorchScript for the layer.
+
+It is made from `expert_output` and `combine`, so it computes what `melinoe_experts` does, and is compared
+with it, bit for bit, on the first token that it could compute. Where an expert has to be read, and for
+experts that are not computed from their slots alone (low-rank additions, packed records that are expanded,
+ways of their own), `melinoe_experts` is called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from melinoe.decoding.bits import same_bits
+from melinoe.experts import forward
+from melinoe.paging.expansion import PackedExpert
+from melinoe.paging.served_call import Views
+from melinoe.routing.calls import DECODE
+
+Functions = dict[str, Callable[..., Any]]
+_CHECKS = 3  # TorchScript rewrites a function after its first runs
+_OTHERS = ("melinoe_paged", "melinoe_layer", "training")
+
+
+class OneToken:
+    """In the place of an experts module's forward, for one token.
+
+    Args:
+        functions: those made so far, by what they depend on; layers alike share one.
+    """
+
+    def __init__(self, module: nn.Module, functions: Functions) -> None:
+        self._module, self._functions = module, functions
+        self._paged: Any = module.melinoe_paged
+        self._layer = int(module.melinoe_layer)  # type: ignore[arg-type]
+        self._function: Callable[..., Any] | None = None  # None: not made yet
+        self._refused = False
+
+    def __call__(self, hidden_1H: torch.Tensor, index_1K: torch.Tensor, weights_1K: torch.Tensor) -> Any:
+        if not self._refused:
+            call = self._paged.call(index_1K.numpy())
+            if call.phase == DECODE and len(call.indices) == 1:
+                found = self._paged.pager.serve_hits(
+                    self._layer, call, lambda views: self._compute(hidden_1H, weights_1K, views)
+                )
+                if found is not None:
+                    return found
+        return forward.compute_experts(self._module, hidden_1H, index_1K, weights_1K)
+
+    def _compute(
+        self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, experts: list[Views]
+    ) -> torch.Tensor:
+        if self._function is not None:
+            tensors = [tensor for views in experts for tensor in _stored(views).values()]
+            return self._function(hidden_1H, weights_1K, *tensors)
+        expected = self._eagerly(hidden_1H, weights_1K, experts)
+        self._make(hidden_1H, weights_1K, experts, expected)
+        return expected
+
+    def _eagerly(
+        self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, experts: list[Views]
+    ) -> torch.Tensor:
+        """As melinoe_experts does it. Which expert it is matters to low-rank additions alone."""
+        outputs = torch.cat([forward.expert_output(self._module, hidden_1H, one, -1) for one in experts])
+        return forward.combine(outputs, weights_1K, len(experts), hidden_1H.dtype)
+
+    def _make(
+        self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, experts: list[Views], expected: torch.Tensor
+    ) -> None:
+        names, packed_like = list(_stored(experts[0])), getattr(experts[0], "layer", None)
+        tensors = [tensor for views in experts for tensor in _stored(views).values()]
+        given = (hidden_1H, weights_1K, *tensors)
+        key = repr([_what_counts(self._module), names, packed_like and packed_like.packing, _shapes(given)])
+
+        def function(hidden: torch.Tensor, weights: torch.Tensor, *stored: torch.Tensor) -> torch.Tensor:
+            ends = range(0, len(stored), len(names))
+            each = [dict(zip(names, stored[at : at + len(names)], strict=True)) for at in ends]
+            views: list[Views] = [
+                one if packed_like is None else PackedExpert(packed_like, one) for one in each
+            ]
+            return self._eagerly(hidden, weights, views)
+
+        if key not in self._functions:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is deprecated
+                self._functions[key] = torch.jit.trace(function, given, check_trace=False)
+        made = self._functions[key]
+        if all(same_bits(made(*given), expected) for _ in range(_CHECKS)):
+            self._function = made
+        else:
+            self._refused = True
+
+
+def _stored(views: Views) -> Views:
+    return views.packed if isinstance(views, PackedExpert) else views
+
+
+def _shapes(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+    return [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def _what_counts(module: nn.Module) -> list[Any]:
+    """All that an experts module computes with besides its experts; the same for layers alike."""
+    own = {
+        name: value if isinstance(value, (bool, int, float, str)) else id(value)
+        for name, value in vars(module).items()
+        if name not in _OTHERS and not name.startswith("_")
+    }
+    weights = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    return [type(module), own, [str(child) for child in module.children()], weights]
+
+
+def one_token(module: Any, functions: Functions) -> OneToken | None:
+    """For the experts of a paged layer; None where there is nothing to gain, or more to compute."""
+    if getattr(module, "melinoe_paged", None) is None or "forward" in vars(module):
+        return None
+    if module.config._experts_implementation != forward.NAME or module.melinoe_paged.tuning:
+        return None
+    more = hasattr(module, "low_rank") or hasattr(module, "expert_forward") or module._is_expert_parallel
+    packed = module.melinoe_paged.pager.packed
+    if more or getattr(module, "weights_scale_input", False) or (packed and module.has_bias):
+        return None
+    return OneToken(module, functions)

@@ -17,6 +17,8 @@ from families import FAMILIES, batch, resident, save_checkpoint
 from family_configs import config
 from melinoe.decoding import loop
 from melinoe.decoding.decoder import decoder_of
+from melinoe.experts.low_rank import attach_low_rank
+from melinoe.models.layers import experts_modules
 
 NEW_TOKENS = 14
 # why the steps of a family are not replayed; the others are
@@ -139,23 +141,65 @@ def test_the_rules_are_those_of_transformers(model, settings):
     assert decoder_of(model).replays
 
 
-def test_bfloat16_and_paged_with_the_same_statistics(tmp_path):
+def test_paged_with_the_same_decisions(tmp_path):
     source = save_checkpoint(tmp_path / "model", "olmoe", torch.bfloat16)
     melinoe.convert(source, tmp_path / "store", progress=False)
     own = resident(source)
-    seen = []
-    for run in (lambda one, ids, **more: one.generate(ids, **more), loop.generate):
-        paged = melinoe.load(tmp_path / "store", slots=3)
-        for seed in range(3):
-            ids = prompt(seed=seed)
-            tokens = run(paged, ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-            expected = own.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
-            assert torch.equal(tokens, expected)
-        counted = melinoe.stats(paged).to_json()
-        counted.pop("stalled_seconds")
-        seen.append(counted)
-    assert decoder_of(paged).replays == 1
-    assert seen[0] == seen[1] and seen[0]["decode_loads"] > 0
+    for slots in (0, 3, 6, 8):
+        seen = []
+        for run in (lambda one, ids, **more: one.generate(ids, **more), loop.generate):
+            paged = melinoe.load(tmp_path / "store", slots=slots)
+            decisions = []
+            paged.melinoe_paged.pager.watcher = lambda *decision, seen=decisions: seen.append(decision)
+            for seed in range(3):
+                ids = prompt(seed=seed)
+                tokens = run(paged, ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+                expected = own.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+                assert torch.equal(tokens, expected)
+            counted = melinoe.stats(paged).to_json()
+            counted.pop("stalled_seconds")
+            seen.append((counted, decisions))
+        assert decoder_of(paged).replays == 1
+        assert decoder_of(paged).functions == (1 if slots else 0)  # all experts in slots, at least once
+        assert seen[0] == seen[1] and seen[0][0]["decode_requests"] > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "record_format", "functions"),
+    [
+        ("olmoe", "int8", 1),
+        ("olmoe", "int4", 1),
+        ("gpt_oss", "auto", 1),
+        ("gpt_oss", "int8", 0),
+        ("gemma4_text", "auto", 1),
+        ("ernie4_5_moe", "auto", 1),
+    ],
+)
+def test_experts_of_all_kinds_for_one_token(family, record_format, functions, tmp_path):
+    source = save_checkpoint(tmp_path / "model", family, torch.bfloat16)
+    melinoe.convert(source, tmp_path / "store", progress=False, format=record_format)
+    paged = melinoe.load(tmp_path / "store", slots=8)
+    for seed in range(3):
+        expected, tokens = both(paged, prompt(seed=seed), do_sample=False)
+        assert torch.equal(tokens, expected)
+    found = decoder_of(paged)
+    assert (found.why_eager, found.replays) == ("", 1)
+    if record_format == "auto" or paged.melinoe_paged.pager.packed:  # a processor without the kernels expands
+        assert found.functions == functions
+
+
+def test_low_rank_additions_of_an_adapter(olmoe, olmoe_store):
+    paged = melinoe.load(olmoe_store, slots=8)
+    both(paged, prompt(), do_sample=False)
+    assert decoder_of(paged).functions == 1
+    for _, module in experts_modules(paged):
+        attach_low_rank(module, 2, 4.0)
+        for parameter in module.low_rank.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    paged.requires_grad_(False)
+    expected, tokens = both(paged, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert decoder_of(paged).replays == 1 and decoder_of(paged).functions == 0
 
 
 def test_who_stops_it_is_asked_after_every_token(model):

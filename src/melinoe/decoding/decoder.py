@@ -55,6 +55,11 @@ class Decoder:
         """How many different steps it has recorded."""
         return len(self._replays)
 
+    @property
+    def functions(self) -> int:
+        """How many different functions compute a token's experts."""
+        return len(self._functions)
+
     def begin(self, inputs: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         """The function that runs the steps of one generation, {name: what forward is given} -> output.
 

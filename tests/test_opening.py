@@ -15,9 +15,11 @@ from families import batch, save_checkpoint
 from melinoe.config import parse_bytes
 from melinoe.conversion.in_place import index_in_place
 from melinoe.conversion.verify import verify
+from melinoe.errors import MelinoeError
 from melinoe.paging.slots import RecordBuffer
 from melinoe.runtime.load import load_resident, load_tokenizer
 from melinoe.store.manifest import MANIFEST, open_store, sealed
+from melinoe.store.shards import read_header, read_stamp
 from test_verify import flip
 
 # --- arguments of from_pretrained
@@ -282,3 +284,14 @@ def test_what_is_no_model_folder(olmoe, tmp_path):
         for verb in (melinoe.load, load_resident, load_tokenizer, melinoe.plan):
             with pytest.raises(melinoe.MelinoeError, match=message):
                 verb(source)
+
+
+def test_a_stamp_needs_no_parsing(olmoe, tmp_path):
+    """What tells a shard from another is read without the names of its tensors, and is the same."""
+    [shard] = olmoe.glob("*.safetensors")
+    assert read_stamp(shard) == read_header(shard).stamp
+    (tmp_path / "short").write_bytes(b"1234")
+    (tmp_path / "text").write_bytes(b"no header at all, only words")
+    for name in ("short", "text", "missing"):
+        with pytest.raises(MelinoeError, match="cannot read"):
+            read_stamp(tmp_path / name)

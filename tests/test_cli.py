@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from melinoe.cli.main import app
 
 VERBS = {
-    "convert", "demo", "evaluate", "fit-predictor", "generate", "merge", "plan", "simulate", "trace", "tune",
-    "verify",
+    "convert", "demo", "evaluate", "fit-predictor", "generate", "merge", "placement", "plan", "simulate",
+    "trace", "tune", "verify",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ _PUBLIC = {
     "trace": "melinoe.measure.trace",
     "simulate": "melinoe.routing.simulate",
     "fit_predictor": "melinoe.prediction.fit",
+    "placement": "melinoe.prediction.placement",
     "evaluate": "melinoe.measure.quality",
     "sweep": "melinoe.frontier.sweep",
     "bench": "melinoe.benchmark.bench",

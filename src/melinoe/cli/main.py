@@ -380,6 +380,33 @@ def fit_predictor(
     )
 
 
+@app.command(short_help="Choose experts to keep for good.")
+def placement(
+    trace: Annotated[Path, typer.Argument(help="Trace that `melinoe trace` wrote.")],
+    output: Annotated[Path, typer.Option(help="File to write.")],
+    slots: Annotated[
+        int | None, typer.Option(help="Experts of each layer. [default: a quarter of them]", min=1)
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="json, or ktransformers: a .pt file for --init-expert-location.")
+    ] = "json",
+    model: Annotated[str | None, typer.Option(help="Model of the trace, for ktransformers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the experts of each layer that a trace asked for most, for engines that keep a fixed set."""
+    if model is not None:
+        prepare(model)
+    from melinoe.prediction.placement import placement as run
+
+    result = run(trace, output, slots=slots, format=format, model=model)
+    if as_json:
+        return print_json(result)
+    print(
+        f"{output}: {result['slots']} of {result['num_experts']} experts in each of {len(result['layers'])}"
+        f" layers, which serve {result['served']:.1%} of the trace's requests"
+    )
+
+
 @app.command(short_help="Measure quality on held-out rows.")
 def evaluate(
     model: Model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from transformers import (
@@ -17,6 +19,7 @@ from families import FAMILIES, batch, resident, save_checkpoint
 from family_configs import config
 from melinoe.decoding import loop
 from melinoe.decoding.decoder import decoder_of
+from melinoe.experts import forward
 from melinoe.experts.low_rank import attach_low_rank
 from melinoe.models.layers import experts_modules
 
@@ -186,6 +189,32 @@ def test_experts_of_all_kinds_for_one_token(family, record_format, functions, tm
     assert (found.why_eager, found.replays) == ("", 1)
     if record_format == "auto" or paged.melinoe_paged.pager.packed:  # a processor without the kernels expands
         assert found.functions == functions
+
+
+def by_pointer(tensor):
+    """A copy that torch does not see: traced, it would be whatever the new memory holds."""
+    out = torch.empty_like(tensor)
+    ctypes.memmove(out.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    return out
+
+
+def test_experts_that_are_computed_beyond_torch_are_not_traced(olmoe_store, monkeypatch):
+    output = forward.expert_output
+    monkeypatch.setattr(forward, "expert_output", lambda *given: by_pointer(output(*given)))
+    paged = melinoe.load(olmoe_store, slots=8)
+    for seed in range(3):
+        expected, tokens = both(paged, prompt(seed=seed), do_sample=False)
+        assert torch.equal(tokens, expected)
+    assert decoder_of(paged).replays == 1 and decoder_of(paged).functions == 0
+
+
+def test_a_layer_that_is_computed_beyond_torch_is_left_alone(olmoe):
+    model = resident(olmoe)
+    layer = model.model.layers[1]
+    layer.forward = lambda *args, forward=layer.forward, **kwargs: by_pointer(forward(*args, **kwargs))
+    expected, tokens = both(model, prompt(), do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert decoder_of(model).why_eager == "reads values of a tensor (data_ptr)"
 
 
 def test_low_rank_additions_of_an_adapter(olmoe, olmoe_store):

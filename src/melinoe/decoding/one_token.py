@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from melinoe.decoding.bits import same_bits
+from melinoe.decoding.recording import only_about, tensors_of
 from melinoe.experts import forward
 from melinoe.paging.expansion import PackedExpert
 from melinoe.paging.served_call import Views
@@ -37,18 +39,17 @@ class OneToken:
         self._module, self._functions = module, functions
         self._paged: Any = module.melinoe_paged
         self._layer = int(module.melinoe_layer)  # type: ignore[arg-type]
-        self._function: Callable[..., Any] | None = None  # None: not made yet
-        self._refused = False
+        self._function: Callable[..., Any] | None = None  # once it was made
+        self._eager = False  # it cannot be made
 
     def __call__(self, hidden_1H: torch.Tensor, index_1K: torch.Tensor, weights_1K: torch.Tensor) -> Any:
-        if not self._refused:
-            call = self._paged.call(index_1K.numpy())
-            if call.phase == DECODE and len(call.indices) == 1:
-                found = self._paged.pager.serve_hits(
-                    self._layer, call, lambda views: self._compute(hidden_1H, weights_1K, views)
-                )
-                if found is not None:
-                    return found
+        call = self._paged.call(index_1K.numpy())
+        if call.phase == DECODE and len(call.indices) == 1:
+            found = self._paged.pager.serve_hits(
+                self._layer, call, lambda views: self._compute(hidden_1H, weights_1K, views)
+            )
+            if found is not None:
+                return found
         return forward.compute_experts(self._module, hidden_1H, index_1K, weights_1K)
 
     def _compute(
@@ -57,8 +58,11 @@ class OneToken:
         if self._function is not None:
             tensors = [tensor for views in experts for tensor in _stored(views).values()]
             return self._function(hidden_1H, weights_1K, *tensors)
-        expected = self._eagerly(hidden_1H, weights_1K, experts)
-        self._make(hidden_1H, weights_1K, experts, expected)
+        if self._eager:
+            return self._eagerly(hidden_1H, weights_1K, experts)
+        with _Watch() as watch:
+            expected = self._eagerly(hidden_1H, weights_1K, experts)
+        self._eager = watch.beyond_torch or not self._made(hidden_1H, weights_1K, experts, expected)
         return expected
 
     def _eagerly(
@@ -68,9 +72,10 @@ class OneToken:
         outputs = torch.cat([forward.expert_output(self._module, hidden_1H, one, -1) for one in experts])
         return forward.combine(outputs, weights_1K, len(experts), hidden_1H.dtype)
 
-    def _make(
+    def _made(
         self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, experts: list[Views], expected: torch.Tensor
-    ) -> None:
+    ) -> bool:
+        """Makes the function; whether it computes the same."""
         names, packed_like = list(_stored(experts[0])), getattr(experts[0], "layer", None)
         tensors = [tensor for views in experts for tensor in _stored(views).values()]
         given = (hidden_1H, weights_1K, *tensors)
@@ -89,10 +94,26 @@ class OneToken:
                 warnings.simplefilter("ignore")  # that it is deprecated
                 self._functions[key] = torch.jit.trace(function, given, check_trace=False)
         made = self._functions[key]
-        if all(same_bits(made(*given), expected) for _ in range(_CHECKS)):
-            self._function = made
-        else:
-            self._refused = True
+        if not all(same_bits(made(*given), expected) for _ in range(_CHECKS)):
+            return False
+        self._function = made
+        return True
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether something is computed that torch does not see, by a pointer or a value.
+
+    It cannot be traced, and what is traced then might still pass a comparison: in new memory that holds the
+    right result from before.
+    """
+
+    beyond_torch = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not tensors_of(result) and not only_about(func):
+            self.beyond_torch = True
+        return result
 
 
 def _stored(views: Views) -> Views:

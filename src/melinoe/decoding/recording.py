@@ -184,6 +184,12 @@ class _WatchedCache:
         return len(self._cache)
 
 
+def only_about(function: Any) -> bool:
+    """Whether a torch function tells of a tensor what does not depend on its values."""
+    name = getattr(function, "__name__", "")
+    return name == "__get__" or name in _ABOUT
+
+
 class Recorder(TorchFunctionMode):
     """Makes one `Recording`; see `record`.
 
@@ -319,7 +325,7 @@ class Recorder(TorchFunctionMode):
         if self._paused:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
-        about = name == "__get__" or name in _ABOUT
+        about = only_about(func)
         noted = self._noted((args, kwargs), name)
         growing = any(slot in self._growing for slot in tensors_of(noted))
         if growing and not (self._inside and (about or name in _GROWING[self._inside])):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
 from typer.testing import CliRunner
 
 import melinoe
@@ -18,6 +19,7 @@ from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.models.layers import moe_layers
 from melinoe.models.pretrained import skeleton
+from melinoe.runtime.work_space import LiveBytes
 from melinoe.tuning.memory.activations import BatchShape, count
 from melinoe.tuning.memory.needed import memory_needed
 from melinoe.tuning.memory.pages import Pages
@@ -79,6 +81,43 @@ def test_the_count_is_what_autograd_keeps(tmp_path, family, paged):
     counted = count(empty, moe_layers(empty), BATCH, SETTINGS)
     routing = 10 * BATCH.rows * BATCH.length * sum(layer.num_experts for layer in layers) * 4
     assert real * 0.98 <= counted.kept - routing <= real * 1.1
+
+
+# few wide experts, and many narrow ones
+WIDE = MixtralConfig(
+    vocab_size=64, hidden_size=128, intermediate_size=448, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=512,
+)  # fmt: skip
+NARROW = OlmoeConfig(
+    vocab_size=64, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=4, num_experts=32, num_experts_per_tok=4, max_position_embeddings=512, pad_token_id=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("concentrated", [False, True], ids=["even", "concentrated"])
+@pytest.mark.parametrize("theirs", [WIDE, NARROW], ids=["wide", "narrow"])
+def test_a_step_lives_in_what_is_counted(tmp_path, theirs, concentrated):
+    """Forward and backward, with real tensors: what lives at the same time, weights apart."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(theirs, dtype=torch.float32).save_pretrained(tmp_path / "m")
+    batch = BatchShape(4, 128, 0)
+    model, layers = prepare_model(tmp_path / "m", SETTINGS, "cpu")
+    if concentrated:
+        for layer in layers:
+            torch.nn.init.zeros_(layer.router.weight)
+    ids = torch.randint(3, 50, (batch.rows, batch.length))
+    with LiveBytes() as live:
+        live.ignore((*model.parameters(), *model.buffers()))
+        hidden = model.base_model(ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        hidden.sum().backward()
+    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    empty = skeleton(tmp_path / "m")
+    counted = count(empty, moe_layers(empty), batch, SETTINGS)
+    routing = 10 * batch.rows * batch.length * sum(layer.num_experts for layer in layers) * 4
+    allowed = counted.kept - routing + counted.transient + gradients
+    assert live.peak <= allowed
+    if concentrated:
+        assert allowed <= 1.25 * live.peak
 
 
 def test_weights_are_counted_to_the_byte(tmp_path, olmoe):

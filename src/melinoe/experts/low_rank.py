@@ -155,7 +155,13 @@ def tuning_experts(
     Gradient flows to the hidden states, the factors and the weights; the experts' own weights stay
     frozen. Expert-parallel sentinels (index >= E) contribute nothing.
     """
-    order = Order.of(top_k_index, module.num_experts)
+    return experts_in_order(module, hidden_states, top_k_weights, Order.of(top_k_index, module.num_experts))
+
+
+def experts_in_order(
+    module: nn.Module, hidden_states: torch.Tensor, top_k_weights: torch.Tensor, order: Order
+) -> torch.Tensor:
+    """As `tuning_experts`, the rows sorted by expert already."""
     names = projection_parameter(module, "up"), projection_parameter(module, "down")
     factors = (*_factors(module, "up", hidden_states), *_factors(module, "down", hidden_states))
 

@@ -1,9 +1,10 @@
 """What one step keeps for its backward pass, in bytes, counted on a model without weights.
 
 The model runs on the meta device, which knows shapes and computes nothing, and autograd tells what it would
-save. Two parts are not run but counted by what our own functions save: the experts, and everything from the
-logits on. Families differ in everything else (attention, state spaces, shared experts), and so nothing is
-assumed of it.
+save. So nothing is assumed of a family's attention, state spaces or shared experts, nor of our own experts
+function, which runs as it does while tuning; a layer's backward pass runs as well, and what lives in it at
+the same time is added up. All tokens choose the same experts: no routing needs more. Only what comes from the
+logits on is not run, but counted.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental._config import patch  # type: ignore[attr-defined]
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from melinoe.errors import MelinoeError
-from melinoe.experts.low_rank import projection_size
+from melinoe.experts.low_rank import attach_low_rank, experts_in_order, projection_size
+from melinoe.experts.row_order import Order
 from melinoe.models.layers import MoeLayer, experts_per_token
 from melinoe.models.undecorated import take_over
+from melinoe.runtime.work_space import LiveBytes
 from melinoe.tuning.settings import TuneSettings
 
 _STAND_IN = "melinoe_planning"
@@ -57,11 +61,13 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
 
     model: on the meta device, in the dtype in which the run computes.
     """
-    dtype = next(model.parameters()).dtype
-    num_rows = batch.rows * batch.length * experts_per_token(model)
+    with torch.device("meta"):
+        for layer in layers:
+            attach_low_rank(layer.experts, settings.rank, settings.alpha, device="meta")
     own: dict[str | None, int] = {}  # bytes by decoder layer; None: outside of all
     inputs: dict[str, int] = {}
-    with _counting(model, layers, own, inputs):
+    every = patch(meta_nonzero_assume_all_nonzero=True)  # qwen4_exp looks for what a token may see: all
+    with _counting(model, layers, settings.form.experts, own, inputs), every:
         ids_BS = torch.zeros(batch.rows, batch.length, dtype=torch.long, device="meta")
         # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
         shape = (batch.rows, 1, batch.length, batch.length)
@@ -77,16 +83,11 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
                 got=model.config.model_type,  # type: ignore[union-attr]
                 next_step="tune without --memory and --dry-run",
             ) from error
-    transient = 0
-    for layer in layers:
-        name = max((one for one in inputs if layer.experts_name.startswith(f"{one}.")), key=len, default=None)
-        saved, while_backward = _experts_bytes(layer.experts, settings.rank, dtype)
-        own[name] = own.get(name, 0) + num_rows * saved
-        transient = max(transient, num_rows * while_backward)
+    tokens, top_k = batch.rows * batch.length, experts_per_token(model)
+    transient = max(_backward_bytes(layer, tokens, top_k, settings) for layer in layers)
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     copies = LOGITS_COPIES + (BASE_LOGITS_COPIES if settings.distill or settings.max_quality_loss else 0)
     losses = copies * batch.predicted * config.vocab_size * 4
-    tokens = batch.rows * batch.length
     losses += ROUTING_COPIES * tokens * sum(layer.num_experts for layer in layers) * 4
     outside = own.get(None, 0)
     inside = [size for name, size in own.items() if name is not None]
@@ -97,17 +98,31 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
     )
 
 
-def _experts_bytes(module: Any, rank: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(saved, besides while running backward) bytes per routed row.
+def _concentrated(tokens: int, top_k: int, num_experts: int) -> Order:
+    """All tokens choose the same experts."""
+    ends = [tokens * min(expert + 1, top_k) for expert in range(num_experts)]
+    return Order(torch.empty(tokens * top_k, dtype=torch.long, device="meta"), top_k, ends)
 
-    The hidden states are counted with the rest.
-    """
-    (size_in, up), (_, size_out) = projection_size(module, "up"), projection_size(module, "down")
-    saved = (up + 2 * rank) * dtype.itemsize + 2 * 8  # and the order of the rows
-    scaled = getattr(module, "weights_scale_input", False)  # llama4 keeps rows, multiplied and not
-    if scaled or module.has_post_expert_norm:
-        saved += ((2 if scaled else 1) * size_in + size_out) * dtype.itemsize + 2 * 8
-    return saved, (size_in + size_out) * dtype.itemsize
+
+def _backward_bytes(layer: MoeLayer, tokens: int, top_k: int, settings: TuneSettings) -> int:
+    """What an experts layer needs while it runs backward, beside what is saved and the factors' gradients."""
+    module: Any = layer.experts
+    dtype = next(module.parameters()).dtype
+    size_in, _ = projection_size(module, "up")
+    hidden_TH = torch.empty(tokens, size_in, dtype=dtype, device="meta", requires_grad=True)
+    weights_TK = torch.empty(tokens, top_k, device="meta", requires_grad=True)
+    with LiveBytes() as live:
+        live.ignore((hidden_TH, weights_TK, *module.parameters()))
+        order = _concentrated(tokens, top_k, module.num_experts)
+        out_TH = experts_in_order(module, hidden_TH, weights_TK, order)
+        live.peak, before = live.now, live.now
+        out_TH.backward(torch.empty_like(out_TH))
+        factors = list(module.low_rank.parameters())
+        gradients = sum(factor.nbytes for factor in factors if factor.requires_grad)
+        for factor in factors:
+            factor.grad = None
+    # of the first batch of a step they are kept as they are, of the others added to what is there
+    return live.peak - before - (gradients if settings.accumulate == 1 else 0)
 
 
 class _Kept:
@@ -130,12 +145,17 @@ class _Kept:
 
 @contextmanager
 def _counting(
-    model: nn.Module, layers: list[MoeLayer], own: dict[str | None, int], inputs: dict[str, int]
+    model: nn.Module,
+    layers: list[MoeLayer],
+    experts_too: bool,
+    own: dict[str | None, int],
+    inputs: dict[str, int],
 ) -> Iterator[None]:
     """Adds up what is saved, by decoder layer, and the bytes that each decoder layer is given."""
     model.requires_grad_(False)
     for layer in layers:
         layer.router.requires_grad_(True)
+        layer.experts.low_rank.requires_grad_(experts_too)  # type: ignore[union-attr]
     kept = _Kept([*model.parameters(), *model.buffers()])
     inside: list[str] = []
 
@@ -169,10 +189,13 @@ def _counting(
 
 
 def _shapes_only(
-    module: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """An experts function that saves what it is given: what is kept per row is counted apart."""
-    return hidden_states * top_k_weights[:, :1].to(hidden_states.dtype)
+    """`tuning_experts`, where there is no telling what the router has chosen."""
+    tokens, top_k = top_k_index.shape
+    return experts_in_order(
+        module, hidden_states, top_k_weights, _concentrated(tokens, top_k, module.num_experts)
+    )
 
 
 ALL_EXPERTS_FUNCTIONS.register(_STAND_IN, _shapes_only)

@@ -197,3 +197,21 @@ def test_tune_on_the_command_line(tmp_path, olmoe, data):
     done = CliRunner().invoke(app, [*common, *adapter, "--memory", "1GiB", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["paged"]["slots"] == 8
+
+
+def test_a_run_that_no_machine_has_memory_for_is_refused_before_it_loads(tmp_path, olmoe, olmoe_store, data):
+    for model in (olmoe, olmoe_store):
+        common = ["tune", "--model", str(model), "--data", str(data), "--max-steps", "1", "--quiet"]
+        huge = ["--output-dir", str(tmp_path / "a"), "--rank", "100000000"]
+        done = CliRunner().invoke(app, [*common, *huge])
+        assert done.exit_code == 1
+        assert "this run needs more memory than there is; got" in done.stderr
+        assert "a smaller --rank" in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+def test_reading_weights_takes_more_for_a_while(olmoe):
+    """The file is mapped while parameters are made of it; paged experts are never read that way."""
+    needed = memory_needed(olmoe, TuneSettings(rank=1), BatchShape(1, 2, 0), "cpu")
+    assert needed.resident.total >= 2 * (needed.resident.resident + needed.resident.experts)
+    assert needed.paged.loading == 0

@@ -7,7 +7,7 @@ is read. As elsewhere (docs/decisions/0004), the interpreter and its libraries a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from melinoe.config import RECORD_ALIGNMENT, format_bytes
 from melinoe.data.encoding import Encoded
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import projection_size
+from melinoe.machine import total_memory
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
 from melinoe.models.pretrained import skeleton
@@ -38,11 +39,10 @@ from melinoe.tuning.step.batches import part_of
 class RunMemory:
     """Bytes of one run by purpose; the paged one without slots.
 
-    A resident run may take more for a while: transformers maps the file of weights while it converts them.
     resident: weights that are not experts'. experts: their weights, in the dtype of the computation; paged:
     what streams them. trained: routers in float32 and their frozen copies, low-rank factors. gradients,
     optimizer: of what is trained. activations: what is kept for the backward pass of the largest batch, and
-    what computing it takes besides.
+    what computing it takes besides. loading: what reading the weights takes beyond all that for a while.
     """
 
     resident: int
@@ -51,6 +51,7 @@ class RunMemory:
     gradients: int
     optimizer: int
     activations: int
+    loading: int = 0
 
     @property
     def total(self) -> int:
@@ -103,6 +104,26 @@ class TuningMemory:
             return min(self.num_experts, left // self.packed_slot), "packed"
         return min(self.num_experts, left // self.slot), None
 
+    def refuse_more_than_there_is(self, all_slots: bool) -> None:
+        """For a run without a budget. all_slots: its experts are paged, each with a slot.
+
+        Raises:
+            MelinoeError: it needs more memory than the device has, used or free.
+        """
+        there_is = total_memory(torch.device(self.device))
+        paged, resident = self.paged_run(self.checkpointed), self.resident
+        if self.checkpointed:
+            resident = self.resident_checkpointed
+        needed = paged.total + self.num_experts * self.slot if all_slots else resident.total
+        if needed > there_is:
+            raise MelinoeError(
+                "this run needs more memory than there is",
+                got=format_bytes(needed),
+                allowed=f"up to {format_bytes(there_is)}",
+                next_step="a smaller --rank or --batch-tokens, --gradient-checkpointing or --memory needs"
+                " less; --dry-run shows what takes how much",
+            )
+
     def budget_line(self, memory: int | str) -> str:
         """What a budget buys. Raises MelinoeError where it is too small."""
         slots, kind = self.slots(memory)
@@ -130,6 +151,7 @@ class TuningMemory:
             "gradients": "gradients",
             "optimizer": "AdamW's moments",
             "activations": "activations and work space",
+            "loading": "more, while weights are read",
             "total": "in all",
         }
         runs = self._runs()
@@ -202,7 +224,11 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     slots, packed, streaming = _slot_bytes(store, layers)
     own = model.dtype  # of the records, which are read and kept as they are
     dtype = compute_dtype(settings, device) or own
+    file = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     model.to(dtype)
+    # transformers has the file mapped while it makes parameters of it, and of the largest the parts as well
+    loading = 2 * max(tensor.nbytes for tensor in model.parameters()) + file
+    loading += sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     experts = sum(p.nbytes for layer in layers for p in layer.experts.parameters(recurse=False))
     rest = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - experts
     routers = sum(p.numel() * 4 for layer in layers for p in layer.router.parameters())
@@ -227,6 +253,9 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
                 optimizer=2 * moving,
                 activations=max(kept + besides, step),
             )
+            if not paged and device == "cpu":
+                run = kinds[paged, checkpointed]
+                kinds[paged, checkpointed] = replace(run, loading=max(0, loading - run.total))
     return TuningMemory(
         kinds[False, False], kinds[False, True], kinds[True, False], kinds[True, True],
         max(layer.num_experts for layer in layers), slots, packed, batch, device,

@@ -48,10 +48,13 @@ def paging(
     """None: everything resident. A store without a budget gets a slot for every expert.
 
     Raises:
-        MelinoeError: the budget is too small, or the weights are to be divided among processes as well.
+        MelinoeError: the budget is too small, or there is none and the machine is too small; or the weights
+            are to be divided among processes as well.
     """
     resolved = resolve_model(model)
     given_store = isinstance(resolved, Path) and is_store(resolved)
+    if memory is None and not settings.shard:  # before an index or a store is made
+        memory_needed(model, settings, batch, device).refuse_more_than_there_is(all_slots=given_store)
     if memory is None and not given_store:
         return None
     if settings.shard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, OlmoeConfig
+from typer.testing import CliRunner
 
 import melinoe
 from families import FAMILIES, batch, config, enough_for, save_tokenizer
+from melinoe.cli.main import app
+from melinoe.config import format_bytes
 from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.experts.forward import COMBINED_TOKENS, combine, use_melinoe_experts
+from melinoe.models.pretrained import load_model, read_config
+from melinoe.runtime.generation import generate
+from melinoe.runtime.load import load_tokenizer
+from melinoe.runtime.quantizer import set_settings
+from melinoe.runtime.settings import LoadSettings, file_bytes
 from melinoe.runtime.work_space import LiveBytes, twin, work_space
 
 RUN = Path(__file__).with_name("memory_run.py")
@@ -138,6 +147,66 @@ def test_the_plan_says_what_is_inside(olmoe_store):
     said = str(melinoe.runtime.load.plan(model))
     for part in ("libraries", "resident", "KV cache", "work", "staging", "4 slots", "the process had"):
         assert part in said
+    _, statistics = generate(model, load_tokenizer(olmoe_store), "w1 w2", max_new_tokens=2, raw=True)
+    taken, planned = statistics.model_memory_bytes, model.melinoe_budget.total_bytes
+    before = model.melinoe_budget.process_bytes
+    assert statistics.peak_memory_bytes == before + taken
+    assert str(statistics).endswith(
+        f"peak memory {format_bytes(before + taken)}: {format_bytes(before)} before the model was opened and"
+        f" {format_bytes(taken)} since, {format_bytes(planned)} planned"
+    )
+
+
+def test_an_adapter_and_a_predictor_are_inside(olmoe_store, tmp_path):
+    file = tmp_path / "predictor"
+    file.write_bytes(bytes(10**6))
+    plain = melinoe.load(olmoe_store, slots=2).melinoe_budget
+    settings = LoadSettings(slots=2, extra_bytes=file_bytes(file))
+    config = read_config(olmoe_store)
+    set_settings(config, settings)
+    more = load_model(olmoe_store, config=config).melinoe_budget
+    assert more.resident_bytes - plain.resident_bytes == 10**6
+    assert file_bytes(None) == file_bytes(tmp_path / "nothing") == 0
+
+
+def test_a_store_is_measured_inside_the_budget(olmoe, olmoe_store, tmp_path, monkeypatch):
+    """As many rows at once as the budget is for, and the same numbers as without one."""
+    rows = [{"prompt": f"w1 w{number}", "completion": "w3 w4"} for number in range(2, 8)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quiet = {"max_new_tokens": 3, "progress": False}
+    free = melinoe.evaluate(olmoe_store, tmp_path / "test.jsonl", **quiet)
+    monkeypatch.setenv("MELINOE_MEMORY", str(enough_for(olmoe_store, 3)))
+    found = melinoe.evaluate(olmoe_store, tmp_path / "test.jsonl", **quiet)
+    assert found["exact_match"] == free["exact_match"]
+    assert found["nll"] == pytest.approx(free["nll"], rel=1e-5)
+    melinoe.trace(olmoe_store, tmp_path / "test.jsonl", tmp_path / "trace", split="test", progress=False)
+
+
+def test_beams_of_a_checkpoint_are_set_aside_by_generate(olmoe_store, tmp_path, monkeypatch):
+    folder = shutil.copytree(olmoe_store, tmp_path / "store")
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 3, "eos_token_id": 1}))
+    memory = str(enough_for(olmoe_store, 3, batch=3))
+    asked = ["generate", "--model", str(folder), "-p", "w1", "--raw", "--max-new-tokens", "3"]
+    done = CliRunner().invoke(app, [*asked, "--memory", memory])
+    assert done.exit_code == 0, done.stderr
+    assert "before the model was opened and" in done.stderr
+    planned = CliRunner().invoke(app, ["plan", "--model", str(folder), "--memory", memory, "--batch", "3"])
+    assert "3 slots per layer" in planned.stdout
+
+
+def test_limits_of_two_children_at_once():
+    """A folder of ours that is there already, left over or in use, is in nobody's way."""
+    one = MemoryLimit(2**30)
+    if not one.available:
+        pytest.skip("no memory cgroup can be made here")
+    other = MemoryLimit(2**31)
+    try:
+        assert other.available
+        assert other.folder != one.folder
+    finally:
+        other.close()
+        one.close()
+    assert not one.folder.exists()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, COMBINED_TOKENS, COMBINED_TOKENS + 1, 3 * COMBINED_TOKENS - 1])

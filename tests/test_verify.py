@@ -248,3 +248,21 @@ def test_a_header_that_says_it_is_huge_is_not_read(olmoe, copy, tmp_path):
                 handle.write(struct.pack("<Q", length))
             with pytest.raises(melinoe.MelinoeError, match=r"cannot (read|open)"):
                 opening()
+
+
+def test_the_flag_finds_one_bit_where_it_is_read(copy):
+    """Without it the answer may be another one, and nobody says so."""
+    records = copy / "experts-00001.safetensors"
+    begin = int.from_bytes(records.read_bytes()[:8], "little") + 8
+    flip(records, begin + 100, 3)
+    words = " ".join(f"w{number}" for number in range(50))  # they ask for every expert of a layer
+    asked = ["generate", "--model", str(copy), "--slots", "4", "--raw", "-p", words, "--max-new-tokens", "2"]
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    done = CliRunner().invoke(app, [*asked, "--verify"])
+    assert done.exit_code == 1
+    assert "checksum" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat", "serve"])
+def test_verbs_that_open_a_model_have_the_flag(verb):
+    assert "--verify" in CliRunner().invoke(app, [verb, "--help"]).stdout

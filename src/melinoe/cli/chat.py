@@ -27,6 +27,7 @@ from melinoe.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Verify,
     prepare,
     slots_format_of,
 )
@@ -54,6 +55,7 @@ def chat(
     policy: Policy = DEFAULT_POLICY,
     device: Device = "cpu",
     packed: Packed = None,
+    verify: Verify = False,
     system: System = "",
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -97,6 +99,7 @@ def chat(
         device=device,
         slots_format=slots_format_of(packed),
         context=cached_tokens(tokens, settings),
+        verify=verify,
     )
     tokenizer = load_tokenizer(model)
     engine = start_engine(loaded, tokenizer, settings)

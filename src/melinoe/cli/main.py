@@ -45,6 +45,7 @@ from melinoe.cli.options import (
     Temperature,
     TopK,
     TopP,
+    Verify,
     prepare,
     print_json,
     print_notes,
@@ -183,6 +184,7 @@ def generate(
     seed: Seed = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     packed: Packed = None,
+    verify: Verify = False,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print the text as it is generated, or at its end.")
     ] = True,
@@ -191,8 +193,10 @@ def generate(
     """Generate text with the experts paged inside a memory budget."""
     prepare(model)
     from melinoe.data.encoding import encode_prompt
+    from melinoe.models.folder import local_folder, resolve_model
     from melinoe.runtime.budget import DEFAULT_CONTEXT
     from melinoe.runtime.generation import DEFAULT_NEW_TOKENS, stream_generate
+    from melinoe.runtime.generation_settings import folder_settings
     from melinoe.runtime.load import load, load_tokenizer, plan
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -213,6 +217,8 @@ def generate(
         device=device,
         slots_format=slots_format_of(packed),
         context=needed if needed > DEFAULT_CONTEXT else None,
+        batch=folder_settings(local_folder(resolve_model(model))).num_beams or 1,
+        verify=verify,
     )
     print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     answer, statistics = "", None
@@ -249,7 +255,10 @@ def plan(
     model: Model,
     memory: Memory = None,
     slots: Slots = None,
-    context: Annotated[int | None, typer.Option(help="Tokens of KV cache to set aside.", min=1)] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of KV cache to set aside for a sequence.", min=1)
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences to set it aside for, all at once.", min=1)] = 1,
     device: Device = "cpu",
     packed: Packed = None,
     as_json: Json = False,
@@ -259,7 +268,15 @@ def plan(
     from melinoe.runtime.plan import describe
     from melinoe.runtime.plan import plan as run
 
-    result = run(model, memory, slots, context=context, device=device, slots_format=slots_format_of(packed))
+    result = run(
+        model,
+        memory,
+        slots,
+        context=context,
+        batch=batch,
+        device=device,
+        slots_format=slots_format_of(packed),
+    )
     if as_json:
         return print_json(result)
     print(describe(result))

@@ -48,6 +48,9 @@ Packed = Annotated[
         " computed so) or at full size.",
     ),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Compare each expert with its checksum when it is first read.")
+]
 System = Annotated[str, typer.Option(help="The system message: who the model is to be.")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 is greedy. [default: the checkpoint's own settings]", min=0, max=100)

@@ -17,6 +17,7 @@ from melinoe.cli.options import (
     Policy,
     Predictor,
     Slots,
+    Verify,
     prepare,
     slots_format_of,
 )
@@ -46,6 +47,7 @@ def serve(
     policy: Policy = DEFAULT_POLICY,
     device: Device = "cpu",
     packed: Packed = None,
+    verify: Verify = False,
     engine: Annotated[
         str, typer.Option(help="auto, batched, or one-at-a-time (exact to the bit, slower).")
     ] = DEFAULTS.engine,
@@ -108,6 +110,7 @@ def serve(
             device=device,
             slots_format=slots_format_of(packed),
             context=tokens_of_cache(context_tokens(config, settings), settings),
+            verify=verify,
         )
         print(f"melinoe: {plan(loaded)}", file=sys.stderr, flush=True)
         return loaded, load_tokenizer(model)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,11 @@ class MemoryLimit:
         self.limit_bytes = limit_bytes
         self.available = False
         for root, *names in _CONTROLLERS:
-            self.folder = Path(root) / f"melinoe-{os.getpid()}"
-            self._limit, self._peak, self._members = (self.folder / name for name in names)
-            try:
-                self.folder.mkdir()
+            try:  # a name that nobody has: one of ours may be left over, or be in use for another child
+                self.folder = Path(tempfile.mkdtemp(prefix="melinoe-", dir=root))
             except OSError:
                 continue
+            self._limit, self._peak, self._members = (self.folder / name for name in names)
             try:
                 self.set_limit(limit_bytes)
                 self.available = True

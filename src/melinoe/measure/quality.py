@@ -24,7 +24,7 @@ from melinoe.data.rows import Row, data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
-from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, track
+from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, rows_at_once, track
 from melinoe.models.logits import logits_at
 from melinoe.runtime.generation_settings import Request, Sampling, context_length, end_tokens, request
 
@@ -45,7 +45,8 @@ def completion_nll(
     """[S] float64: negative log-likelihood of each row's answers, nats, summed over their tokens and ends."""
     result = np.zeros(len(sequences))
     budget = max(1, min(TOKENS_PER_BATCH, MAX_LOGITS // model.config.get_text_config().vocab_size))
-    batches = length_batches([len(sequence.ids) for sequence in sequences], budget, batch_size)
+    at_once = rows_at_once(model, batch_size)
+    batches = length_batches([len(sequence.ids) for sequence in sequences], budget, at_once)
     for positions in track(batches, "likelihood", progress):
         batch = batch_of([sequences[position] for position in positions], pad_token_id, model.device)
         _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
@@ -71,7 +72,8 @@ def greedy_completions(
     context = context_length(model)
     ends = set(end_tokens(model.generation_config, tokenizer))
     stops = model.generation_config.stop_strings or []
-    for batch in track(_completion_batches(prompts, max_new_tokens, batch_size), "completions", progress):
+    at_once = rows_at_once(model, batch_size)
+    for batch in track(_completion_batches(prompts, max_new_tokens, at_once), "completions", progress):
         width = max(len(prompts[position]) for position in batch)
         room = max_new_tokens if context is None else max(1, min(max_new_tokens, context - width))
         settings = greedy_request(model, tokenizer, room).arguments

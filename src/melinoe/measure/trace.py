@@ -57,6 +57,12 @@ def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None)
     return model
 
 
+def rows_at_once(model: Any, batch_size: int | None) -> int | None:
+    """No more than the model's memory budget was made for."""
+    limits = getattr(getattr(model, "melinoe_paged", None), "limits", None)
+    return batch_size if limits is None else min(batch_size or limits.batch, limits.batch)
+
+
 def track(batches: list[list[int]], title: str, show: bool) -> Iterator[list[int]]:
     """The batches, with a progress bar over their sequences on stderr."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -81,7 +87,8 @@ def read_routing(
     backbone = model.base_model  # the logits are not needed
     result: list[np.ndarray] = [np.empty(0)] * len(sequences)
     lengths = [sequence.end - 1 for sequence in sequences]
-    for batch in track(length_batches(lengths, TOKENS_PER_BATCH, batch_size), "tracing", progress):
+    at_once = rows_at_once(model, batch_size)
+    for batch in track(length_batches(lengths, TOKENS_PER_BATCH, at_once), "tracing", progress):
         fed = [sequences[position].ids[: lengths[position]] for position in batch]
         ids, mask = pad(fed, pad_token_id, device=next(model.parameters()).device)
         with RouterTap(layers) as tap:

@@ -22,7 +22,7 @@ from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import make_policy
 from melinoe.runtime import budget
 from melinoe.runtime.offloaded import replace_methods
-from melinoe.runtime.settings import LoadSettings
+from melinoe.runtime.settings import LoadSettings, file_bytes
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store
 from melinoe.store.packing import packing_of
@@ -118,7 +118,7 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
             file=sys.stderr,
         )
     packed = slots_packed(store, settings.slots_format, model.device)
-    extra = settings.extra_bytes + READER_THREADS * buffer_bytes(store)
+    extra = settings.extra_bytes + file_bytes(settings.predictor) + READER_THREADS * buffer_bytes(store)
     plan = budget.derive(
         model,
         slot_records(store, packed),

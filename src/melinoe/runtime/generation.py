@@ -35,6 +35,7 @@ class GenerationStatistics:
     generation_tokens_per_second: tokens after the first, over the time after the first.
     peak_memory_bytes: the largest resident set of the process so far.
     model_memory_bytes: that without what the process had when the model was opened: what a budget is for.
+    planned_bytes: what the plan adds up to.
     notes: what the checkpoint's generation settings ask for and was done otherwise.
     """
 
@@ -50,6 +51,7 @@ class GenerationStatistics:
     loads_per_token: float | None = None
     bytes_per_token: float | None = None
     model_memory_bytes: int | None = None
+    planned_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,8 +80,12 @@ class GenerationStatistics:
         if self.hit_rate is not None:
             parts += [f"hit rate {self.hit_rate:.3f}", f"{format_bytes(self.bytes_per_token or 0)} per token"]
         peak = f"peak memory {format_bytes(self.peak_memory_bytes)}"
-        if self.model_memory_bytes is not None:
-            peak += f", {format_bytes(self.model_memory_bytes)} of it since the model was opened"
+        if self.model_memory_bytes is not None and self.planned_bytes is not None:
+            before = self.peak_memory_bytes - self.model_memory_bytes
+            peak += (
+                f": {format_bytes(before)} before the model was opened and"
+                f" {format_bytes(self.model_memory_bytes)} since, {format_bytes(self.planned_bytes)} planned"
+            )
         return " | ".join([*parts, peak])
 
 
@@ -250,6 +256,7 @@ def _statistics(
         loads_per_token=new.loads_per_token,
         bytes_per_token=new.bytes_per_token,
         model_memory_bytes=peak - started if started else None,
+        planned_bytes=model.melinoe_budget.total_bytes,
         notes=notes,
     )
 

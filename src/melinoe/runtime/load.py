@@ -22,7 +22,7 @@ from melinoe.prediction.predictor import Predictor
 from melinoe.runtime.arguments import dtype_of, one_device, passed_on
 from melinoe.runtime.budget import Budget
 from melinoe.runtime.quantizer import set_settings
-from melinoe.runtime.settings import LoadSettings
+from melinoe.runtime.settings import LoadSettings, file_bytes
 from melinoe.store.layout import FIELD_ALIGNMENT
 from melinoe.store.manifest import is_store
 
@@ -89,7 +89,7 @@ def load(
         context=context,
         batch=batch,
         verify=verify,
-        extra_bytes=_weight_bytes(adapter),
+        extra_bytes=_weight_bytes(adapter) + file_bytes(predictor),
         predictor=None,  # opened below: it may have been fitted to the adapter's routers
     )
     store = store_of(source)

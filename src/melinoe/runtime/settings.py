@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
 
 MEMORY_VARIABLE = "MELINOE_MEMORY"  # the budget where none is given
+
+
+def file_bytes(file: str | Path | None) -> int:
+    """Of what is read whole; 0 where there is none, which is said when it is read."""
+    return Path(file).stat().st_size if file is not None and Path(file).is_file() else 0
 
 
 @dataclass(frozen=True)

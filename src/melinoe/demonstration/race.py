@@ -22,7 +22,8 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
 
     Returns:
         {"rows", "bandwidth", "record_bytes", "memory_limit_bytes"}; each row says in `equals_resident`
-        whether every token agrees with the resident row of its own weights.
+        whether every token agrees with the resident model of its own weights: ours with the one that
+        computes its experts by our function, others with the stock one.
 
     Raises:
         MelinoeError: a contestant failed, or one of ours generated another token than the resident model.
@@ -32,16 +33,18 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
     limit = MemoryLimit(PROCESS_BYTES + cached + arena.layer_bytes)
     bandwidth = record_bandwidth(store)
     results: list[dict[str, Any]] = []
-    references: dict[str, list[list[int]]] = {}
+    references: dict[tuple[str, bool], list[list[int]]] = {}  # by weights, and whether it is ours
     try:
         for contestant in rows:
             drop_page_cache(arena.folder)
             result = _run(contestant, limit, arena.folder)
             tokens = result.pop("tokens")
             if contestant.kind == "resident":
-                references[contestant.weights] = tokens
-            pairs = zip(tokens, references[contestant.weights], strict=False)
-            result["equals_resident"] = all(own == reference[: len(own)] for own, reference in pairs)
+                references[contestant.weights, False] = tokens
+                references[contestant.weights, True] = result.pop("own_tokens")
+            reference = references[contestant.weights, contestant.kind == "melinoe"]
+            pairs = zip(tokens, reference, strict=False)
+            result["equals_resident"] = all(own == whole[: len(own)] for own, whole in pairs)
             if not result["equals_resident"]:
                 raise MelinoeError(
                     f"{contestant.name} generated other tokens than the resident model of its weights"

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.peers import load_disk_offloaded
+from melinoe.experts.forward import use_melinoe_experts
 from melinoe.runtime.generation import GenerationStatistics, stream_generate
 from melinoe.runtime.load import load, load_tokenizer, reset_slots
 
@@ -96,6 +97,9 @@ def main(path: str) -> None:
     _request(model, tokenizer, prompts[0][:8], 2)  # warms up code, not slots
     tokens, statistics = _pass(model, tokenizer, prompts, new_tokens, cold=True)
     result = {"name": task.name, **_summary(statistics), "tokens": tokens}
+    if task.kind == "resident":  # what the paged rows must equal: the same weights through the same kernels
+        use_melinoe_experts(model)
+        result["own_tokens"] = _pass(model, tokenizer, prompts, new_tokens, cold=False)[0]
     paged = getattr(model, "melinoe_paged", None)
     if paged is not None:
         again, carried = _pass(model, tokenizer, prompts, new_tokens, cold=False)

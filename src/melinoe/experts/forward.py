@@ -19,6 +19,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import MelinoeError
+from melinoe.experts import compiled
 from melinoe.experts.row_counts import pad
 from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
@@ -39,10 +40,17 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     if own_way is not None:  # dbrx
         return own_way(hidden, weights)
     up = "gate_up_proj" if module.has_gate else "up_proj"
-    product = weights.product if isinstance(weights, PackedExpert) else None
+    packed = weights if isinstance(weights, PackedExpert) else None
+    few = packed is None and not module.is_transposed and compiled.few(hidden)
+    if few and low_rank is None and not module.has_bias and compiled.is_gated_silu(module):
+        out = compiled.gated(hidden, weights[up], weights["down_proj"])
+        if out is not None:
+            return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
 
     def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
-        out = product(rows, name) if product is not None else None
+        out = packed.product(rows, name) if packed is not None else None
+        if few:
+            out = compiled.product(rows, weights[name])
         if out is None:
             weight = weights[name]
             out = rows @ weight if module.is_transposed else F.linear(rows, weight)
@@ -200,6 +208,8 @@ def combine(
 
 def use_melinoe_experts(model: Any) -> None:
     """Switches a transformers model, paged or resident, to melinoe's experts function."""
+    if model.device.type == "cpu" and model.dtype == torch.bfloat16:
+        compiled.prepare()
     if not undecorated.take_over(model, melinoe_experts):
         model.set_experts_implementation(NAME)
 

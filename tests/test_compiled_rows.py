@@ -1,0 +1,157 @@
+"""Few bfloat16 rows through the compiled kernels: what they compute, and when they are used."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import melinoe
+from families import batch, resident, save_checkpoint
+from melinoe.experts import compiled
+from melinoe.models.layers import experts_modules
+
+needs_compiler = pytest.mark.skipif(not compiled.prepare(), reason="this machine has no C compiler")
+SIZES = [(1, 1), (4, 32), (5, 31), (7, 33), (64, 64), (130, 192), (256, 1000)]  # (out, in)
+
+
+def matrix(size_out, size_in, seed=0):
+    return torch.randn(size_out, size_in, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_a_product(size):
+    """Rounded once from a float32 sum; the same for a row alone and in company, wherever it lies."""
+    weight, rows = matrix(*size), matrix(compiled.FEW_ROWS, size[1], 1)
+    found = compiled.product(rows, weight)
+    exact = rows.double() @ weight.double().T
+    limit = exact.abs() * 2**-8 + size[1] * 2**-20 * (rows.double().abs() @ weight.double().abs().T)
+    assert ((found.double() - exact).abs() <= limit).all()
+    for count in range(1, len(rows)):
+        assert torch.equal(compiled.product(rows[:count], weight), found[:count])
+        assert torch.equal(compiled.product(rows[count:], weight), found[count:])
+    elsewhere = torch.empty(weight.numel() + 3, dtype=torch.bfloat16)[3:].view(size)  # not aligned
+    assert torch.equal(compiled.product(rows, elsewhere.copy_(weight)), found)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (32, 24), (31, 33), (192, 128), (100, 257)])
+def test_a_gated_expert_is_its_steps(hidden, inner):
+    """One call gives the bits of the three: silu is rounded as torch's, or within a step of it."""
+    up, down, rows = matrix(2 * inner, hidden), matrix(hidden, inner, 1), matrix(4, hidden, 2)
+    both = compiled.product(rows, up)
+    gate, value = both.chunk(2, -1)
+    act = (F.silu(gate) * value).contiguous()
+    found = compiled.gated(rows, up, down)
+    apart = (found.double() - compiled.product(act, down).double()).norm()
+    assert apart <= 2**-9 * found.double().norm()
+    for count in range(1, 4):
+        assert torch.equal(compiled.gated(rows[:count], up, down), found[:count])
+
+
+@needs_compiler
+def test_what_is_no_number_stays_none():
+    weight = torch.ones(4, 40, dtype=torch.bfloat16)
+    rows = torch.zeros(3, 40, dtype=torch.bfloat16)
+    rows[0, 5], rows[1, 39], rows[2, 0] = float("nan"), float("inf"), 3.3e38
+    found = compiled.product(rows, weight)
+    assert found[0].isnan().all() and found[1].isinf().all() and found[2].isfinite().all()
+    rows[2, 1] = 3.3e38
+    assert compiled.product(rows, weight)[2].isinf().all()
+
+
+@needs_compiler
+def test_rounds_to_even():
+    """A sum between two bfloat16 numbers goes to the one whose last bit is 0, as torch's does."""
+    sums = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-16, -1 - 2**-8], dtype=torch.float64)
+    rows = torch.tensor([[1.0, 2**-8, 2**-16]]).bfloat16()
+    weight = torch.tensor([[1, 1, 0], [1, 3, 0], [1, 1, 1], [-1, -1, 0]]).bfloat16()
+    assert torch.equal(compiled.product(rows, weight)[0], sums.float().bfloat16())
+
+
+@needs_compiler
+@pytest.mark.parametrize("without", [False, True], ids=["compiled", "torch"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "nemotron_h", "phimoe", "llama4_text", "dbrx"])
+def test_paged_equals_resident(family, without, tmp_path, monkeypatch):
+    """With the kernels and without them, and the two are as near as roundings are."""
+    source = save_checkpoint(tmp_path / "model", family, torch.bfloat16)
+    melinoe.convert(source, tmp_path / "store", progress=False)
+    inputs = {name: value[:1] for name, value in batch().items()}
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(source).eval()(inputs["input_ids"][:, :2]).logits
+        if without:
+            monkeypatch.setattr(compiled, "_library", None)
+        own = resident(source)
+        expected = own(inputs["input_ids"][:, :2]).logits
+        text = own.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert (expected - stock).abs().max() <= 0.031 * stock.abs().max()
+    for slots in (8, 2, 0):
+        model = melinoe.load(tmp_path / "store", slots=slots)
+        assert torch.equal(model(inputs["input_ids"][:, :2]).logits, expected)
+        answer = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        assert torch.equal(answer, text)
+        model.melinoe_paged.pager.close()
+
+
+@needs_compiler
+def test_decoding_goes_through_them(tmp_path, monkeypatch):
+    """The negative control: with a kernel that adds one, decoding differs."""
+    source = save_checkpoint(tmp_path / "model", "olmoe", torch.bfloat16)
+    model = resident(source)
+    assert all(compiled.is_gated_silu(module) for _, module in experts_modules(model))
+    with torch.no_grad():
+        right = model(batch()["input_ids"][:1, :1]).logits
+        monkeypatch.setattr(compiled, "gated", lambda rows, up, down: torch.ones_like(rows))
+        assert not torch.equal(model(batch()["input_ids"][:1, :1]).logits, right)
+
+
+def test_what_they_do_not_compute():
+    rows = matrix(2, 32)
+    gradient = rows.clone().requires_grad_()
+    for other in (rows.float(), matrix(5, 32), rows[:0], matrix(2, 64)[:, ::2], gradient):
+        assert not compiled.few(other)
+    with torch.no_grad():
+        assert compiled.few(gradient) == compiled.few(rows) == compiled.prepare()
+    large = torch.empty(1, compiled.ONE_THREAD, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert compiled.product(matrix(1, 1), large.view(-1, 1)) is None
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_machines_that_cannot_compile(tmp_path, monkeypatch):
+    """No compiler, one that fails, one that lies, no place to write, the switch: torch computes."""
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "home"))
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compiled._found() is None
+    for line in ("exit 1", "touch kernels.so; exit 0"):
+        (tmp_path / "cc").write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "cc").chmod(0o755)
+        assert compiled._found() is None
+    assert not list((tmp_path / "home" / "kernels").glob("tmp*"))
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("MELINOE_COMPILED", "0")
+    assert compiled._found() is None
+    monkeypatch.delenv("MELINOE_COMPILED")
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "cc" / "no folder"))
+    assert compiled._found() is None
+
+
+@needs_compiler
+def test_a_library_that_somebody_else_may_have_written_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path))
+    assert compiled._found() is not None
+    [library] = (tmp_path / "kernels").iterdir()
+    assert not library.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    made = library.stat().st_mtime_ns
+    assert compiled._found() is not None and library.stat().st_mtime_ns == made
+    library.chmod(0o666)
+    assert compiled._found() is not None and library.stat().st_mtime_ns != made

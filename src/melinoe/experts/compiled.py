@@ -182,5 +182,5 @@ def is_gated_silu(module: nn.Module) -> bool:
     """Whether an expert is down(silu(gate(x)) * up(x)) and nothing else; of an experts module."""
     default = getattr(moe, "_default_apply_gate", None)
     gate = vars(module).get("_apply_gate", getattr(type(module), "_apply_gate", None))
-    silu = type(module.act_fn) in (nn.SiLU, activations.SiLUActivation)
+    silu = type(getattr(module, "act_fn", None)) in (nn.SiLU, activations.SiLUActivation)
     return bool(module.has_gate and gate is not None and gate is default and silu)

@@ -166,6 +166,7 @@ def test_seeds_are_pooled_by_adding():
     assert found["perplexity"] == pytest.approx(math.e)
     assert found["loads"] == [{"policy": "decay", "slots": 4, "loads_per_token": 0.5, "hit_rate": 0.75}]
     assert found["static"] == [{"slots": 4, "own": 7 / 8, "shared": 4 / 8}]
+    assert found["to_shared"][0]["ratio"] == 4 / 8  # loads over the requests that the one set does not serve
     ratios = compare(tuned, control)
     assert ratios["loads"][0]["ratio"] == 4 / 12
     assert ratios["perplexity"]["ratio"] == 1.0
@@ -212,7 +213,8 @@ def test_every_data_folder_by_itself():
     result = {"settings": {"policies": ["decay"], "budgets": [4], "slots": 4}}
     headings, rows = origins_table(result | {"points": [{"name": "p", "held_out": found}]}, "held_out")
     assert [row[:3] for row in rows] == [["p", "a", "1"], ["p", "b", "1"]]
-    assert len(headings) == len(rows[0])
+    assert len(headings) == len(rows[0]) and headings[-2:] == ["own - shared", "/ one set"]
+    assert rows[0][-2] == f"{(5 - 3) / 6:.3f}" and rows[0][-1].startswith("0.667 (")
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,9 @@ def summary(sums: Sums) -> dict[str, Any]:
 
     Returns:
         nll and perplexity of the completions; loads: per policy and budget loads_per_token and hit_rate;
-        static: per budget the share of the requests that the fixed sets serve (own, shared).
+        static: per budget the share of the requests that the fixed sets serve (own, shared); to_shared: per
+        policy and budget {ratio, low, high} of its loads to those of the one set for all in the same slots,
+        which is chosen with hindsight and there before the first token: the bar for a cache.
     """
     nll = float(sums.nll.sum() / sums.tokens.sum())
     return {
@@ -117,6 +119,13 @@ def summary(sums: Sums) -> dict[str, Any]:
                 "shared": per(float(sets.shared.sum()), float(sums.requests.sum())) or 0.0,
             }
             for sets in sums.fixed_sets
+        ],
+        "to_shared": [
+            {"policy": replay.policy, "slots": replay.slots}
+            | ratio_of_sums(replay.loads, sums.requests - sets.shared)
+            for replay in sums.replays
+            for sets in sums.fixed_sets
+            if sets.slots == replay.slots
         ],
     }
 

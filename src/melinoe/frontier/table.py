@@ -40,6 +40,19 @@ def _looked_at(
     return loads, ratio, next(entry for entry in row["static"] if entry["slots"] == slots)
 
 
+def _static_headings(slots: int) -> list[str]:
+    return [f"own {slots}", f"shared {slots}", "own - shared", "/ one set"]
+
+
+def _static_cells(row: dict[str, Any], static: dict[str, Any], policy: str) -> list[str]:
+    """What belongs to the sequence, and the loads over those of the best set for all in the same slots."""
+    own, shared = static["own"], static["shared"]
+    bar = entry_at(row["to_shared"], policy, static["slots"])
+    assert bar is not None
+    over = interval(bar, 3) if shared < 1 else "-"  # slots for all experts: nothing is left to load
+    return [f"{own:.3f}", f"{shared:.3f}", f"{own - shared:.3f}", over]
+
+
 def pooled_table(result: dict[str, Any], data: str) -> Table:
     """One row for each set of weights; seeds pooled. Ratios are to the control of the same seeds."""
     policy, slots = reference(result)
@@ -50,7 +63,7 @@ def pooled_table(result: dict[str, Any], data: str) -> Table:
     ]
     headings = ["weights", "perplexity", "/ control", f"{policy} {slots}: loads/token", "hits", "/ control"]
     headings += [f"{name} {size} / control" for name, size in others]
-    headings += [f"own {slots}", f"shared {slots}", "balance"]
+    headings += [*_static_headings(slots), "balance"]
     judged = all("judged" in row for _, row in rows_of(result, data))
     headings += ["exact match", "Rouge-L"] if judged else []
     rows = []
@@ -61,7 +74,7 @@ def pooled_table(result: dict[str, Any], data: str) -> Table:
         for other in others:
             entry = entry_at(row["to_control"]["loads"], *other)
             cells.append("-" if entry is None else f"{entry['ratio']:.3f}")  # the base has no predictor
-        cells += [f"{static['own']:.3f}", f"{static['shared']:.3f}", f"{row['load_entropy']:.3f}"]
+        cells += [*_static_cells(row, static, policy), f"{row['load_entropy']:.3f}"]
         cells += [f"{row['judged'][key]:.3f}" for key in ("exact_match", "rouge_l")] if judged else []
         rows.append(cells)
     return headings, rows
@@ -90,14 +103,14 @@ def origins_table(result: dict[str, Any], data: str) -> Table | None:
     """Where several folders were one: the ratios on each of them. None: one folder, or rows were left out."""
     policy, slots = reference(result)
     headings = ["point", "rows of", "sequences", "NLL", "perplexity / control"]
-    headings += [f"{policy} {slots}: loads/token", "/ control", f"own {slots}", f"shared {slots}"]
+    headings += [f"{policy} {slots}: loads/token", "/ control", *_static_headings(slots)]
     rows = []
     for point in result["points"]:
         for source, found in point[data].get("origins", {}).items():
             loads, ratio, static = _looked_at(found, policy, slots)
             cells = [point["name"], source, str(found["num_sequences"]), f"{found['nll']:.5f}"]
             cells += [interval(found["to_control"]["perplexity"]), f"{loads['loads_per_token']:.3f}"]
-            rows.append([*cells, interval(ratio, 3), f"{static['own']:.3f}", f"{static['shared']:.3f}"])
+            rows.append([*cells, interval(ratio, 3), *_static_cells(found, static, policy)])
     return (headings, rows) if rows else None
 
 
@@ -177,7 +190,8 @@ def document(result: dict[str, Any]) -> str:
         parts.append(markdown(seeds_table(result, data)))
     parts.append(
         "Ratios below 1 are better. Intervals: 95 percent, paired bootstrap over sequences, seeds pooled. "
-        "own, shared: hits of the best fixed set of each sequence and of the one best set for all; "
+        "own, shared: hits of the best fixed set of each sequence and of the one best set for all; / one "
+        "set: loads over those of that one set, which is chosen with hindsight; "
         "balance: entropy of the load over experts, 1 is even."
     )
     return "\n\n".join(parts) + "\n"

@@ -46,6 +46,7 @@ from melinoe.files import empty, write_json
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.outputs import Kind, Output
 from melinoe.report.setting import commit, data_folder, machine
+from melinoe.runtime.forecast import NO_CACHE
 from melinoe.runtime.plan import plan
 from melinoe.verbs import Stages
 
@@ -215,6 +216,7 @@ class _Bench:
         shape = Checkpoint(arena.checkpoints[BASE]).shape
         limit_bytes = self._limit_bytes(arena, shape, memory)
         prompts = prompts_of(self.held_out, arena.checkpoints[BASE], self.size.prompts, self.seed)
+        predicted = self._predicted(arena, limit_bytes, prompts)
         self.stages.start("quality of every precision")
         known = self._quality(arena, rows)
         self.stages.start("published policies in the simulator")
@@ -229,6 +231,7 @@ class _Bench:
         finally:
             limit.close()
         for row in table:
+            row |= _prediction(row, predicted)
             row |= known.get(row.pop("quality_key"), {})
         return {
             "format": FORMAT,
@@ -261,6 +264,23 @@ class _Bench:
     def _slots(self, arena: Arena, limit_bytes: int) -> int:
         found = plan(arena.store.folder, self._budget(limit_bytes), measure_seconds=0)
         return int(found["budget"]["slots"])
+
+    def _predicted(
+        self, arena: Arena, limit_bytes: int, prompts: list[list[int]]
+    ) -> dict[str, dict[str, Any]]:
+        """What `melinoe plan` says beforehand, by format and policy."""
+        file = self.output / "predicted.json"
+        if not file.is_file():
+            found = plan(
+                arena.checkpoints[BASE],
+                self._budget(limit_bytes),
+                context=max(map(len, prompts)) + self.size.new_tokens,
+                measure_seconds=0,
+                speeds=True,
+            )
+            rows = {f"{row['format']} {row['policy']}": row for row in found["speeds"]}
+            write_json(file, rows, default=float)
+        return json.loads(file.read_text())
 
     def _quality(self, arena: Arena, rows: list[Entry]) -> dict[str, dict[str, Any]]:
         if self.held_out is None or not self.size.quality_rows:
@@ -391,6 +411,20 @@ def _agreement(row: Entry, runs: dict[str, list[dict[str, Any]]], rows: list[Ent
             next_step="this is a mistake of melinoe's: please report it",
         )
     return {"answers_equal": equal / len(own)}
+
+
+def _prediction(row: dict[str, Any], predicted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was predicted for a row of ours on the base's weights: nobody told the plan of a tuning."""
+    policy = NO_CACHE if row["slots"] == 0 else row["policy"]
+    found = predicted.get(f"{row['precision']} {policy}")
+    if row["kind"] != OURS or row["weights"] != BASE or row["predicted"] or found is None:
+        return {}
+    speed = found["tokens_per_second"]
+    return {
+        "predicted_tokens_per_second": speed,
+        "predicted_range": [found["low"], found["high"]],
+        "prediction_error": speed / row[SPEED] - 1,
+    }
 
 
 def _slug(name: str) -> str:

@@ -16,6 +16,7 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("", "name", "{}"),
     ("tok/s", SPEED, "speed"),
     ("predicted", "predicted_tokens_per_second", "{:.1f}"),
+    ("error", "prediction_error", "{:+.0%}"),
     ("TTFT s", "ttft_seconds", "{:.3f}"),
     ("p50 ms", "token_seconds_p50", "ms"),
     ("p99 ms", "token_seconds_p99", "ms"),

@@ -261,9 +261,16 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences to set it aside for, all at once.", min=1)] = 1,
     device: Device = "cpu",
     packed: Packed = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            help="Another machine than this: gpu=24GiB,ram=64GiB,read=7GB/s,bus=25GB/s; "
+            "gpu and bus may be left out, memory=900GB/s may be said too."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a memory budget buys, without loading weights."""
+    """Say what a memory budget buys and how fast it will be, without loading weights."""
     prepare(model)
     from melinoe.runtime.plan import describe
     from melinoe.runtime.plan import plan as run
@@ -276,6 +283,8 @@ def plan(
         batch=batch,
         device=device,
         slots_format=slots_format_of(packed),
+        speeds=True,
+        machine=machine,
     )
     if as_json:
         return print_json(result)

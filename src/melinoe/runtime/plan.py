@@ -24,6 +24,8 @@ from melinoe.paging.reader import READER_THREADS
 from melinoe.paging.slots import RecordBuffer
 from melinoe.runtime import budget
 from melinoe.runtime.attach import strip
+from melinoe.runtime.forecast import Records, advice, forecast
+from melinoe.runtime.speed import Machine, parse_machine
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store
 
@@ -40,6 +42,8 @@ def plan(
     device: str = "cpu",
     slots_format: str | None = None,
     measure_seconds: float = 1.0,
+    speeds: bool = False,
+    machine: str | Machine | None = None,
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast decoding can be at best.
 
@@ -50,19 +54,27 @@ def plan(
         context, batch: tokens of KV cache to set aside for a sequence, and sequences at once.
         slots_format: packed or expanded, as for `melinoe.load`.
         measure_seconds: how long to read records for the bandwidth; 0: not at all.
+        speeds: predict tokens a second of every format and policy, too; takes a second or two.
+        machine: another one than this, such as `gpu=24GiB,ram=64GiB,read=7GB/s,bus=25GB/s` (speed.py): its
+            memory is the budget where none is given, nothing is measured, and the speeds are its own.
 
     Returns:
         {"budget": {...}, "num_experts", "experts_per_token", "record_bytes", "records_per_token",
         "bytes_per_token", "bandwidth" (bytes per second, or None), "not_measured" (why there is no bandwidth,
         or None), "ceiling_tokens_per_second": {hit rate: tok/s}}.
         The ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
+        With speeds also "speeds", rows of forecast.py, and "advice", sentences.
 
     Raises:
         MelinoeError: no such model, a dense one, or a budget that is too small.
     """
+    there = parse_machine(machine) if isinstance(machine, str) else machine
+    if there is not None:
+        measure_seconds, speeds = 0, True
+        memory = there.budget_bytes if memory is None and slots is None else memory
     place = usable_device(device)
     checkpoint = Checkpoint.open(source, weights=False)
-    model = checkpoint.model
+    model, experts = checkpoint.model, Records.of(checkpoint.layers)
     with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
         store, not_measured = _store_of(checkpoint, Path(scratch) / "index")
         bandwidth = None
@@ -91,6 +103,16 @@ def plan(
         buffer_bytes=beside,
         device=place,
     )
+
+    def slots_of(sizes: list[tuple[int, int]]) -> int:
+        return budget.derive(
+            model, sizes, derived.total_bytes, context=context, batch=batch, extra_bytes=extra, device=place
+        ).slots
+
+    rows: list[dict[str, Any]] = []
+    if speeds:
+        files = sorted(checkpoint.folder.rglob("*.safetensors"))
+        rows = forecast(model, experts, files, slots_of, there)
     top_k = experts_per_token(model)
     per_token = top_k * sum(read_bytes)
     ceilings = {rate: bandwidth / (per_token * (1 - rate)) for rate in HIT_RATES} if bandwidth else {}
@@ -110,6 +132,7 @@ def plan(
         "bandwidth": bandwidth,
         "not_measured": not_measured,
         "ceiling_tokens_per_second": ceilings,
+        **({"speeds": rows, "advice": advice(rows, max(count for count, _ in records))} if speeds else {}),
     }
 
 
@@ -178,4 +201,12 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(
             f"how fast experts can be read was not measured: {result['not_measured'] or 'not asked for'}"
         )
+    if result.get("speeds"):
+        lines.append("predicted decoding, tok/s (and between which it lies, as routing is even or narrow):")
+        lines += [
+            f"  {row['format']:<5} {row['policy']:<9} {row['slots']:>4} slots {row['tokens_per_second']:8.1f}"
+            f" ({row['low']:.1f} to {row['high']:.1f})"
+            for row in result["speeds"]
+        ]
+        lines += result["advice"]
     return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""What `melinoe plan` predicts: the formula by hand, machines by their description, the probes at all."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+import melinoe
+from melinoe.errors import MelinoeError
+from melinoe.runtime import probe
+from melinoe.runtime.forecast import NO_CACHE, advice
+from melinoe.runtime.plan import describe
+from melinoe.runtime.speed import Machine, Rates, Shape, hit_rate, parse_machine, predict, token_seconds
+from melinoe.store.layout import RecordLayout
+
+SHAPE = Shape(num_layers=2, num_experts=16, top_k=4, dense_bytes=1000)
+LAYOUT = RecordLayout.build([("gate_up_proj", (64, 32), "bfloat16"), ("down_proj", (32, 32), "bfloat16")])
+
+
+def test_a_token_by_hand():
+    rates = Rates(
+        layer_seconds=1.0, dense_bytes_per_second=500.0, expert_seconds=0.5, record_seconds=3.0
+    )  # 4 experts are 2 s
+    assert token_seconds(SHAPE, rates, 1.0) == pytest.approx(2 * (1 + 2) + 2)
+    # half are missed: 6 s of reading over 1 s of computing, and the last one behind it
+    assert token_seconds(SHAPE, rates, 0.5) == pytest.approx(2 * (1 + 6 + 0.5) + 2)
+    fast_disk = Rates(1.0, 500.0, 0.5, 0.01)  # everything is computed once, whatever reading does
+    assert token_seconds(SHAPE, fast_disk, 0.5) == pytest.approx(2 * (1 + 2) + 2)
+
+
+def test_more_slots_are_never_slower_and_the_band_holds_the_prediction():
+    rates = Rates(1e-3, 1e9, 1e-4, 2e-3)
+    speeds = [predict(SHAPE, rates, "decay", slots) for slots in range(17)]
+    assert all(a.tokens_per_second <= b.tokens_per_second for a, b in pairwise(speeds))
+    assert all(one.low < one.tokens_per_second < one.high for one in speeds)
+    assert speeds[0].hit_rate == 0 and speeds[16].hit_rate == 1
+    assert hit_rate("lru", 4, 16) < hit_rate("decay", 4, 16)
+
+
+def test_a_machine_by_its_description():
+    found = parse_machine("gpu=24GiB, ram=64GiB,read=7GB/s,bus=25GB/s,memory=900GB/s")
+    assert found == Machine(ram=64 * 2**30, read=7e9, gpu=24 * 2**30, bus=25e9, memory=900e9)
+    assert found.budget_bytes == 24 * 2**30
+    assert found.record_rate(60 * 2**30) == 25e9  # the host holds all
+    assert found.record_rate(65 * 2**30) == 7e9
+    assert parse_machine("ram=8GiB,read=500MB/s").budget_bytes == 8 * 2**30
+    for text, message in (
+        ("gpu=24GiB,ram=64GiB,read=7GB/s", "a machine needs bus="),
+        ("ram=64GiB", "a machine needs read="),
+        ("ram=64GiB,read=7GB", "read is a rate; got 7GB; allowed: such as 7GB/s"),
+        ("ram=64GB/s,read=7GB/s", "ram is a size"),
+        ("disk=7GB/s", "not a part of a machine; got 'disk=7GB/s'"),
+        ("ram", "not a part of a machine"),
+    ):
+        with pytest.raises(MelinoeError, match=message):
+            parse_machine(text)
+
+
+def test_plan_for_a_machine_that_is_not_here(olmoe):
+    found = melinoe.plan(olmoe, machine="ram=1GiB,read=1GB/s")
+    rows = {(row["format"], row["policy"]): row for row in found["speeds"]}
+    assert {format for format, _ in rows} == {"auto", "int8", "int4"}
+    assert all(row["low"] < row["tokens_per_second"] < row["high"] for row in rows.values())
+    assert rows["auto", "decay"]["slots"] == 8 and rows["auto", NO_CACHE]["slots"] == 0
+    speeds = [row["tokens_per_second"] for row in found["speeds"]]
+    assert speeds == sorted(speeds, reverse=True)
+    text = describe(found)
+    assert "fastest here:" in text and "does not pay" in text and "not asked for" in text
+    assert melinoe.plan(olmoe, machine="ram=1GiB,read=1GB/s") == found  # nothing was measured
+    slower = melinoe.plan(olmoe, machine="ram=1GiB,read=1MB/s")
+    worst = min(row["tokens_per_second"] for row in slower["speeds"])
+    assert worst < min(speeds) / 10
+
+
+def test_plan_of_a_model_without_weights_predicts_for_a_described_machine(olmoe, tmp_path):
+    for file in olmoe.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert melinoe.plan(tmp_path, machine="ram=1GiB,read=1GB/s")["speeds"]
+    assert melinoe.plan(tmp_path, memory="1GiB", speeds=True)["speeds"] == []  # here there is nothing to read
+
+
+def row(policy, speed, slots=4, format="auto"):
+    return {"format": format, "policy": policy, "slots": slots, "tokens_per_second": speed} | {
+        "low": speed / 2, "high": 2 * speed,
+    }  # fmt: skip
+
+
+def test_advice_says_when_a_cache_does_not_pay():
+    assert "the cache makes it 3.0 times" in advice([row("decay", 30.0), row(NO_CACHE, 10.0, 0)], 16)[1]
+    assert "does not pay" in advice([row("decay", 10.5), row(NO_CACHE, 10.0, 0)], 16)[1]
+    assert "does not pay" in advice([row(NO_CACHE, 10.0, 0)], 16)[1]
+    assert "every expert fits" in advice([row("decay", 30.0, 16), row(NO_CACHE, 10.0, 0)], 16)[1]
+    assert advice([], 16) == []
+
+
+@pytest.mark.parametrize("format", ["auto", "int8", "int4"])
+def test_experts_can_be_probed(format, monkeypatch):
+    monkeypatch.setattr(probe, "SECONDS", 0.01)
+    assert 0 < probe.expert_seconds(LAYOUT, False, format) < 1
+
+
+def test_matrices_bookkeeping_and_reading_can_be_probed(olmoe, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "SECONDS", 0.01)
+    assert probe.dense_bytes_per_second(64, 64, torch.bfloat16) > 0
+    assert 0 < probe.layer_seconds() < 1
+    files = list(olmoe.glob("*.safetensors"))
+    assert probe.record_seconds(files, 5000, 2) > 0  # type: ignore[operator]
+    assert probe.record_seconds(files, 2**40, 2) is None
+    assert probe.record_seconds([], 4096, 2) is None

@@ -91,7 +91,7 @@ def read_routing(
     for batch in track(length_batches(lengths, TOKENS_PER_BATCH, at_once), "tracing", progress):
         fed = [sequences[position].ids[: lengths[position]] for position in batch]
         ids, mask = pad(fed, pad_token_id, device=next(model.parameters()).device)
-        with RouterTap(layers) as tap:
+        with RouterTap(layers, choices_only=True) as tap:
             backbone(input_ids=ids, attention_mask=mask, use_cache=False)
         for position, chosen in zip(batch, tap.by_sequence(ids.shape, map(len, fed)), strict=True):
             result[position] = chosen

@@ -37,14 +37,20 @@ class RouterTap:
     The second forward pass that gradient checkpointing makes comes after the tap has closed and is not seen.
     """
 
-    def __init__(self, layers: list[MoeLayer]) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[MoeLayer], choices_only: bool = False) -> None:
+        """Args: choices_only: keep the indices alone. The rest holds on to what every layer was fed, which
+        with dozens of wide layers is more than the model."""
+        self.layers, self.choices_only = layers, choices_only
         self.records: list[RouterRecord] = []
         self._handles: list[Any] = []
 
     def _hook(self, layer: MoeLayer) -> Any:
         def record(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             logits, weights, indices = layer.routing_of(output)
+            if self.choices_only:
+                nothing = logits.new_empty(0)
+                self.records.append(RouterRecord(nothing, indices, nothing))
+                return
             self.records.append(RouterRecord(logits, indices, weights, inputs))
 
         return record

@@ -92,7 +92,7 @@ class Evaluation:
         batch = batch_of(rows, self.pad_token_id, device)
         ids = batch["input_ids"]
         _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
-        with RouterTap(self.layers) as tap:
+        with RouterTap(self.layers, choices_only=True) as tap:
             logits_NV = logits_at(model, batch, completion_BS)
         nll = float(sequence_nll(logits_NV, ids, completion_BS).sum())
         trace = from_sequences(

@@ -36,6 +36,8 @@ from melinoe.experts.low_rank import LowRankExperts, Projection, projection_para
 from melinoe.files import whole_folder
 from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
 from melinoe.outputs import carded_folder
+from melinoe.sticky.routers import make_sticky
+from melinoe.sticky.settings import stickiness
 
 FORMAT_VERSION = 1
 CARD, WEIGHTS, CONFIG = "melinoe.json", "adapter_model.safetensors", "adapter_config.json"
@@ -146,6 +148,7 @@ def write_adapter(
             raise MelinoeError(
                 f"tuning gave values that are not finite in {name}", next_step="lower the learning rates"
             )
+    sticky = getattr(model, "melinoe_sticky", None)
     card = {
         "format": "melinoe-adapter",
         "format_version": FORMAT_VERSION,
@@ -154,6 +157,7 @@ def write_adapter(
         "base_fingerprint": base.fingerprint,
         "base_format": base.format,
         "fingerprint": fingerprint(model),
+        "sticky": sticky.settings.to_json() if sticky is not None else None,
         "settings": settings or {},
         "result": result or {},
         "versions": {
@@ -228,7 +232,8 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
     """Puts an adapter's routers and factors on a model, resident or offloaded.
 
     Routers take the model's dtype, factors stay float32. Resident experts are switched to melinoe's
-    experts function, which reads the factors; offloaded ones already run on it.
+    experts function, which reads the factors; offloaded ones already run on it. The model becomes as sticky
+    as it was tuned to be (melinoe.sticky).
 
     Returns:
         What the adapter's melinoe.json holds.
@@ -245,6 +250,8 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
             value.copy_(router[name])
     if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
         use_melinoe_experts(model)
+    if adapter.card.get("sticky") is not None:
+        make_sticky(model, stickiness(adapter.card["sticky"]))
     return adapter.card
 
 

@@ -22,6 +22,7 @@ from melinoe.cli.options import (
     Predictor,
     RepetitionPenalty,
     Slots,
+    Sticky,
     Stop,
     System,
     Temperature,
@@ -49,6 +50,7 @@ A line that ends in \\ goes on in the next one. Ctrl-C stops an answer."""
 def chat(
     model: Model,
     adapter: Adapter = None,
+    sticky: Sticky = None,
     predictor: Predictor = None,
     memory: Memory = None,
     slots: Slots = None,
@@ -92,6 +94,7 @@ def chat(
     loaded = load(
         model,
         adapter=adapter,
+        sticky=sticky,
         predictor=predictor,
         memory=memory,
         slots=slots,

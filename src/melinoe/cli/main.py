@@ -40,6 +40,7 @@ from melinoe.cli.options import (
     RepetitionPenalty,
     Seed,
     Slots,
+    Sticky,
     Stop,
     System,
     Temperature,
@@ -166,6 +167,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
     adapter: Adapter = None,
+    sticky: Sticky = None,
     predictor: Predictor = None,
     memory: Memory = None,
     slots: Slots = None,
@@ -210,6 +212,7 @@ def generate(
     loaded = load(
         model,
         adapter=adapter,
+        sticky=sticky,
         predictor=predictor,
         memory=memory,
         slots=slots,
@@ -325,6 +328,7 @@ def trace(
     last_turn_only: LastTurnOnly = False,
     split: Annotated[str, typer.Option(help="Split of the data to read.")] = "train",
     adapter: Adapter = None,
+    sticky: Sticky = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -340,6 +344,7 @@ def trace(
         split=split,
         max_length=max_length,
         adapter=adapter,
+        sticky=sticky,
         progress=not quiet,
         last_turn_only=last_turn_only,
     )
@@ -452,6 +457,7 @@ def evaluate(
     last_turn_only: LastTurnOnly = False,
     split: Annotated[str, typer.Option(help="Split of the data to read.")] = "test",
     adapter: Adapter = None,
+    sticky: Sticky = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -468,6 +474,7 @@ def evaluate(
         split=split,
         max_length=max_length,
         adapter=adapter,
+        sticky=sticky,
         progress=not quiet,
         answers=answers,
         last_turn_only=last_turn_only,

@@ -15,6 +15,7 @@ import typer
 
 from melinoe.config import MAX_SEED
 from melinoe.models.folder import resolve_model
+from melinoe.sticky.settings import MAX_STRENGTH
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
 Data = Annotated[
@@ -39,6 +40,15 @@ Memory = Annotated[str | None, typer.Option(help="Memory budget, such as 4GiB or
 Slots = Annotated[int | None, typer.Option(help="Experts of each layer to hold, instead of --memory.")]
 Policy = Annotated[str, typer.Option(help="Decides which experts stay in memory: decay, lru, lfu or static.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Sticky = Annotated[
+    float | None,
+    typer.Option(
+        help="How strongly each sequence keeps to its own experts: fewer loads for some quality"
+        " (docs/sticky.md); 0 is off. [default: as the model was tuned]",
+        min=0,
+        max=MAX_STRENGTH,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands in the output folder.")]
 Packed = Annotated[
     bool | None,

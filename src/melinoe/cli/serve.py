@@ -17,6 +17,7 @@ from melinoe.cli.options import (
     Policy,
     Predictor,
     Slots,
+    Sticky,
     Verify,
     prepare,
     slots_format_of,
@@ -41,6 +42,7 @@ def serve(
         typer.Option(help="What clients call the model; may be repeated. The folder's name."),
     ] = None,
     adapter: Adapter = None,
+    sticky: Sticky = None,
     predictor: Predictor = None,
     memory: Memory = None,
     slots: Slots = None,
@@ -103,6 +105,7 @@ def serve(
         loaded = load(
             model,
             adapter=adapter,
+            sticky=sticky,
             predictor=predictor,
             memory=memory,
             slots=slots,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ class Tuning:
     factors: dict[str, LowRankExperts]
     routers: dict[str, torch.Tensor]
     stamp: list[int | str]  # which adapter: path, size, time in nanoseconds
+    sticky: dict[str, Any] | None  # melinoe.sticky.settings, as JSON
 
     def merge(self, layer: MoeLayer, field: str, expert: int, weight: torch.Tensor) -> None:
         """Puts the tuning into one tensor of an expert, in place."""
@@ -60,4 +62,5 @@ def open_tuning(folder: str | Path, checkpoint: Checkpoint) -> Tuning:
             # as it was tuned, in float32: what from_pretrained rounds, and what it keeps, is its own business
             routers[stored[f"{layer.router_name}.{name}"]] = router[name]
     status = (adapter.folder / WEIGHTS).stat()
-    return Tuning(factors, routers, [str(adapter.folder.resolve()), status.st_size, status.st_mtime_ns])
+    stamp: list[int | str] = [str(adapter.folder.resolve()), status.st_size, status.st_mtime_ns]
+    return Tuning(factors, routers, stamp, adapter.card.get("sticky"))

@@ -147,6 +147,7 @@ def evaluate(
     per_row: bool = False,
     answers: str | None = None,
     last_turn_only: bool = False,
+    sticky: float | None = None,
 ) -> dict[str, Any]:
     """Quality of a model on rows of text.
 
@@ -170,6 +171,7 @@ def evaluate(
         answers: how exact_match compares: text, or the final answers that a filter finds, strict or flexible
             (measure.answers); None: the filter of the data set where it has one (answers.FILTERS), else text.
         last_turn_only: the likelihood is that of the last answer alone.
+        sticky: as for `melinoe.load`.
 
     Returns:
         nll: nats per completion token, the end token included; perplexity: its exponential;
@@ -195,7 +197,7 @@ def evaluate(
             allowed="messages | prompt + completion",
             next_step="use --metrics perplexity",
         )
-    model, tokenizer = open_model(model, adapter, dtype)
+    model, tokenizer = open_model(model, adapter, dtype, sticky)
     usable = encode_rows(
         tokenizer,
         rows,

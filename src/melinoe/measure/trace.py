@@ -27,12 +27,15 @@ from melinoe.outputs import Output
 from melinoe.routing.trace import TRACE, Trace, from_sequences
 from melinoe.runtime.generation_settings import context_length, end_tokens
 from melinoe.runtime.load import load, load_resident, load_tokenizer
+from melinoe.sticky.routers import settle_stickiness
 from melinoe.store.manifest import is_store
 
 TOKENS_PER_BATCH = 4096  # padded tokens in one forward pass, where no batch size is given
 
 
-def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None) -> tuple[Any, Any]:
+def open_model(
+    model: Any, adapter: str | Path | None = None, dtype: Any = None, sticky: float | None = None
+) -> tuple[Any, Any]:
     """(model, tokenizer) in evaluation mode, from a path, `tiny`, a hub id, or a pair that is loaded already.
 
     A store is opened with its experts paged, a checkpoint with all of them in memory.
@@ -43,8 +46,8 @@ def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None)
     if isinstance(model, str | Path):
         path = resolve_model(model)
         if isinstance(path, Path) and is_store(path):
-            return load(path, adapter=adapter, dtype=dtype), load_tokenizer(path)
-        return load_resident(model, adapter=adapter, dtype=dtype)
+            return load(path, adapter=adapter, dtype=dtype, sticky=sticky), load_tokenizer(path)
+        return load_resident(model, adapter=adapter, dtype=dtype, sticky=sticky)
     if adapter is not None:
         raise MelinoeError(
             "an adapter needs a model path", got=type(model).__name__, allowed="a folder or a hub id"
@@ -53,6 +56,8 @@ def open_model(model: Any, adapter: str | Path | None = None, dtype: Any = None)
         raise MelinoeError(
             "a loaded model comes with its tokenizer", got=type(model).__name__, allowed="(model, tokenizer)"
         )
+    if sticky is not None:
+        settle_stickiness(model[0], sticky)
     model[0].eval()
     return model
 
@@ -109,6 +114,7 @@ def trace(
     progress: bool = True,
     adapter: str | Path | None = None,
     last_turn_only: bool = False,
+    sticky: float | None = None,
 ) -> Trace:
     """Records which experts a resident model asks for on rows of text, teacher-forced.
 
@@ -127,6 +133,7 @@ def trace(
         progress: a bar on stderr.
         adapter: what `tune` wrote, for a model given by path.
         last_turn_only: of conversations of several turns the last answer alone is decoded.
+        sticky: as for `melinoe.load`.
 
     Raises:
         MelinoeError: nothing may be written at `output` (melinoe.outputs), no such model or data, a row that
@@ -139,7 +146,7 @@ def trace(
         )
         written.check()
     rows = data_rows(data, split, limit)
-    model, tokenizer = open_model(model, adapter)
+    model, tokenizer = open_model(model, adapter, sticky=sticky)
     moe_layers(model)  # a dense model is refused before the work
     usable = encode_rows(
         tokenizer,

@@ -23,6 +23,8 @@ from melinoe.runtime.arguments import dtype_of, one_device, passed_on
 from melinoe.runtime.budget import Budget
 from melinoe.runtime.quantizer import set_settings
 from melinoe.runtime.settings import LoadSettings, file_bytes
+from melinoe.sticky.routers import settle_stickiness
+from melinoe.sticky.settings import Stickiness
 from melinoe.store.layout import FIELD_ALIGNMENT
 from melinoe.store.manifest import is_store
 
@@ -40,6 +42,7 @@ def load(
     context: int | None = None,
     batch: int = 1,
     verify: bool = False,
+    sticky: float | Stickiness | None = None,
     device_map: Any = None,
     **more: Any,
 ) -> Any:
@@ -63,6 +66,8 @@ def load(
             2048.
         batch: sequences that `memory` is for, where several are generated at once; a beam is a sequence.
         verify: compare each record with its checksum when it is first read (docs/store.md: what it costs).
+        sticky: how strongly each sequence keeps to its own experts (melinoe.sticky, docs/sticky.md); None: as
+            the adapter was tuned, or as the model's config says, else not at all; 0: not at all.
         device_map: as for `from_pretrained`, where it means one device; instead of device.
         more: attn_implementation and generation_config, as for `from_pretrained`. Its other arguments are
             refused with a line that says what to do instead (melinoe.runtime.arguments).
@@ -103,6 +108,7 @@ def load(
         from melinoe.adapters.peft_folder import apply_adapter
 
         apply_adapter(model, Path(adapter))
+    settle_stickiness(model, sticky)
     if predictor is not None:
         model.melinoe_paged.predictor = Predictor.load(predictor, model)
     return model.eval()
@@ -143,12 +149,16 @@ def _weight_bytes(adapter: str | Path | None) -> int:
 
 
 def load_resident(
-    source: str | Path, adapter: str | Path | None = None, dtype: torch.dtype | None = None
+    source: str | Path,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    sticky: float | Stickiness | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) with everything in memory, in stock transformers; the adapter applied.
 
     Args:
         dtype: None: the checkpoint's.
+        sticky: as for `load`.
 
     Raises:
         MelinoeError: no such model, a store (its experts are not resident), or a dense model.
@@ -164,6 +174,7 @@ def load_resident(
         from melinoe.adapters.peft_folder import apply_adapter
 
         apply_adapter(model, Path(adapter))
+    settle_stickiness(model, sticky)
     return model.eval(), load_tokenizer(folder)
 
 

@@ -18,6 +18,7 @@ from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
 from melinoe.models.pretrained import load_model
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.load import load_for_tuning
+from melinoe.sticky.routers import make_sticky
 from melinoe.tuning.memory.needed import check_family, compute_dtype
 from melinoe.tuning.memory.pages import Pages
 from melinoe.tuning.settings import TuneSettings
@@ -51,6 +52,7 @@ def prepare_model(
         layer.router.float().requires_grad_(True)
         if model.dtype != torch.float32:
             layer.router.register_forward_pre_hook(_float32_inputs)
+    make_sticky(model, settings.stickiness(layers[0].num_experts, experts_per_token(model)))
     if not take_over(model, tuning_experts):
         model.set_experts_implementation(EXPERTS_FUNCTION)
     return model, layers

@@ -13,6 +13,7 @@ from typing import Any
 
 from melinoe.config import DEFAULT_SEED, MAX_SEED, default_slots
 from melinoe.errors import MelinoeError
+from melinoe.sticky.settings import MAX_STRENGTH, Stickiness
 from melinoe.tuning.objectives import OBJECTIVES, Objective
 from melinoe.tuning.setting_field import described, setting, under_todays_names
 
@@ -79,6 +80,16 @@ class TuneSettings:
         "none",
         above=0,
         is_share=True,
+    )
+    sticky: float = setting(
+        0.0,
+        "How strongly a sequence keeps to the experts it has asked for, while it is tuned and from then on"
+        " (docs/sticky.md); 0 is off.",
+        least=0,
+        most=MAX_STRENGTH,
+    )
+    sticky_experts: int = _for_recipes(
+        0, "How many experts of a layer a sequence keeps to; 0: the slots that are tuned for.", least=0
     )
     slots: int | None = setting(
         None, "Slots per layer of the cache to tune for.", "a quarter of the experts", least=1
@@ -216,6 +227,12 @@ class TuneSettings:
         """Whether the logits of the prompt's tokens are needed; an aim for quality alone compares
         completions."""
         return self.distill > 0 and self.distill_prompt
+
+    def stickiness(self, num_experts: int, top_k: int) -> Stickiness | None:
+        """Of a model whose layers have `num_experts`; None is none."""
+        if self.sticky == 0:
+            return None
+        return Stickiness(self.sticky, self.sticky_experts or self.capacity(num_experts, top_k))
 
     def learning_rates(self, width: int) -> tuple[float, float]:
         """(of the experts' factors, of the routers) for a model whose hidden states have `width` entries."""

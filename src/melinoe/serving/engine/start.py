@@ -62,7 +62,15 @@ def start_engine(model: Any, tokenizer: Any, settings: ServeSettings) -> Engine:
         MelinoeError: batched was asked for and does not work.
     """
     context = context_tokens(model.config, settings)
-    if settings.engine != "one-at-a-time":
+    sticky = getattr(model, "melinoe_sticky", None) is not None
+    if sticky and settings.engine == "batched":
+        raise MelinoeError(
+            "sticky routing does not know continuous batching yet",
+            next_step="--engine one-at-a-time, or --sticky 0",
+        )
+    if sticky:
+        print("melinoe: one request at a time, because: the model is sticky", file=sys.stderr)
+    elif settings.engine != "one-at-a-time":
         batched = BatchedEngine(model, settings.concurrency, context, cached_tokens(context, settings))
         try:
             expected = _forward(model)

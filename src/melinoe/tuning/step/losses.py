@@ -7,7 +7,6 @@ to the next, and which layers go into one call.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from melinoe.losses.tuning_loss import PartOfStep, boundary_strength, tuning_los
 from melinoe.models.layers import MoeLayer, experts_per_token
 from melinoe.models.logits import logits_at
 from melinoe.models.router_tap import RouterRecord, RouterTap, requests, router_probabilities, score_kind
+from melinoe.sticky.routers import plain_copy
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.base_model import as_base
 from melinoe.tuning.step.batches import StepCounts, TokensPerStep
@@ -51,7 +51,7 @@ class StepLosses:
         self.layers, self.settings = layers, settings
         self.top_k = experts_per_token(model)
         self.capacities = [settings.capacity(layer.num_experts, self.top_k) for layer in layers]
-        self.base_routers = [copy.deepcopy(layer.router).eval().requires_grad_(False) for layer in layers]
+        self.base_routers = [plain_copy(layer.router).eval().requires_grad_(False) for layer in layers]
         self.kinds: list[str] | None = None
         self.nll_level: float | None = None  # running mean of the likelihood loss
         self.controller = WeightController(

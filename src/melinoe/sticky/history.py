@@ -1,0 +1,102 @@
+"""What the tokens of some sequences would have been sent to, had nobody favoured anything.
+
+A token's favoured experts are those that the tokens before it asked for most. The counts are integers, so
+that they are the same however the tokens were grouped into forward passes; ties go to the lower expert.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_FIRST_ROOM = 256  # tokens; doubled when they are used up
+
+
+def first_ranks(num_experts: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """[E] int64, the ranks of experts that nobody has asked for yet: the lower one is before the higher.
+
+    A rank is E * (how often an expert was asked for) - its number: no two are equal.
+    """
+    return -torch.arange(num_experts, device=device)
+
+
+class History:
+    """The choices of B sequences of one cache, in L layers: E experts, K of them per token.
+
+    length: tokens of each sequence so far, padding counted.
+    ranks_LBE: int64, see `first_ranks`.
+    tokens_B: int64, how many tokens each sequence has, padding not counted.
+    """
+
+    def __init__(self, layers: int, batch: int, num_experts: int, device: torch.device) -> None:
+        self.length = 0
+        self.num_experts = num_experts
+        self.ranks_LBE = first_ranks(num_experts, device).repeat(layers, batch, 1)
+        self.tokens_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._chosen_LBTK: torch.Tensor | None = None  # int16; room for more tokens than there are
+        self._valid_BT = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        self._open = False  # a pass has begun, and not ended
+
+    @property
+    def batch(self) -> int:
+        return len(self.tokens_B)
+
+    def begin(self, valid_BS: torch.Tensor, top_k: int) -> None:
+        """A pass begins. One that was broken off before is forgotten."""
+        if self._open:
+            self.cut(self.length)
+        layers, batch, _ = self.ranks_LBE.shape
+        end, room = self.length + valid_BS.shape[1], self._valid_BT.shape[1]
+        if self._chosen_LBTK is None or end > room:
+            room = max(_FIRST_ROOM, 2 * room, end)
+            chosen = torch.zeros(layers, batch, room, top_k, dtype=torch.int16, device=valid_BS.device)
+            valid = torch.zeros(batch, room, dtype=torch.bool, device=valid_BS.device)
+            if self._chosen_LBTK is not None:
+                chosen[:, :, : self.length] = self._chosen_LBTK[:, :, : self.length]
+                valid[:, : self.length] = self._valid_BT[:, : self.length]
+            self._chosen_LBTK, self._valid_BT = chosen, valid
+        self._valid_BT[:, self.length : end] = valid_BS
+        self._open = True
+
+    def add(self, layer: int, chosen_BSK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
+        """The choices of one layer in the pass that has begun. valid_BS: None is all of them."""
+        assert self._chosen_LBTK is not None
+        self._chosen_LBTK[layer, :, self.length : self.length + chosen_BSK.shape[1]] = chosen_BSK
+        self._count(layer, chosen_BSK, valid_BS)
+
+    def end(self, valid_BS: torch.Tensor) -> None:
+        """The pass is done."""
+        self.length += valid_BS.shape[1]
+        self.tokens_B += valid_BS.sum(1)
+        self._open = False
+
+    def cut(self, length: int) -> None:
+        """Forgets all but the first `length` tokens, as a cache that is cropped does."""
+        assert self._chosen_LBTK is not None and length <= self.length
+        valid_BS = self._valid_BT[:, :length]
+        self.length, self.tokens_B, self._open = length, valid_BS.sum(1), False
+        self.ranks_LBE[:] = first_ranks(self.num_experts, self.ranks_LBE.device)
+        for layer in range(len(self.ranks_LBE)):
+            self._count(layer, self._chosen_LBTK[layer, :, :length], valid_BS)
+
+    def _count(self, layer: int, chosen_BSK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
+        steps = torch.full_like(chosen_BSK, self.num_experts, dtype=torch.int64)
+        if valid_BS is not None:
+            steps *= valid_BS.unsqueeze(-1)
+        self.ranks_LBE[layer].scatter_add_(1, chosen_BSK.flatten(1).long(), steps.flatten(1))
+
+
+def ranks_within(
+    chosen_BSK: torch.Tensor, valid_BS: torch.Tensor | None, num_experts: int, ranks_BE: torch.Tensor
+) -> torch.Tensor:
+    """[B, S, E] int64: the ranks before each token of a pass.
+
+    Args:
+        chosen_BSK, valid_BS: what its tokens ask for, and which are none; None: all are tokens.
+        ranks_BE: before the first of them.
+    """
+    shape = (*chosen_BSK.shape[:2], num_experts)
+    asked = torch.zeros(shape, dtype=torch.int64, device=chosen_BSK.device)
+    asked.scatter_(2, chosen_BSK.long(), num_experts)
+    if valid_BS is not None:
+        asked *= valid_BS.unsqueeze(-1)
+    return asked.cumsum(1).sub_(asked).add_(ranks_BE.unsqueeze(1))

@@ -1,0 +1,303 @@
+"""Routers that keep a sequence to the experts it has asked for: the choice moves, the weights do not.
+
+    m(t, e)  = how many tokens before t had expert e among their own K
+    F(t)     = the C experts with the largest m(t, .)
+    choice   = the K largest of logit(t, e) + strength * [e in F(t)], once `after` tokens are known
+    weights  = what the router gives the chosen ones without the strength
+
+A token's own K are those without the strength, so m depends on the text alone and a whole text can be routed
+in one pass, as tuning does. Nothing depends on what is in memory: a model with all its experts in memory
+makes the same choices. A bias for the choice alone is DeepSeek-V3's; there it is the load that moves it.
+
+The router's own code runs, with its one `topk` answered by us: what it does before and after is its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from melinoe.errors import MelinoeError
+from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
+from melinoe.sticky.history import History, first_ranks, ranks_within
+from melinoe.sticky.settings import CONFIG_FIELD, Stickiness, stickiness
+
+_HISTORY = "_melinoe_sticky_history"  # attribute of a cache: a copy of the cache takes it along
+_OF_SEQUENCES = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")  # a cache's methods
+
+
+class _Pass:
+    """One forward pass. valid_BS: [B, S]. padded: some are False. history: None where nothing is kept."""
+
+    def __init__(self, valid_BS: torch.Tensor, history: History | None) -> None:
+        self.valid_BS, self.history = valid_BS, history
+        self.padded = not bool(valid_BS.all())
+
+
+class StickyRouters:
+    """The sticky routers of one model.
+
+    Raises:
+        MelinoeError: the layers of the model are of several kinds; a router of a kind that we do not know
+            says so when it is first called.
+    """
+
+    def __init__(self, model: nn.Module, settings: Stickiness) -> None:
+        self.settings = settings
+        self.layers = moe_layers(model)
+        self.top_k = experts_per_token(model)
+        sizes = {layer.num_experts for layer in self.layers}
+        if len(sizes) != 1:
+            raise _unknown(model, f"layers of {sorted(sizes)} experts")
+        [self.num_experts] = sizes
+        self.number = settings.favoured(self.num_experts, self.top_k)
+        self._uses_cache = bool(getattr(model.config, "use_cache", True))
+        self._here = threading.local()
+        self._latest: _Pass | None = None
+        inner = model.get_decoder()  # type: ignore[operator]
+        self._handles = [
+            inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after),
+        ]
+        for layer in self.layers:
+            hooks = _RouterHooks(self, layer)
+            self._handles += [
+                layer.router.register_forward_pre_hook(hooks.begin),
+                layer.router.register_forward_hook(hooks.end, always_call=True),
+            ]
+
+    def __deepcopy__(self, _memo: Any) -> StickyRouters:
+        raise MelinoeError("a sticky model cannot be copied", next_step="load it a second time")
+
+    def detach(self) -> None:
+        """Makes the routers as they were."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise MelinoeError(
+                "sticky routing does not know continuous batching yet", next_step="load the model without it"
+            )
+        batch, length = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+            valid_BS = mask[:, -length:].bool()
+        else:
+            valid_BS = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
+        uses_cache = kwargs.get("use_cache")
+        history = None
+        if cache is not None or (self._uses_cache if uses_cache is None else uses_cache):
+            history = self._history_of(cache, past, batch, tokens.device)
+            history.begin(valid_BS, self.top_k)
+        self._here.now = self._latest = _Pass(valid_BS, history)
+
+    def _history_of(self, cache: Any, past: int, batch: int, device: torch.device) -> History:
+        found = getattr(cache, _HISTORY, None)
+        if past == 0:
+            found = History(len(self.layers), batch, self.num_experts, device)
+        elif found is None or past > found.length or batch != found.batch:
+            raise MelinoeError(
+                "this cache was not filled with this sticky routing",
+                got=f"{past} tokens of {batch} sequences",
+                next_step="begin with an empty cache",
+            )
+        elif past < found.length:
+            found.cut(past)
+        _keep(cache, found)
+        return found
+
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        now = self._here.now
+        if now.history is not None:
+            now.history.end(now.valid_BS)
+            _keep(getattr(output, "past_key_values", None), now.history)
+
+    def choose(self, layer: int, scores_TE: torch.Tensor, kind: str, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """[T, K] the experts of each token.
+
+        Args:
+            scores_TE: what its router chooses by. kind: "logits", or "probabilities" made of them.
+            chosen_TK: what it would choose by itself.
+        """
+        # a backward pass may compute a layer again in a thread of its own
+        now = getattr(self._here, "now", None) or self._latest
+        if now is None or now.valid_BS.numel() != len(chosen_TK):
+            return chosen_TK  # the router was called by itself
+        batch, length = now.valid_BS.shape
+        valid_BS, history = now.valid_BS if now.padded else None, now.history
+        chosen_BSK = chosen_TK.view(batch, length, -1)
+        if history is not None:
+            ranks_BE, before_B = history.ranks_LBE[layer], history.tokens_B
+        else:
+            ranks_BE = first_ranks(self.num_experts, scores_TE.device)[None]
+            before_B = torch.zeros(1, dtype=torch.int64, device=scores_TE.device)
+        if length == 1:
+            ranks_TE, tokens_T = ranks_BE.expand(batch, -1), before_B.expand(batch)
+        else:
+            ranks_TE = ranks_within(chosen_BSK, valid_BS, self.num_experts, ranks_BE).flatten(0, 1)
+            tokens_BS = now.valid_BS.cumsum(1) - now.valid_BS.long() + before_B.unsqueeze(1)
+            tokens_T = tokens_BS.reshape(-1)
+        favoured = ranks_TE.topk(self.number, -1).indices
+        if history is not None:
+            history.add(layer, chosen_BSK, valid_BS)
+        scores = scores_TE.detach().float()
+        lift = torch.zeros_like(scores).scatter_(1, favoured, self.settings.strength)
+        lift *= (tokens_T >= self.settings.after).unsqueeze(1)
+        moved = scores * lift.exp() if kind == "probabilities" else scores + lift
+        return moved.topk(chosen_TK.shape[1], -1).indices
+
+
+def _keep(cache: Any, history: History) -> None:
+    """Hangs a history on its cache, whose sequences must stay where they are from now on."""
+    if cache is None or getattr(cache, _HISTORY, None) is history:
+        return
+    setattr(cache, _HISTORY, history)
+    for name in _OF_SEQUENCES:
+        setattr(cache, name, _refuse)
+
+
+def _refuse(*_args: Any, **_kwargs: Any) -> None:
+    raise MelinoeError(
+        "sticky routing follows each sequence, and beam search exchanges them", next_step="use one beam"
+    )
+
+
+class _RouterHooks:
+    """The two hooks of one router; between them its `topk` is answered."""
+
+    def __init__(self, sticky: StickyRouters, layer: MoeLayer) -> None:
+        self._sticky, self._layer = sticky, layer
+        self._open = threading.local()
+        self._follows = False  # the router's output is what was answered; seen once
+
+    def begin(self, _module: nn.Module, _args: Any) -> None:
+        self._open.mode = _Answering(self._sticky, self._layer)
+        self._open.mode.__enter__()
+
+    def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        mode = self._open.mode
+        mode.__exit__(None, None, None)
+        if output is None:  # it raised an error
+            return
+        if len(mode.answers) != 1:
+            raise _unknown(self._layer.router, f"{len(mode.answers)} choices in one call")
+        if not self._follows:
+            # the experts may be chosen a second time behind the router (llama4): then not by our answer
+            self._follows = torch.equal(
+                self._layer.routing_of(output)[2].flatten(), mode.answers[0].flatten()
+            )
+            if not self._follows:
+                raise _unknown(self._layer.router, "a choice that is not the router's own")
+
+
+# functions that leave what a tensor means as it is
+_SAME = {
+    torch.Tensor.to, torch.Tensor.float, torch.Tensor.type, torch.Tensor.view, torch.Tensor.reshape,
+    torch.Tensor.contiguous, torch.Tensor.type_as, torch.reshape,
+}  # fmt: skip
+_LOGITS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.addmm}
+_PROBABILITIES = {nn.functional.softmax, torch.softmax, torch.Tensor.softmax}
+_TOPK = {torch.topk, torch.Tensor.topk}
+
+
+class _Answering(TorchFunctionMode):
+    """Answers one router's `topk` over its experts, and follows what it is made of."""
+
+    def __init__(self, sticky: StickyRouters, layer: MoeLayer) -> None:
+        super().__init__()
+        self._sticky, self._layer = sticky, layer
+        self._kinds: dict[int, tuple[str, torch.Tensor]] = {}  # by id, which holds as long as the tensor
+        self.answers: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _TOPK:
+            return self._answer(args[0], result)
+        if func in _LOGITS or (func in _PROBABILITIES and self._kind(args[0]) == "logits"):
+            self._kinds[id(result)] = ("logits" if func in _LOGITS else "probabilities", result)
+        elif func in _SAME and self._kind(args[0]):
+            self._kinds[id(result)] = (self._kind(args[0]), result)
+        return result
+
+    def _kind(self, tensor: torch.Tensor) -> str:
+        return self._kinds[id(tensor)][0] if id(tensor) in self._kinds else ""
+
+    def _answer(self, scores_TE: torch.Tensor, own: Any) -> Any:
+        sticky, kind, top_k = self._sticky, self._kind(scores_TE), own.indices.shape[-1]
+        if (
+            not kind
+            or scores_TE.ndim != 2
+            or (scores_TE.shape[1], top_k) != (sticky.num_experts, sticky.top_k)
+        ):
+            raise _unknown(self._layer.router, "a choice that is not of softmax or of logits alone")
+        chosen = sticky.choose(self._layer.index, scores_TE, kind, own.indices)
+        self.answers.append(chosen)
+        return torch.return_types.topk((scores_TE.gather(-1, chosen), chosen))  # type: ignore[arg-type]
+
+
+def _unknown(module: nn.Module, reason: str) -> MelinoeError:
+    return MelinoeError(
+        f"sticky routing does not know the routers of {type(module).__name__}",
+        got=reason,
+        next_step="load the model without it",
+    )
+
+
+def plain_copy(router: nn.Module) -> nn.Module:
+    """A copy of a router that routes as the router did before it was sticky."""
+    kept = router._forward_pre_hooks, router._forward_hooks
+    router._forward_pre_hooks, router._forward_hooks = (
+        OrderedDict(
+            (key, hook)
+            for key, hook in hooks.items()
+            if not isinstance(getattr(hook, "__self__", None), _RouterHooks)
+        )
+        for hooks in kept
+    )
+    try:
+        return copy.deepcopy(router)
+    finally:
+        router._forward_pre_hooks, router._forward_hooks = kept
+
+
+def settle_stickiness(model: Any, given: float | Stickiness | None) -> None:
+    """Gives a model the stickiness it is to have.
+
+    Args:
+        given: settings; a strength, which leaves the rest as an adapter or the config has it; 0: none; None:
+            what an adapter has given the model, else what its config says.
+
+    Raises:
+        MelinoeError: not a stickiness, or routers of a kind that we do not know.
+    """
+    now = getattr(model, "melinoe_sticky", None)
+    there = now.settings if now is not None else stickiness(getattr(model.config, CONFIG_FIELD, None))
+    if isinstance(given, int | float) and there is not None:
+        given = replace(there, strength=given)
+    wanted = there if given is None else stickiness(given)
+    if wanted != (now.settings if now is not None else None):
+        make_sticky(model, wanted)
+
+
+def make_sticky(model: Any, settings: Stickiness | None) -> None:
+    """Gives a model this stickiness; None takes away what it has. It stands in its config, and is saved."""
+    before = getattr(model, "melinoe_sticky", None)
+    if before is not None:
+        before.detach()
+    model.melinoe_sticky = StickyRouters(model, settings) if settings is not None else None
+    if settings is not None:
+        setattr(model.config, CONFIG_FIELD, settings.to_json())
+    elif hasattr(model.config, CONFIG_FIELD):
+        delattr(model.config, CONFIG_FIELD)

@@ -1,15 +1,18 @@
 """Traces of a model: the batched reading equals feeding one token after another."""
 
 import json
+import tracemalloc
 import weakref
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from melinoe.data.encoding import encode
 from melinoe.data.rows import Row
 from melinoe.errors import MelinoeError
+from melinoe.measure import trace as module
 from melinoe.measure.trace import trace
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap
@@ -134,3 +137,41 @@ def test_mistakes_are_named(tmp_path):
         trace(model_and_tokenizer(), rows(), adapter=tmp_path, progress=False)
     with pytest.raises(MelinoeError, match="no such data"):
         trace(model_and_tokenizer(), tmp_path / "missing.jsonl", progress=False)
+
+
+def test_a_recording_that_lies_in_a_file_is_the_same(monkeypatch, tmp_path):
+    """However many rows there are, recording takes the memory of a batch."""
+    data, pair = rows(6), model_and_tokenizer()
+    small = module.trace(pair, data, tmp_path / "small", progress=False)
+    monkeypatch.setattr(module, "IN_MEMORY", 0)
+    large = module.trace(pair, data, tmp_path / "large", progress=False)
+    assert np.array_equal(large.indices, small.indices)
+    assert (tmp_path / "large").read_bytes() == (tmp_path / "small").read_bytes()
+    base = large.indices
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base
+    assert isinstance(base, np.memmap)  # and not a copy of it
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large", "small"]
+
+
+def test_a_trace_is_saved_without_a_second_copy_of_it(tmp_path):
+    count = 200_000
+    trace = Trace(
+        indices=np.zeros((count, 8, 4)),
+        call_offsets=np.array([0, count]),
+        call_phase=np.zeros(1),
+        sequence=np.zeros(count),
+        ages=np.zeros(count),
+        valid=np.ones(count, bool),
+        token_ids=np.zeros(count),
+        prompt_lengths=np.ones(1),
+        num_experts=8,
+    )
+    tracemalloc.start()
+    trace.save(tmp_path / "a.trace")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < trace.indices.nbytes / 10
+    with safe_open(tmp_path / "a.trace", framework="np") as file:  # any tool can read it
+        assert file.get_tensor("indices").shape == trace.indices.shape
+    assert Trace.load(tmp_path / "a.trace").num_calls == 1

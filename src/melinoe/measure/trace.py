@@ -7,6 +7,9 @@ on the right, and the trace is written as decoding would have gone: a prefill ca
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from melinoe.data.encoding import Encoded, encode_rows
 from melinoe.data.rows import data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
-from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.layers import experts_per_token, fingerprint, moe_layers
 from melinoe.models.router_tap import RouterTap
 from melinoe.outputs import Output
 from melinoe.routing.trace import TRACE, Trace, from_sequences
@@ -30,6 +33,7 @@ from melinoe.runtime.load import load, load_resident, load_tokenizer
 from melinoe.sticky.routers import settle_stickiness
 from melinoe.store.manifest import is_store
 
+IN_MEMORY = 64 * 2**20  # bytes of a recording, above which it lies in a file
 TOKENS_PER_BATCH = 4096  # padded tokens in one forward pass, where no batch size is given
 
 
@@ -85,13 +89,21 @@ def read_routing(
     batch_size: int | None = None,
     pad_token_id: int = 0,
     progress: bool = True,
+    folder: Path | None = None,
 ) -> list[np.ndarray]:
     """The experts that each sequence asked for: [n - 1, L, K] int16 each, n with the last answer (whose last
-    token is never fed)."""
+    token is never fed).
+
+    They are parts of one array, one behind the other; a large one (IN_MEMORY) lies in a file in `folder` that
+    is gone with it, so that recording takes the memory of a batch, however many rows there are.
+    """
     layers = moe_layers(model)
     backbone = model.base_model  # the logits are not needed
-    result: list[np.ndarray] = [np.empty(0)] * len(sequences)
     lengths = [sequence.end - 1 for sequence in sequences]
+    ends = np.cumsum(lengths).tolist()
+    shape = (ends[-1] if ends else 0, len(layers), experts_per_token(model))
+    whole = _room(shape, folder)
+    result = [whole[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     at_once = rows_at_once(model, batch_size)
     for batch in track(length_batches(lengths, TOKENS_PER_BATCH, at_once), "tracing", progress):
         fed = [sequences[position].ids[: lengths[position]] for position in batch]
@@ -99,8 +111,18 @@ def read_routing(
         with RouterTap(layers, choices_only=True) as tap:
             backbone(input_ids=ids, attention_mask=mask, use_cache=False)
         for position, chosen in zip(batch, tap.by_sequence(ids.shape, map(len, fed)), strict=True):
-            result[position] = chosen
+            result[position][:] = chosen
     return result
+
+
+def _room(shape: tuple[int, int, int], folder: Path | None) -> np.ndarray:
+    """[N, L, K] int16 to be filled."""
+    nbytes = 2 * math.prod(shape)
+    if nbytes <= IN_MEMORY:
+        return np.empty(shape, np.int16)
+    with tempfile.TemporaryFile(prefix="melinoe-trace-", dir=folder) as file:
+        file.truncate(nbytes)
+        return np.memmap(file, np.int16, "r+", shape=shape)
 
 
 def trace(
@@ -155,7 +177,10 @@ def trace(
         end_tokens=end_tokens(model.generation_config, tokenizer),
         last_turn_only=last_turn_only,
     )
-    indices = read_routing(model, usable.encoded, batch_size, tokenizer.pad_token_id or 0, progress)
+    folder = None if written is None else Path(os.path.realpath(written.path)).parent
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    indices = read_routing(model, usable.encoded, batch_size, tokenizer.pad_token_id or 0, progress, folder)
     result = from_sequences(
         indices,
         [sequence.ids for sequence in usable.encoded],

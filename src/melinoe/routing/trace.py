@@ -11,6 +11,7 @@ everything else is JSON in its metadata. Numpy only: a trace is read without tor
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from melinoe.errors import MelinoeError
 from melinoe.files import whole_file
@@ -208,7 +208,7 @@ class Trace:
         }
         tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _ARRAYS}
         with whole_file(path, check) as partial:
-            save_file(tensors, partial, metadata)
+            _write(partial, tensors, metadata)
         return Path(path)
 
     @classmethod
@@ -245,6 +245,44 @@ class Trace:
             model=metadata["model"],
             settings=json.loads(metadata["settings"]),
         )
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """A safetensors file, one array at a time: the library's own writer holds all of it in memory once more.
+
+    Larger elements stand first, so that each array begins at a multiple of its element.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    ordered, place = sorted(tensors.items(), key=lambda item: -item[1].itemsize), 0
+    for name, array in ordered:
+        kind = {"b": "BOOL", "u": "U8"}.get(array.dtype.kind) or f"I{8 * array.itemsize}"
+        header[name] = {
+            "dtype": kind, "shape": list(array.shape), "data_offsets": [place, place + array.nbytes],
+        }  # fmt: skip
+        place += array.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, array in ordered:
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _one_behind_the_other(parts: list[np.ndarray]) -> np.ndarray:
+    """All parts as one array: without a copy where they are one already, which may be larger than memory."""
+    whole = parts[0].base if parts else None
+    if not isinstance(whole, np.ndarray) or whole.nbytes != sum(part.nbytes for part in parts):
+        return np.concatenate(parts)
+    place = _address(whole)
+    for part in parts:
+        if part.base is not whole or part.dtype != whole.dtype or _address(part) != place:
+            return np.concatenate(parts)
+        place += part.nbytes
+    return whole if whole.shape[1:] == parts[0].shape[1:] else np.concatenate(parts)
+
+
+def _address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def as_trace(trace: Trace | str | Path) -> Trace:
@@ -315,7 +353,7 @@ def from_sequences(
             fed = end - 1
     ages = [np.arange(size - 1, -1, -1) for size in sizes]
     return Trace(
-        indices=np.concatenate([rows[:length] for rows, length in zip(indices, lengths, strict=True)]),
+        indices=_one_behind_the_other([rows[:n] for rows, n in zip(indices, lengths, strict=True)]),
         call_offsets=np.concatenate([[0], np.cumsum(sizes)]),
         call_phase=np.array(phases),
         sequence=np.repeat(np.arange(len(lengths)), lengths),

@@ -53,6 +53,18 @@ def test_worked_by_hand():
     assert float(loss) == pytest.approx((1 / 6 + 13 / 14) / 2)
 
 
+def test_every_sequence_alike_by_hand():
+    """Of the case above one row scores two tokens (23/42) and one the last alone (13/14); one scores none."""
+    r = torch.tensor([[[[1.0, 0], [1, 0], [0, 1]]] * 3], dtype=torch.float64)
+    scored = torch.tensor([[False, True, True], [False, False, True], [False, False, False]])
+    by_token, by_row = (
+        soft_cache_misses(r, torch.ones(3, 3), scored, 1, 1, gamma=0.5, equal_sequences=equal)
+        for equal in (False, True)
+    )
+    assert float(by_token) == pytest.approx((1 / 6 + 13 / 14 + 13 / 14) / 3)
+    assert float(by_row) == pytest.approx(((1 / 6 + 13 / 14) / 2 + 13 / 14) / 2)
+
+
 def test_clipped_by_hand():
     # gamma = 1 (like LFU), K = 1, C = 2, E = 2, always expert 0: c(0) = (1, 1), Z(t) = 1 + t/2,
     # c(1) = (1 + 1, 1) / 1.5 = (4/3, 2/3): the plain loss is -1/3, the clipped one 0.

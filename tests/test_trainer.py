@@ -89,7 +89,9 @@ def test_parts_keep_their_budget_and_use_every_row():
     assert all(len(rows) >= 4 for rows in few)
 
 
-@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["default", "everything"])
+@pytest.mark.parametrize(
+    "more", [{}, EVERYTHING, {"equal_sequences": True}], ids=["default", "everything", "equal sequences"]
+)
 def test_accumulated_parts_are_one_large_batch(tmp_path, base, data, monkeypatch, more):
     tune(base, data, tmp_path / "parts", accumulate=3, **SHORT, **more)
     monkeypatch.setattr(

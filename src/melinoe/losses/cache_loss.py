@@ -116,6 +116,7 @@ def soft_cache_misses(
     gamma: float = 0.9,
     cache: Cache = "plain",
     chunk: int = CHUNK,
+    equal_sequences: bool = False,
 ) -> torch.Tensor:
     """L_cs: expected misses per layer and scored token against a soft cache of `capacity` slots (Eq. 4, 11).
 
@@ -131,6 +132,8 @@ def soft_cache_misses(
         gamma: how slowly the cache forgets; 0 like LRU, 1 like LFU.
         cache: what stands in the place of c(t) in the product (occupancy.py): "plain", the paper's;
             "clipped", "lru", "counts", "previous".
+        equal_sequences: the mean over sequences of the mean over their scored tokens, instead of the mean
+            over all scored tokens.
 
     Returns:
         A scalar, between 0 and K for all caches but the plain one; 0 where nothing is scored.
@@ -141,6 +144,10 @@ def soft_cache_misses(
         return requests_LBSE.sum() * 0.0
     held_LNSE = occupancy(requests_LNSE, cache, capacity, gamma, top_k, chunk)
     misses_LNS = (requests_LNSE * (1.0 - held_LNSE)).sum(-1)
+    if equal_sequences:
+        counts_N = scored_NS.sum(1)
+        means_LN = (misses_LNS * scored_NS).sum(-1) / counts_N.clamp_min(1)
+        return means_LN[:, counts_N > 0].mean()
     return misses_LNS[:, scored_NS].mean()
 
 

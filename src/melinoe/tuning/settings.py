@@ -100,6 +100,9 @@ class TuneSettings:
         " often as the average: it turns concentration on one set for all into one set for each.",
         least=0,
     )
+    equal_sequences: bool = _for_recipes(
+        False, "Let every row weigh alike in the cache loss, instead of every decoded token."
+    )
     relative: bool = _for_recipes(
         True,
         "With an objective whose gradient is that of the boundary: multiply both weights by the square root"

@@ -51,7 +51,9 @@ class TrainingRows:
         rows = [self.encoded[row] for numbers in self.plan for row in numbers]
         completion = sum(row.num_answer_tokens for row in rows)
         answers = sum(len(row.answers) for row in rows)  # the last token of each is not fed by decoding
-        return TokensPerStep(completion / len(self.plan), (completion - answers) / len(self.plan))
+        scored_rows = sum(row.num_answer_tokens > len(row.answers) for row in rows)
+        steps = len(self.plan)
+        return TokensPerStep(completion / steps, (completion - answers) / steps, scored_rows / steps)
 
 
 def read_training_rows(

@@ -71,10 +71,12 @@ def padding_share(lengths: list[int], plan: list[list[int]], parts: int = 1) -> 
 
 @dataclass(frozen=True)
 class TokensPerStep:
-    """A mean step's completion tokens, and those of them that decoding would process (scored_positions)."""
+    """A mean step's completion tokens, those of them that decoding would process (scored_positions), and the
+    rows that have some of these."""
 
     completion: float
     scored: float
+    scored_rows: float
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,14 @@ class StepLosses:
             divergence=found.divergence,
             part=PartOfStep(
                 found.tokens / tokens_per_step.completion,
-                float(scored_BS.sum()) / max(tokens_per_step.scored, 1e-9),
+                self._missed_over(scored_BS) / max(self._missed_over_in(tokens_per_step), 1e-9),
                 counts.tokens - counts.rows if settings.distills_prompt else counts.completion,
             ),
         )
         shown = (nll.detach(), misses.detach(), ranks.detach(), 1 - missed_share)
         losses = PartLosses(total, *shown, asked=asked)
         losses.tokens, losses.scored = found.tokens, int(scored_BS.sum())
+        losses.missed_over = self._missed_over(scored_BS)
         if found.divergence is not None and found.base_nll is not None:
             losses.divergence_tokens = found.divergence_tokens
             losses.divergence = found.divergence.detach() / max(found.divergence_tokens, 1)
@@ -161,6 +162,13 @@ class StepLosses:
             for record, kind in zip(records, self.kinds, strict=True)
         ]
 
+    def _missed_over(self, scored_BS: torch.Tensor) -> int:
+        """How many a part has of what the cache loss is a mean over: scored tokens, or their rows."""
+        return int((scored_BS.any(1) if self.settings.equal_sequences else scored_BS).sum())
+
+    def _missed_over_in(self, mean_step: TokensPerStep) -> float:
+        return mean_step.scored_rows if self.settings.equal_sequences else mean_step.scored
+
     def _strength(self, scored_tokens: float) -> float:
         """What both weights are multiplied by now; `scored_tokens` are those of a mean step."""
         if not self.settings.relative or self.settings.form.gradient != "boundary":
@@ -200,6 +208,7 @@ class StepLosses:
                 self.top_k,
                 self.settings.gamma,
                 cache=self.settings.form.cache,
+                equal_sequences=self.settings.equal_sequences,
             )
             if self.settings.balance > 0:
                 scored_T = scored_BS.reshape(-1)

@@ -13,12 +13,12 @@ from melinoe.tuning.parallel.processes import Processes
 _OVER = {
     "nll": "tokens",
     "base_nll": "tokens",
-    "misses": "scored",
+    "misses": "missed_over",
     "hit_rate": "scored",
     "divergence": "divergence_tokens",
 }
 _SUMS = ("total", "rank")
-_COUNTS = ("tokens", "scored", "divergence_tokens")
+_COUNTS = ("tokens", "scored", "divergence_tokens", "missed_over")
 
 
 @dataclass
@@ -32,7 +32,8 @@ class PartLosses:
     hit_rate: what the runtime's policy would find in the slots; rank: the anchor's loss per token;
     divergence: nats per token away from the base model, where it is asked; base_nll: the base's on the same
     batch, likewise. tokens, scored, divergence_tokens: how many completion tokens, scored tokens and compared
-    tokens the means are over. asked: by layer, [E] how many scored tokens asked for each expert, where
+    tokens the means are over; missed_over: scored tokens, or rows that have some, whichever misses are a mean
+    over. asked: by layer, [E] how many scored tokens asked for each expert, where
     `balance` needs it.
     """
 
@@ -46,6 +47,7 @@ class PartLosses:
     tokens: int = 0
     scored: int = 0
     divergence_tokens: int = 0
+    missed_over: int = 0
     asked: dict[int, torch.Tensor] = field(default_factory=dict)
 
 

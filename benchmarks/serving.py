@@ -16,7 +16,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,11 @@ def main() -> None:
     write_result(options, rows=rows)
 
 
-def _measured(
-    options: Any, prompts: list[list[dict[str, str]]], engine: str, clients: int, log: Path
-) -> dict[str, Any]:
-    """One server, cold, and all prompts through so many clients."""
+@contextmanager
+def server(options: Any, engine: str, concurrency: int, log: Path) -> Iterator[str]:
+    """A cold server, and its address. options: model, slots, predictor."""
     command = [sys.executable, "-m", "melinoe", "serve", "--model", options.model, "--port", "0"]
-    command += ["--slots", str(options.slots), "--engine", engine, "--concurrency", str(max(options.clients))]
+    command += ["--slots", str(options.slots), "--engine", engine, "--concurrency", str(concurrency)]
     command += ["--served-model-name", "model"]
     command += ["--predictor", str(options.predictor)] if options.predictor else []
     with log.open("w") as errors:
@@ -68,15 +69,22 @@ def _measured(
             time.sleep(0.1)
         found = re.search(r"at (http://\S+)/v1,", log.read_text())
         assert found is not None
-        url = found[1]
-        before, began = _counters(url), time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(lambda messages: _ask(url, messages, options.tokens), prompts))
-        seconds = time.perf_counter() - began
-        after = _counters(url)
+        yield found[1]
     finally:
         process.terminate()
         process.wait()
+
+
+def _measured(
+    options: Any, prompts: list[list[dict[str, str]]], engine: str, clients: int, log: Path
+) -> dict[str, Any]:
+    """One server, cold, and all prompts through so many clients."""
+    with server(options, engine, max(options.clients), log) as url:
+        before, began = _counters(url), time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda messages: ask(url, messages, options.tokens), prompts))
+        seconds = time.perf_counter() - began
+        after = _counters(url)
     new = {name: after[name] - before[name] for name in after}
     return {
         "engine": engine,
@@ -88,7 +96,7 @@ def _measured(
     }
 
 
-def _ask(url: str, messages: list[dict[str, str]], tokens: int) -> None:
+def ask(url: str, messages: list[dict[str, str]], tokens: int) -> None:
     body = {"model": "model", "messages": messages, "max_tokens": tokens, "temperature": 0}
     data = json.dumps({**body, "ignore_eos": True}).encode()
     request = urllib.request.Request(f"{url}/v1/chat/completions", data, {"content-type": "application/json"})
@@ -96,10 +104,15 @@ def _ask(url: str, messages: list[dict[str, str]], tokens: int) -> None:
         json.load(answer)
 
 
-def _counters(url: str) -> dict[str, float]:
+def gauge(url: str, sample: str) -> float:
+    """One sample of /metrics."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
         lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
-    return {name: float(lines[sample]) for name, sample in COUNTERS.items()}
+    return float(lines[sample])
+
+
+def _counters(url: str) -> dict[str, float]:
+    return {name: gauge(url, sample) for name, sample in COUNTERS.items()}
 
 
 if __name__ == "__main__":

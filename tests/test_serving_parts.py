@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 import melinoe
+from melinoe.cli.options import KEPT_KERNELS, prepare
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import INITIAL_TRUST, DecayedCounts, decode_call
 from melinoe.runtime.answer_text import AnswerText
@@ -150,6 +152,16 @@ def test_transformers_has_what_the_batched_engine_builds_on(monkeypatch):
     assert batched._unlike() is None
     monkeypatch.setattr(batched.ModelRunner, "_sample", lambda self, scores: None)
     assert "ModelRunner._sample" in batched._unlike()
+
+
+@pytest.mark.parametrize("theirs", [None, "7"])
+def test_verbs_bound_the_kernels_that_are_kept_for_every_length(monkeypatch, theirs):
+    for name in KEPT_KERNELS:
+        monkeypatch.setenv(name, theirs or "")
+        if theirs is None:
+            monkeypatch.delenv(name)
+    prepare("tiny")
+    assert {name: os.environ[name] for name in KEPT_KERNELS} == dict.fromkeys(KEPT_KERNELS, theirs or "128")
 
 
 def test_places_are_given_back_whatever_happens():

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from melinoe.cli.main import app
-
-VERBS = {
-    "convert", "demo", "evaluate", "fit-predictor", "generate", "merge", "placement", "plan", "simulate",
-    "trace", "tune", "verify",
-}  # fmt: skip
+from melinoe.cli.order import EXAMPLES
 
 
 def melinoe(*arguments, check=True, **settings):
@@ -44,15 +42,59 @@ def data(tmp_path):
     return folder
 
 
-def test_help_is_light_and_lists_the_verbs():
-    heavy = "('torch', 'transformers', 'numpy', 'peft')"
-    code = f"import sys, melinoe.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_are_light(option):
+    heavy = "('torch', 'transformers', 'numpy', 'peft', 'fastapi')"
+    code = f"""
+import sys, melinoe.cli.main
+try:
+    melinoe.cli.main.app(["{option}"])
+finally:
+    print([m for m in {heavy} if m in sys.modules])
+"""
+    said = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert said.splitlines()[-1] == "[]" and len(said.splitlines()) > 1
+
+
+def test_help_lists_the_verbs_in_order_with_an_example_that_can_be_typed():
+    verbs = typer.main.get_command(app)
+    assert EXAMPLES.keys() == verbs.commands.keys()
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for verb in VERBS:
-        assert f"  {verb} " in result.output
+    places = [result.output.index(f"  {verb} ") for verb in EXAMPLES]
+    assert places == sorted(places)
+    for verb, example in EXAMPLES.items():
+        assert f"{example}\n" in result.output
+        program, name, *arguments = shlex.split(example)
+        assert (program, name) == ("melinoe", verb)
+        verbs.commands[name].make_context(name, arguments)  # raises what cannot be typed
         assert CliRunner().invoke(app, [verb, "--help"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("melinoe ge", "generate"), ("melinoe plan --mem", "--memory")]
+)
+def test_the_shell_completes_verbs_and_options(typed, completed):
+    """As bash asks for it, once `melinoe --install-completion` has told it how."""
+    asked = {"_MELINOE_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    code = "import sys; sys.argv = ['melinoe']; from melinoe.cli.main import main; main()"
+    said = subprocess.check_output([sys.executable, "-c", code], text=True, env={**os.environ, **asked})
+    assert said.split() == [completed]
+
+
+def test_what_is_loaded_is_said_before_anything_is():
+    code = """
+import sys
+class Refuse:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            sys.exit("torch is imported")
+sys.meta_path.insert(0, Refuse)
+from melinoe.cli.main import app
+app(["generate", "--model", "tiny", "-p", "hi"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines() == ["melinoe: loading tiny", "torch is imported"]
 
 
 def test_the_way_of_the_data(olmoe, data, tmp_path):

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
 import melinoe
-from melinoe.cli.options import KEPT_KERNELS, prepare
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import INITIAL_TRUST, DecayedCounts, decode_call
 from melinoe.runtime.answer_text import AnswerText
@@ -155,13 +154,15 @@ def test_transformers_has_what_the_batched_engine_builds_on(monkeypatch):
 
 
 @pytest.mark.parametrize("theirs", [None, "7"])
-def test_verbs_bound_the_kernels_that_are_kept_for_every_length(monkeypatch, theirs):
-    for name in KEPT_KERNELS:
+def test_kernels_that_are_kept_for_every_number_of_rows_are_bounded(monkeypatch, tiny_store, theirs):
+    """Else a server grows with the lengths of prompts that it has seen: 0.25 MiB with every request."""
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
         monkeypatch.setenv(name, theirs or "")
         if theirs is None:
             monkeypatch.delenv(name)
-    prepare("tiny")
-    assert {name: os.environ[name] for name in KEPT_KERNELS} == dict.fromkeys(KEPT_KERNELS, theirs or "128")
+    melinoe.load(tiny_store, slots=8)
+    assert [os.environ[name] for name in names] == ([theirs] * 2 if theirs else ["128", "1"])
 
 
 def test_places_are_given_back_whatever_happens():

@@ -16,6 +16,7 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 RETURNED_BYTES = 2**18  # blocks from this size on are returned
 # what oneDNN keeps of one shape of matrix product, the code that it wrote for it (docs/decisions/0014)
 KERNEL_BYTES = 3 * 2**18
+UNCOUNTED_KERNELS = 128  # kept where no budget counts them; a server with 32 takes 25% more time, docs/log.md
 
 
 def free_memory(device: torch.device | None = None) -> int:

@@ -79,8 +79,7 @@ def chat(
 
     /help shows what can be typed besides questions.
     """
-    print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
-    prepare(model)
+    prepare(model, announce=True)
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.models.pretrained import read_config
     from melinoe.runtime.generation_settings import Sampling

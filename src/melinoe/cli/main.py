@@ -52,6 +52,7 @@ from melinoe.cli.options import (
     print_notes,
     slots_format_of,
 )
+from melinoe.cli.order import EXAMPLES
 from melinoe.cli.serve import serve
 from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.cli.tune import tune
@@ -69,7 +70,17 @@ def _say(error: BaseException) -> int:
 
 
 class _Verbs(typer.core.TyperGroup):
-    """Turns what stops a verb into one line on stderr and an exit code."""
+    """Turns what stops a verb into one line on stderr and an exit code; its help has the verbs in order."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*EXAMPLES, *sorted(self.commands.keys() - EXAMPLES.keys())]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands, in the order in which one uses them"):
+            for name in self.list_commands(ctx):
+                formatter.write_dl([(f"{name:<13}", self.commands[name].get_short_help_str(60))])
+                if name in EXAMPLES:
+                    formatter.write(f"{'':17}{EXAMPLES[name]}\n")
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -87,7 +98,6 @@ app = typer.Typer(
     cls=_Verbs,
     help="Mixture-of-experts models inside a memory budget, exactly and fast.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -193,7 +203,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
-    prepare(model)
+    prepare(model, announce=True)
     from melinoe.data.encoding import encode_prompt
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.runtime.budget import DEFAULT_CONTEXT

@@ -100,20 +100,20 @@ def slots_format_of(packed: bool | None) -> str | None:
 
 
 SMALL_MODEL_BYTES = 200 * 2**20
-# Kernels of bfloat16 matrices that oneDNN keeps, one for each number of rows: half a megabyte each, and up
-# to 1024 in each of two caches (torch's own and the library's), where prompts of every length go by. With 128
-# a server of changing prompts takes 5% more time than with 1024, with 32 it takes 25% more.
-KEPT_KERNELS = {"LRU_CACHE_CAPACITY": "128", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
-def prepare(model: str) -> None:
+def prepare(model: str, announce: bool = False) -> None:
     """Prepares the process for a verb that runs a model: a small one gets one thread, and no bars but ours.
+
+    Args:
+        announce: say what is loaded before anything is; in a terminal, transformers then shows how far its
+            weights are.
 
     The threads of a small model spend their time waiting for each other: on a busy machine with two
     cores, two threads were measured 50 times slower than one.
     """
-    for name, count in KEPT_KERNELS.items():  # read when the first one is made
-        os.environ.setdefault(name, count)
+    if announce:
+        print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
     import torch
     from transformers.utils import logging
 
@@ -122,5 +122,6 @@ def prepare(model: str) -> None:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         torch.set_num_threads(1 if size < SMALL_MODEL_BYTES else torch.get_num_threads())
 
-    logging.disable_progress_bar()
+    if not (announce and sys.stderr.isatty()):
+        logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -75,7 +75,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP as OpenAI does: chat and text completions, streams, metrics."""
     _check_extra()
-    prepare(model)
+    prepare(model, announce=True)
     from melinoe.config import parse_bytes
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.models.pretrained import read_config
@@ -100,7 +100,6 @@ def serve(
     )
 
     def open_model() -> tuple[Any, Any]:
-        print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
         config = read_config(local_folder(resolve_model(model)))
         loaded = load(
             model,

@@ -10,7 +10,7 @@ from torch import nn
 
 from melinoe.errors import MelinoeError
 from melinoe.experts.forward import use_melinoe_experts
-from melinoe.machine import keep_kernels
+from melinoe.machine import UNCOUNTED_KERNELS, keep_kernels
 from melinoe.models.layers import check_experts_per_token, experts_modules, fingerprint
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
@@ -141,8 +141,8 @@ def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     )
     if settings.memory is not None:
         paged.limits = Limits(plan.batch, plan.context, plan.pass_tokens)
-        if plan.kernels:
-            keep_kernels(plan.kernels)
+    if plan.kernels:  # without a budget some more, but not one for every length of a prompt that comes by
+        keep_kernels(plan.kernels if settings.memory is not None else max(plan.kernels, UNCOUNTED_KERNELS))
     paged.attach(model)
     for index, (_, module) in enumerate(experts_modules(model)):
         module.melinoe_layer, module.melinoe_paged = index, paged  # type: ignore[assignment]

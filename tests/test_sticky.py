@@ -274,3 +274,21 @@ def test_a_trace_is_what_the_sticky_model_asks_for(olmoe, tuned):
         [result] = melinoe.simulate(recorded, "decay", 3)["results"]
         loads.append(result["loads_per_token"])
     assert loads[1] < 0.8 * loads[0]
+
+
+def test_a_recorded_step_is_sticky(olmoe_store, olmoe):
+    from melinoe.decoding.decoder import decoder_of
+    from melinoe.decoding.loop import generate as replayed
+
+    paged, whole = melinoe.load(olmoe_store, slots=3, sticky=STRONG), resident(olmoe)
+    make_sticky(whole, STRONG)
+    settings = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+    prompt, found = ids(length=20), []
+    for _ in range(2):  # recorded, and replayed from the start
+        found.append(replayed(paged, prompt, **settings))
+    assert decoder_of(paged).replays == 1 and not decoder_of(paged).why_eager
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], whole.generate(prompt, **settings))
+    make_sticky(paged, None)
+    make_sticky(whole, None)
+    plain = whole.generate(prompt, **settings)
+    assert torch.equal(replayed(paged, prompt, **settings), plain) and not torch.equal(plain, found[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -89,13 +90,16 @@ class Decoder:
             inputs["past_key_values"],
             {n: inputs[n] for n in _TENSORS if inputs.get(n) is not None},
         )
-        notice = partial(_notice, model, inputs)
+        notice = partial(_begin, model, inputs)
         for replay in replays:
             try:
                 with torch.inference_mode():
-                    return Logits(replay(cache, tensors, notice))
+                    logits = replay(cache, tensors, notice)
             except OtherStep:
                 continue
+            if _sticky(model) is not None:
+                _sticky(model).end(cache)
+            return Logits(logits)
         if len(replays) == _VARIANTS:
             return _eager(model, inputs)
         return self._record(model, cache, tensors, inputs)
@@ -104,9 +108,13 @@ class Decoder:
         self, model: Any, cache: Any, tensors: dict[str, torch.Tensor], inputs: dict[str, Any]
     ) -> Any:
         _notice(model, inputs)
-        experts = [module for _, module in experts_modules(model)]
+        calls = [module for _, module in experts_modules(model)]
+        sticky = _sticky(model)
+        if sticky is not None:
+            calls += [layer.router for layer in sticky.layers]
         settings = {name: inputs[name] for name in _SETTINGS if name in inputs}
-        output, found = record(model, cache, experts, tensors, settings)
+        with sticky.around(inputs) if sticky is not None else nullcontext():
+            output, found = record(model, cache, calls, tensors, settings)
         with self._lock:
             if isinstance(found, str):
                 self._refused = found
@@ -123,8 +131,11 @@ class Decoder:
         return output
 
     def _in_place_of(self, function: Any) -> Any:
-        """Experts have a faster way for one token."""
+        """Experts have a faster way for one token; sticky routers are called with their hooks."""
         module = getattr(function, "__self__", None)
+        sticky = _sticky(self._model())
+        if sticky is not None and any(layer.router is module for layer in sticky.layers):
+            return module
         faster = one_token(module, self._functions) if isinstance(module, nn.Module) else None
         return faster or function
 
@@ -145,6 +156,13 @@ def _eager(model: Any, inputs: dict[str, Any]) -> Any:
     return model(**inputs, return_dict=True)
 
 
+def _begin(model: Any, inputs: dict[str, Any]) -> None:
+    """A replay goes around the hooks that listen to the beginning of a pass."""
+    _notice(model, inputs)
+    if _sticky(model) is not None:
+        _sticky(model).begin((), inputs)
+
+
 def _notice(model: Any, inputs: dict[str, Any]) -> None:
     """Calls the model's own forward pre-hooks: replays and recordings go around them."""
     paged = getattr(model, "melinoe_paged", None)
@@ -153,6 +171,11 @@ def _notice(model: Any, inputs: dict[str, Any]) -> None:
             paged.before(model, (), inputs)
         else:
             hook(model, (), inputs)
+
+
+def _sticky(model: Any) -> Any:
+    """The sticky routers of a model (melinoe.sticky); they listen to modules that a replay goes around."""
+    return getattr(model, "melinoe_sticky", None)
 
 
 def _cannot(model: Any, inputs: dict[str, Any]) -> str:
@@ -172,11 +195,14 @@ def _cannot(model: Any, inputs: dict[str, Any]) -> str:
         return f"is given {', '.join(sorted(others))}"
     if nn.modules.module._has_any_global_hook():
         return "is in a process with hooks on all modules"
+    sticky = _sticky(model)
     for module in model.modules():
-        before = module._forward_pre_hooks.values()
+        before, after = ([*module._forward_pre_hooks.values()], [*module._forward_hooks.values()])
+        if sticky is not None:  # its routers stay calls
+            before, after = ([h for h in hooks if not sticky.owns(h)] for hooks in (before, after))
         if module is model:  # ours are called for each step; they look and change nothing
             before = [hook for hook in before if not hook.__module__.startswith("melinoe.")]
-        if before or module._forward_hooks or "_hf_hook" in vars(module):
+        if before or after or "_hf_hook" in vars(module):
             return f"has a hook on its {type(module).__name__}"
     return ""
 
@@ -196,7 +222,7 @@ def _state(model: Any, inputs: dict[str, Any]) -> Any:
         torch.get_num_threads(),
     )
     modules = [(id(module), _plain(module)) for module in model.modules()]
-    return weights, modules, _plain(config), settings, tuple(inputs)
+    return weights, modules, _plain(config), settings, tuple(inputs), id(_sticky(model))
 
 
 def _plain(owner: Any) -> dict[str, Any]:

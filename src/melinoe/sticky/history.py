@@ -40,6 +40,7 @@ class History:
     def batch(self) -> int:
         return len(self.tokens_B)
 
+    @torch.inference_mode(False)  # what is made here is changed in passes that are no inference to torch
     def begin(self, valid_BS: torch.Tensor, top_k: int) -> None:
         """A pass begins. One that was broken off before is forgotten."""
         if self._open:
@@ -69,6 +70,7 @@ class History:
         self.tokens_B += valid_BS.sum(1)
         self._open = False
 
+    @torch.inference_mode(False)
     def cut(self, length: int) -> None:
         """Forgets all but the first `length` tokens, as a cache that is cropped does."""
         assert self._chosen_LBTK is not None and length <= self.length

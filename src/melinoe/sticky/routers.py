@@ -17,6 +17,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +83,36 @@ class StickyRouters:
         for handle in self._handles:
             handle.remove()
 
+    def owns(self, hook: Any) -> bool:
+        """Whether a hook on some module is one of these."""
+        owner = getattr(hook, "__self__", None)
+        return owner is self or (isinstance(owner, _RouterHooks) and owner.sticky is self)
+
+    @contextmanager
+    def around(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """A forward pass whose beginning and end the hooks need not look at.
+
+        Args:
+            inputs: what forward is given, by name.
+        """
+        self.begin((), inputs)
+        self._here.around = True
+        try:
+            yield
+        finally:
+            self._here.around = False
+        self.end(inputs.get("past_key_values"))
+
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not getattr(self._here, "around", False):
+            self.begin(args, kwargs)
+
+    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if not getattr(self._here, "around", False):
+            self.end(getattr(output, "past_key_values", None))
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass begins, with these arguments."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -118,11 +149,12 @@ class StickyRouters:
         _keep(cache, found)
         return found
 
-    def _after(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def end(self, cache: Any) -> None:
+        """The pass is done. cache: what it returned, or None."""
         now = self._here.now
         if now.history is not None:
             now.history.end(now.valid_BS)
-            _keep(getattr(output, "past_key_values", None), now.history)
+            _keep(cache, now.history)
 
     def choose(self, layer: int, scores_TE: torch.Tensor, kind: str, chosen_TK: torch.Tensor) -> torch.Tensor:
         """[T, K] the experts of each token.
@@ -178,12 +210,12 @@ class _RouterHooks:
     """The two hooks of one router; between them its `topk` is answered."""
 
     def __init__(self, sticky: StickyRouters, layer: MoeLayer) -> None:
-        self._sticky, self._layer = sticky, layer
+        self.sticky, self._layer = sticky, layer
         self._open = threading.local()
         self._follows = False  # the router's output is what was answered; seen once
 
     def begin(self, _module: nn.Module, _args: Any) -> None:
-        self._open.mode = _Answering(self._sticky, self._layer)
+        self._open.mode = _Answering(self.sticky, self._layer)
         self._open.mode.__enter__()
 
     def end(self, _module: nn.Module, _args: Any, output: Any) -> None:

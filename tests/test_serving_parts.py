@@ -134,6 +134,29 @@ def test_the_prior_is_the_mean_of_who_is_in_flight(olmoe_store):
     assert after({}) is None
 
 
+def test_what_decodes_beside_a_prompt_counts_as_decoding(olmoe_store):
+    model = melinoe.load(olmoe_store, slots=4)
+    paged = model.melinoe_paged
+
+    def step(ends, experts):
+        paged._before_continuous_batch(np.array(ends), ends[-1])
+        for _ in paged.pager.serve(0, paged.call(np.array(experts))):
+            pass
+        counted = melinoe.stats(model)
+        return counted.decode_requests, counted.decode_hits, counted.prefill_requests, counted.prefill_hits
+
+    assert step([0, 2], [[0, 1], [0, 2]]) == (0, 0, 3, 0)
+    assert step([0, 1, 3], [[0, 5], [0, 1], [2, 4]]) == (2, 1, 3 + 3, 2)  # 0 is asked for by both
+    assert step([0, 1, 2], [[6, 7], [6, 7]]) == (2 + 2, 1, 6, 2)
+    counted = melinoe.stats(model)
+    assert (counted.decode_tokens, counted.prefill_tokens) == (3, 4)
+    assert counted.decode_loads == 3 and counted.decode_bytes == 3 * paged.pager.store.max_record_bytes
+    step([0, 1, 3], [[0, 5], [0, 1], [2, 4]])
+    before = melinoe.stats(model).decode_requests
+    model(torch.tensor([[3, 4, 5]]))  # of another kind: nothing of the mixed pass is left in it
+    assert melinoe.stats(model).decode_requests == before
+
+
 def test_a_request_that_begins_alone_forgets_the_trust_of_the_one_before():
     policy = DecayedCounts(1, 4, 2)
     scores = np.array([[1.0, 0.5, 0.3, 0.2]])

@@ -28,6 +28,7 @@ class _Note(threading.local):
     phase = PREFILL
     ages: np.ndarray = np.empty(0, np.int64)
     valid: np.ndarray = np.empty(0, bool)
+    decoding: np.ndarray | None = None
 
 
 # of a pass of one token: [1, 1] and [1] real, [1] the last of its sequence; read only
@@ -131,6 +132,7 @@ class PagedExperts:
         # is the verification of guessed tokens)
         note = self._note
         note.phase = PREFILL if past == 0 or (length > 1 and note.phase == PREFILL) else DECODE
+        note.decoding = None
         after = valid[:, ::-1].cumsum(1)[:, ::-1]
         note.ages, note.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()
         if past == 0:
@@ -155,6 +157,9 @@ class PagedExperts:
         note.valid = positions < ends[-1]
         sequence = np.searchsorted(ends[1:], positions, side="right").clip(max=len(lengths) - 1)
         note.ages = np.where(note.valid, ends[1:][sequence] - 1 - positions, 0)
+        note.decoding = None
+        if note.phase == PREFILL and lengths.min(initial=2) == 1:
+            note.decoding = note.valid & (lengths[sequence] == 1)
         if self._in_flight is not None:
             self._follow(self._in_flight)
         elif note.phase == PREFILL:
@@ -196,7 +201,9 @@ class PagedExperts:
         """The policy's view of one layer's call. indices: [T, K]."""
         tokens, note = len(indices), self._note
         if tokens == len(note.ages):
-            return Call(indices, note.ages, note.valid, note.phase)
+            return Call(
+                indices, note.ages, note.valid, note.phase, note.decoding if note.phase == PREFILL else None
+            )
         # the layers were called past the model we know: say only what the shape says
         phase = PREFILL if tokens > 1 else DECODE
         return Call(indices, np.arange(tokens - 1, -1, -1), np.ones(tokens, bool), phase)

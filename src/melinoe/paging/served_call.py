@@ -77,7 +77,9 @@ class ServedCall:
             if arriving is not None:
                 began = time.perf_counter()
                 self._reader.arrived(arriving.result())
-                self._statistics.stalled_seconds += time.perf_counter() - began
+                waited = time.perf_counter() - began
+                self._statistics.stalled_seconds += waited
+                self._statistics.preload_stalled_seconds += waited
             self._in_use = expert, None
             return expert, self._bank.views(expert)
         if self._in_flight:

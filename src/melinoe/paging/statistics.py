@@ -35,11 +35,25 @@ class Statistics:
     training_loads: int = 0
     training_bytes: int = 0
     stalled_seconds: float = 0.0  # time the computation waited for a read
+    preload_stalled_seconds: float = 0.0  # of that, for records that were predicted and still on their way
 
     def count(self, call: Call, decision: Decision, record_bytes: int, training: bool = False) -> None:
-        """Adds one decision."""
-        phase = "training" if training else "decode" if call.phase == DECODE else "prefill"
-        hits, loads, preloads = len(decision.hits), len(decision.loads), len(decision.preloads)
+        """Adds one decision. What decoding and a prompt both ask for counts as decoding's."""
+        hits, misses = decision.hits, [load.expert for load in decision.loads]
+        if call.decoding is None or training:
+            phase = "training" if training else "decode" if call.phase == DECODE else "prefill"
+            self._add(phase, len(hits), len(misses), record_bytes)
+        else:
+            decoded = set(call.indices[call.decoding].ravel().tolist())
+            decode_hits, decode_misses = len(decoded.intersection(hits)), len(decoded.intersection(misses))
+            self._add("decode", decode_hits, decode_misses, record_bytes)
+            self._add("prefill", len(hits) - decode_hits, len(misses) - decode_misses, record_bytes)
+        preloads = len(decision.preloads)
+        self.preload_loads += preloads
+        self.preload_bytes += preloads * record_bytes
+        self.evictions += sum(load.victim is not None for load in [*decision.loads, *decision.preloads])
+
+    def _add(self, phase: str, hits: int, loads: int, record_bytes: int) -> None:
         for name, value in (
             ("requests", hits + loads),
             ("hits", hits),
@@ -47,9 +61,6 @@ class Statistics:
             ("bytes", loads * record_bytes),
         ):
             setattr(self, f"{phase}_{name}", getattr(self, f"{phase}_{name}") + value)
-        self.preload_loads += preloads
-        self.preload_bytes += preloads * record_bytes
-        self.evictions += sum(load.victim is not None for load in [*decision.loads, *decision.preloads])
 
     @property
     def hit_rate(self) -> float | None:

@@ -18,12 +18,15 @@ class Call:
     indices: [T, K] expert ids; ids >= the number of experts are expert-parallel sentinels.
     ages: [T] 0 for the last token of its sequence in this call, 1 for the one before, ...
     valid: [T] False for padding, which must be served but says nothing about the sequence.
+    decoding: [T] True for tokens of sequences that decode while others' prompts are computed (phase is
+        prefill then); None: there are none. Statistics look at it, policies do not.
     """
 
     indices: np.ndarray
     ages: np.ndarray
     valid: np.ndarray
     phase: str
+    decoding: np.ndarray | None = None
 
     @property
     def steps(self) -> int:

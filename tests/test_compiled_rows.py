@@ -47,11 +47,14 @@ def test_a_gated_expert_is_its_steps(hidden, inner):
     both = compiled.product(rows, up)
     gate, value = both.chunk(2, -1)
     act = (F.silu(gate) * value).contiguous()
-    found = compiled.gated(rows, up, down)
+    found = compiled.gated(rows, [up], [down])
     apart = (found.double() - compiled.product(act, down).double()).norm()
     assert apart <= 2**-9 * found.double().norm()
     for count in range(1, 4):
-        assert torch.equal(compiled.gated(rows[:count], up, down), found[:count])
+        assert torch.equal(compiled.gated(rows[:count], [up], [down]), found[:count])
+    other = matrix(2 * inner, hidden, 3), matrix(hidden, inner, 4)
+    both_experts = compiled.gated(rows, [up, other[0]], [down, other[1]])
+    assert torch.equal(both_experts, torch.cat([found, compiled.gated(rows, [other[0]], [other[1]])]))
 
 
 @needs_compiler
@@ -106,7 +109,9 @@ def test_decoding_goes_through_them(tmp_path, monkeypatch):
     assert all(compiled.is_gated_silu(module) for _, module in experts_modules(model))
     with torch.no_grad():
         right = model(batch()["input_ids"][:1, :1]).logits
-        monkeypatch.setattr(compiled, "gated", lambda rows, up, down: torch.ones_like(rows))
+        monkeypatch.setattr(
+            compiled, "gated", lambda rows, ups, downs: rows.new_ones(len(ups), rows.shape[1])
+        )
         assert not torch.equal(model(batch()["input_ids"][:1, :1]).logits, right)
 
 

@@ -69,7 +69,7 @@ class OneToken:
         self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, experts: list[Views]
     ) -> torch.Tensor:
         """As melinoe_experts does it. Which expert it is matters to low-rank additions alone."""
-        outputs = torch.cat([forward.expert_output(self._module, hidden_1H, one, -1) for one in experts])
+        outputs = forward.experts_outputs(self._module, hidden_1H, experts)
         return forward.combine(outputs, weights_1K, len(experts), hidden_1H.dtype)
 
     def _made(

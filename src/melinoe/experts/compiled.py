@@ -120,7 +120,7 @@ def _opened(path: Path) -> Any:
     library = ctypes.CDLL(str(path))  # releases the lock of the interpreter while it computes
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.melinoe_product.argtypes = [pointer] * 3 + [number] * 5
-    library.melinoe_gated.argtypes = [pointer] * 4 + [number] * 3
+    library.melinoe_gated.argtypes = [pointer] * 4 + [number] * 4
     return library
 
 
@@ -157,17 +157,28 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     return _whole(out, failed)
 
 
-def gated(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor | None:
-    """A whole expert with silu on rows [N, H], for which `few` is true; None where it is torch's.
+def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]) -> torch.Tensor | None:
+    """Whole experts with silu on the same rows [N, H], for which `few` is true; None where they are torch's.
 
-    up: [2 * I, H], the gate's half first. down: [H, I].
+    ups: [2 * I, H] of each of E experts, the gate's half first. downs: [H, I].
+
+    Returns:
+        [E * N, H], expert by expert.
     """
-    if not (_fits(up) and _fits(down)):
+    if not all(map(_fits, (*ups, *downs))):
         return None
-    (count, hidden), inner = rows.shape, down.shape[1]
-    out = torch.empty_like(rows)
+    (count, hidden), inner, experts = rows.shape, downs[0].shape[1], len(ups)
+    out = rows.new_empty(experts * count, hidden)
+    pointers = ctypes.c_void_p * experts
     failed = _library.melinoe_gated(
-        rows.data_ptr(), up.data_ptr(), down.data_ptr(), out.data_ptr(), count, hidden, inner
+        rows.data_ptr(),
+        pointers(*(up.data_ptr() for up in ups)),
+        pointers(*(down.data_ptr() for down in downs)),
+        out.data_ptr(),
+        experts,
+        count,
+        hidden,
+        inner,
     )
     return _whole(out, failed)
 
@@ -179,8 +190,9 @@ def _whole(out: torch.Tensor, failed: int) -> torch.Tensor:
 
 
 def is_gated_silu(module: nn.Module) -> bool:
-    """Whether an expert is down(silu(gate(x)) * up(x)) and nothing else; of an experts module."""
+    """Whether an expert is down(silu(gate(x)) * up(x)) of matrices [out, in]; of an experts module."""
     default = getattr(moe, "_default_apply_gate", None)
     gate = vars(module).get("_apply_gate", getattr(type(module), "_apply_gate", None))
     silu = type(getattr(module, "act_fn", None)) in (nn.SiLU, activations.SiLUActivation)
-    return bool(module.has_gate and gate is not None and gate is default and silu)
+    plain = not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+    return bool(silu and plain and module.has_gate and gate is not None and gate is default)

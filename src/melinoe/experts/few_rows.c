@@ -148,17 +148,18 @@ static void gate(const uint16_t *both, float *act, int64_t count, int64_t inner)
     }
 }
 
-/* An expert: down(silu(gate(rows)) * up(rows)). rows, out [count, hidden]; up [2 * inner, hidden], the gate's
-   half first; down [hidden, inner]. Returns 0, or 1 where there is no memory. */
-int melinoe_gated(const uint16_t *rows, const uint16_t *up, const uint16_t *down, uint16_t *out, int64_t count,
-                  int64_t hidden, int64_t inner) {
+/* Experts, each down(silu(gate(rows)) * up(rows)) of the same rows. rows [count, hidden]; of each expert, up
+   [2 * inner, hidden], the gate's half first, down [hidden, inner], and out [count, hidden], one behind the
+   other. Returns 0, or 1 where there is no memory. */
+int melinoe_gated(const uint16_t *rows, const uint16_t *const *ups, const uint16_t *const *downs, uint16_t *out,
+                  int64_t experts, int64_t count, int64_t hidden, int64_t inner) {
     float *x = widened(rows, count, hidden), *act = malloc((size_t)(count * inner) * sizeof(float));
     uint16_t *both = malloc((size_t)(count * 2 * inner) * sizeof(uint16_t));
     const int failed = !x || !act || !both;
-    if (!failed) {
-        multiply(x, up, both, count, hidden, 2 * inner, 0, 2 * inner);
+    for (int64_t expert = 0; expert < experts && !failed; expert++) {
+        multiply(x, ups[expert], both, count, hidden, 2 * inner, 0, 2 * inner);
         gate(both, act, count, inner);
-        multiply(act, down, out, count, inner, hidden, 0, hidden);
+        multiply(act, downs[expert], out + expert * count * hidden, count, inner, hidden, 0, hidden);
     }
     free(x), free(act), free(both);
     return failed;

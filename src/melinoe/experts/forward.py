@@ -42,10 +42,10 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     up = "gate_up_proj" if module.has_gate else "up_proj"
     packed = weights if isinstance(weights, PackedExpert) else None
     few = packed is None and not module.is_transposed and compiled.few(hidden)
-    if few and low_rank is None and not module.has_bias and compiled.is_gated_silu(module):
-        out = compiled.gated(hidden, weights[up], weights["down_proj"])
+    if few and low_rank is None and compiled.is_gated_silu(module):
+        out = compiled.gated(hidden, [weights[up]], [weights["down_proj"]])
         if out is not None:
-            return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
+            return out
 
     def project(rows: torch.Tensor, name: str, side: str) -> torch.Tensor:
         out = packed.product(rows, name) if packed is not None else None
@@ -62,6 +62,23 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)  # type: ignore[operator]
     out = project(inner, "down_proj", "down")
     return module.post_expert_norm(out) if module.has_post_expert_norm else out  # type: ignore[operator]
+
+
+def experts_outputs(module: nn.Module, hidden_1H: torch.Tensor, experts: list[Views]) -> torch.Tensor:
+    """[K, H] outputs of one token's experts, all of which are at hand; the bits of `expert_output` of each.
+
+    Without low-rank additions.
+    """
+    if (
+        compiled.is_gated_silu(module)
+        and compiled.few(hidden_1H)
+        and not isinstance(experts[0], PackedExpert)
+    ):
+        ups, downs = ([one[name] for one in experts] for name in ("gate_up_proj", "down_proj"))
+        found = compiled.gated(hidden_1H, ups, downs)
+        if found is not None:
+            return found
+    return torch.cat([expert_output(module, hidden_1H, one, -1) for one in experts])
 
 
 def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import batch, resident, save_checkpoint
-from melinoe.experts import compiled
+from melinoe.decoding import loop
+from melinoe.decoding.decoder import decoder_of
+from melinoe.experts import compiled, few_rows_linear
 from melinoe.models.layers import experts_modules
 
 needs_compiler = pytest.mark.skipif(not compiled.prepare(), reason="this machine has no C compiler")
@@ -122,13 +124,91 @@ def test_what_they_do_not_compute():
         assert not compiled.few(other)
     with torch.no_grad():
         assert compiled.few(gradient) == compiled.few(rows) == compiled.prepare()
-    large = torch.empty(1, compiled.ONE_THREAD, dtype=torch.bfloat16)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert compiled.product(matrix(1, 1), large.view(-1, 1)) is None
-    finally:
-        torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(compiled, "LARGE", 64)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [(4, 64), (7, 33), (130, 192), (1, 100)], ids=str)
+def test_threads_change_no_bit(threads, size):
+    weight, rows = matrix(*size), matrix(3, size[1], 1)
+    threads(1)
+    alone = compiled.product(rows, weight)
+    for count in (2, 3, 5):
+        threads(count)
+        assert torch.equal(compiled.product(rows, weight), alone)
+
+
+@pytest.fixture
+def every_linear(monkeypatch):
+    monkeypatch.setattr(few_rows_linear, "LARGE", 1)
+
+
+@needs_compiler
+def test_a_linear_layer_in_its_place(every_linear):
+    layer, bias = torch.nn.Linear(40, 24, bias=False), torch.nn.Linear(40, 24)
+    model = torch.nn.Sequential(layer, torch.nn.Sequential(bias)).bfloat16()
+    names, weight = list(model.state_dict()), layer.weight
+    few_rows_linear.use_few_rows_linears(model)
+    assert few_rows_linear.few_rows_linears(model) == [layer] and isinstance(layer, torch.nn.Linear)
+    assert list(model.state_dict()) == names and layer.weight is weight and type(bias) is torch.nn.Linear
+    x = matrix(4, 40).view(2, 2, 40)
+    with torch.no_grad():
+        assert torch.equal(layer(x), compiled.product(x.view(4, 40), weight).view(2, 2, 24))
+        many = matrix(5, 40)
+        assert torch.equal(layer(many), F.linear(many, weight))
+    layer(x).sum().backward()  # gradients are torch's
+    assert weight.grad is not None and layer(x).grad_fn is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "jamba"])
+def test_linear_layers_of_paged_and_resident(family, count, every_linear, threads, tmp_path):
+    """Eagerly and by a recorded step, the same tokens and logits."""
+    threads(count)
+    source = save_checkpoint(tmp_path / "model", family, torch.bfloat16)
+    melinoe.convert(source, tmp_path / "store", progress=False)
+    own, paged = resident(source), melinoe.load(tmp_path / "store", slots=2)
+    assert len(few_rows_linear.few_rows_linears(paged)) == len(few_rows_linear.few_rows_linears(own)) > 0
+    settings = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    for seed in range(3):
+        ids = torch.randint(3, 60, (1, 5), generator=torch.Generator().manual_seed(seed))
+        expected = own.generate(ids, **settings)
+        assert torch.equal(paged.generate(ids, **settings), expected)
+        assert torch.equal(loop.generate(paged, ids, **settings), expected)
+    if family == "olmoe":
+        assert decoder_of(paged).replays == 1, decoder_of(paged).why_eager
+
+
+@needs_compiler
+def test_peft_wraps_them_and_saves_as_before(every_linear, tmp_path):
+    peft = pytest.importorskip("peft")
+    source = save_checkpoint(tmp_path / "model", "olmoe", torch.bfloat16)
+    model = resident(source)
+    before = model.state_dict()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        changed = wrapped(ids).logits
+        with wrapped.disable_adapter():
+            plain = wrapped(ids).logits
+    assert not torch.equal(changed, plain)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(resident(source), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, changed)
+    merged = again.merge_and_unload()
+    assert merged.state_dict().keys() == before.keys()
+    merged.save_pretrained(tmp_path / "merged")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict().keys() == before.keys()
 
 
 def test_machines_that_cannot_compile(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from melinoe.decoding.one_token import Functions, one_token
 from melinoe.decoding.recording import record
 from melinoe.decoding.replay import Different, OtherStep, Replay
+from melinoe.experts.few_rows_linear import few_rows_linears
 from melinoe.models.layers import experts_modules
 
 _TENSORS = ("input_ids", "position_ids")
@@ -108,7 +109,7 @@ class Decoder:
         self, model: Any, cache: Any, tensors: dict[str, torch.Tensor], inputs: dict[str, Any]
     ) -> Any:
         _notice(model, inputs)
-        calls = [module for _, module in experts_modules(model)]
+        calls = [module for _, module in experts_modules(model)] + few_rows_linears(model)
         sticky = _sticky(model)
         if sticky is not None:
             calls += [layer.router for layer in sticky.layers]

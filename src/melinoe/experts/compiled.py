@@ -18,6 +18,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from transformers.integrations import moe
 from melinoe.config import home
 
 FEW_ROWS = 4  # more are torch's: its matrix instructions win from about there on (docs/log.md)
-ONE_THREAD = 2**20  # weights of a matrix that is left to torch where it has several threads
+LARGE = 2**20  # weights from which on a matrix is divided among torch's number of threads
 SOURCE = Path(__file__).with_name("few_rows.c")
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-w")
@@ -141,8 +143,11 @@ def _fits(weight: torch.Tensor) -> bool:
         weight.dtype == torch.bfloat16
         and weight.is_contiguous()
         and not (weight.requires_grad and torch.is_grad_enabled())
-        and (weight.numel() < ONE_THREAD or torch.get_num_threads() == 1)
     )
+
+
+def _divided(weight: torch.Tensor) -> bool:
+    return weight.numel() >= LARGE and torch.get_num_threads() > 1
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -151,21 +156,36 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         return None
     (count, size_in), size_out = rows.shape, len(weight)
     out = rows.new_empty(count, size_out)
-    failed = _library.melinoe_product(
-        rows.data_ptr(), weight.data_ptr(), out.data_ptr(), count, size_in, size_out, 0, size_out
-    )
-    return _whole(out, failed)
+    given = rows.data_ptr(), weight.data_ptr(), out.data_ptr(), count, size_in, size_out
+    if not _divided(weight):
+        return _whole(out, _library.melinoe_product(*given, 0, size_out))
+    threads = torch.get_num_threads()
+    step = -(-size_out // (4 * threads)) * 4  # outputs stay in their fours, so the sums are the same
+    rest = [
+        _pool(threads - 1, os.getpid()).submit(
+            partial(_library.melinoe_product, *given, at, min(at + step, size_out))
+        )
+        for at in range(step, size_out, step)
+    ]
+    failed = _library.melinoe_product(*given, 0, min(step, size_out))
+    return _whole(out, failed + sum(part.result() for part in rest))
+
+
+@cache
+def _pool(threads: int, _process: int) -> ThreadPoolExecutor:
+    """Of one process: a fork has none of its parent's threads."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="melinoe-rows")
 
 
 def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]) -> torch.Tensor | None:
-    """Whole experts with silu on the same rows [N, H], for which `few` is true; None where they are torch's.
+    """Whole experts with silu on the same rows [N, H], for which `few` is true; None: step by step.
 
     ups: [2 * I, H] of each of E experts, the gate's half first. downs: [H, I].
 
     Returns:
         [E * N, H], expert by expert.
     """
-    if not all(map(_fits, (*ups, *downs))):
+    if not all(map(_fits, (*ups, *downs))) or _divided(ups[0]):
         return None
     (count, hidden), inner, experts = rows.shape, downs[0].shape[1], len(ups)
     out = rows.new_empty(experts * count, hidden)

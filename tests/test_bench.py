@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 import melinoe
 from melinoe.benchmark.entries import chosen, entries
+from melinoe.benchmark.page import headline
 from melinoe.benchmark.summary import SPEED, of_repeat, percentile, rank, summarise, told_apart
 from melinoe.benchmark.table import markdown, ordered, print_tables
 from melinoe.demonstration import limited_process
 from melinoe.errors import MelinoeError
+from melinoe.report.shapes import bars, heat, lines, stacked, timeline
 
 ROWS = ["llama.cpp mmap bf16", "melinoe decay"]
 SMALL = {"rows": ROWS, "repeats": 2, "prompts": 1, "new_tokens": 4, "quality_rows": 3, "record_bytes": 0}
@@ -147,3 +150,55 @@ def test_rows_that_cannot_be_told_apart_share_a_rank():
     assert told_apart([2, 2, 2], [1, 1, 1]) and not told_apart([2], [1])
     assert not told_apart([2, 2, 2, 2, 1], [1, 1, 1, 1, 2])
     assert told_apart([2] * 9 + [1], [1] * 9 + [2])
+
+
+def test_the_page_stands_alone(measured):
+    folder, result = measured
+    page = (folder / "bench.html").read_text()
+    assert "<script" not in page and "http" not in page and "src=" not in page
+    assert str(folder) not in page and "/tmp" not in page  # no path of this machine
+    assert (
+        page.count("<svg") == page.count("<svg viewBox") == page.count("<title>") - 1
+    )  # each says what it is
+    assert all(f">{row['name']}<" in page for row in result["rows"])
+    assert "Repeat it: <code>melinoe bench --model tiny" in page and "prefers-color-scheme: dark" in page
+
+
+def test_two_numbers_say_who_is_slower_too():
+    def of(name, kind, speed, rank, nll=2.0, precision="auto", **more):
+        row = {"name": name, "kind": kind, SPEED: speed, "rank": rank, "nll": nll, "rouge_l": 0.5}
+        return row | {"precision": precision, "weights": "base", "limited": True, "source": ""} | more
+
+    rows = [
+        of("ours", "melinoe", 20.0, 1),
+        of("ours int8", "melinoe", 10.0, 3, precision="int8"),
+        of("rival", "llama.cpp", 8.0, 4, precision="bf16"),
+        of("rival q8", "llama.cpp", 40.0, 1, precision="q8_0"),
+    ]
+    first, second = headline({"rows": rows})
+    assert first["value"] == "2.5×" and "ours against rival: 20.0 and 8.0" in first["text"]
+    assert second["value"] == "+0.0 %" and "no worse" in second["text"]
+    rows[1] |= {SPEED: 30.0, "nll": 2.1, "rank": 2}
+    first, second = headline({"rows": rows})
+    assert first["value"] == "1.3× slower" and "ours int8 against rival q8" in first["text"]
+    assert second["value"] == "+5.0 %" and "(worse)" in second["text"]
+    rows[1]["rank"] = 1
+    assert "too close to tell apart" in headline({"rows": rows})[0]["text"]
+    assert headline({"rows": rows[:1]}) == []
+
+
+def test_figures_by_hand():
+    drawn = bars([{"name": "<a & b>", "value": 2.0, "text": "2", "colour": "--one", "ceiling": 4.0}], "two")
+    assert "&lt;a &amp; b&gt;" in drawn and 'aria-label="two"' in drawn
+    assert "ceiling" not in drawn  # further right than the figure goes
+    steps = [{"computing": 0.01, "waiting": 0.0, "hidden": 0.005}] * 9 + [
+        {"computing": 1.0, "waiting": 1.0, "hidden": 0.0}
+    ]
+    heights = [
+        float(found) for found in re.findall(r'height="([0-9.]+)" fill="var\(--one', timeline(steps, "t"))
+    ]
+    assert max(heights) <= 120 and sorted(heights)[5] > 30  # the long one is cut, the others are seen
+    assert heat([[1.0, 0.0], [0.0, 0.0]], "map").count("<rect") == 4
+    parts = stacked([("a", 3.0, "3 B"), ("b", 1.0, "1 B")], "memory")
+    assert "width:75.00%" in parts and "b 1 B" in parts
+    assert "0%" in lines([("one", [1, 2], [0.0, 1.0], False)], "slots", "curve", 1.5)

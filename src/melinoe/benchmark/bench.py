@@ -31,10 +31,11 @@ from melinoe.benchmark.entries import (
     chosen,
     entries,
 )
+from melinoe.benchmark.page import write_bench_page
 from melinoe.benchmark.prepare import Arena, ends_of, prepare, prompts_of
 from melinoe.benchmark.quality import key_of, quality
 from melinoe.benchmark.run_entry import Task
-from melinoe.benchmark.simulated import simulated_rows
+from melinoe.benchmark.simulated import routing
 from melinoe.benchmark.summary import SPEED, rank, summarise
 from melinoe.config import default_slots, parse_bytes
 from melinoe.conversion.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ from melinoe.models.folder import local_folder, resolve_model
 from melinoe.outputs import Kind, Output
 from melinoe.report.setting import commit, data_folder, machine
 from melinoe.runtime.forecast import NO_CACHE
+from melinoe.runtime.load import load_tokenizer
 from melinoe.runtime.plan import plan
 from melinoe.verbs import Stages
 
@@ -164,6 +166,7 @@ def bench(
     run = _Bench(output, settings, models, wanted, size, held_out, Stages(4, progress))
     result = run.run(None if predictor is None else str(predictor), memory, record_bytes)
     write_json(output / "result.json", result, indent=1, default=float)
+    write_bench_page(result, output / "bench.html")
     if not keep:
         shutil.rmtree(output / "work", ignore_errors=True)
     return result
@@ -204,6 +207,9 @@ class _Bench:
         self.output, self.settings, self.models, self.wanted = output, settings, models, wanted
         self.size, self.held_out, self.stages = size, held_out, stages
         self.seed, self.threads = settings["seed"], settings["threads"]
+        self.answers: dict[str, str] = {}
+        self.timeline: dict[str, Any] = {}
+        self.budget: dict[str, Any] = {}
 
     def run(self, predictor: str | None, memory: int | str | None, record_bytes: int) -> dict[str, Any]:
         self.stages.start("preparing weights, stores and files")
@@ -221,7 +227,7 @@ class _Bench:
         known = self._quality(arena, rows)
         self.stages.start("published policies in the simulator")
         slots = self._slots(arena, limit_bytes)
-        simulated = self._simulated(slots)
+        routed = self._routing(arena, slots)
         self.stages.start(f"{len(rows)} rows, {self.size.repeats} times in turn")
         limit = MemoryLimit(limit_bytes)
         if not limit.available:
@@ -237,7 +243,11 @@ class _Bench:
             "format": FORMAT,
             "version": VERSION,
             "rows": table,
-            "simulated": simulated,
+            "simulated": routed.get(BASE, {}).get("rows", []),
+            "routing": {name: {**one, "rows": None} for name, one in routed.items()},
+            "answers": self.answers,
+            "timeline": self.timeline,
+            "budget": self.budget,
             "skipped": arena.skipped,
             "memory_limit_bytes": limit_bytes if limit.available else None,
             "record_bytes": arena.store.max_record_bytes,
@@ -297,13 +307,14 @@ class _Bench:
             self.stages.note(f"{key}: NLL {known[key]['nll']:.4f}, Rouge-L {known[key]['rouge_l']:.3f}")
         return known
 
-    def _simulated(self, slots: int) -> list[dict[str, Any]]:
+    def _routing(self, arena: Arena, slots: int) -> dict[str, Any]:
         if self.held_out is None or not self.size.quality_rows:
-            return []
-        file = self.output / "simulated.json"
+            return {}
+        file = self.output / "routing.json"
         if not file.is_file():
-            found = simulated_rows(self.models[BASE], self.held_out, self.size.quality_rows, slots)
-            write_json(file, found, default=float)
+            write_json(
+                file, routing(arena.plain, self.held_out, self.size.quality_rows, slots), default=float
+            )
         return json.loads(file.read_text())
 
     def _race(
@@ -333,7 +344,23 @@ class _Bench:
             found |= summarise(runs[row.name]) | {"quality_key": key_of(row)}
             table.append(found | _agreement(row, runs, rows))
         rank(table)
+        self._show(arena, table, runs)
         return table
+
+    def _show(self, arena: Arena, table: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> None:
+        """What the page shows of single runs: an answer of all weights, one generation, its memory."""
+        own = [row for row in table if row["kind"] == OURS and row["slots"]]
+        tokenizer = load_tokenizer(arena.checkpoints[BASE])
+        for row in own:
+            if row["precision"] == "auto" and row["weights"] not in self.answers:
+                first = runs[row["name"]][0]["requests"][0]["tokens"]
+                self.answers[row["weights"]] = tokenizer.decode(first, skip_special_tokens=True)
+        if own:
+            best = max(own, key=lambda row: row[SPEED])
+            run = runs[best["name"]][0]
+            names = ("times", "waits", "reads")
+            self.timeline = {name: run["requests"][0][name] for name in names} | {"name": best["name"]}
+            self.budget = {"name": best["name"], **run["budget"]}
 
     def _run(
         self,

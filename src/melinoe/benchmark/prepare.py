@@ -44,7 +44,7 @@ class Arena:
 
     checkpoints: {weights: folder}, widened where the records were to be larger.
     stores: {(weights, format): folder}. gguf: {precision: file}. offload: accelerate's folder, or None.
-    skipped: {row: why it cannot run}.
+    skipped: {row: why it cannot run}. plain: {weights: folder} as they were before widening.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class Arena:
     gguf: dict[str, Path]
     offload: Path | None
     skipped: dict[str, str]
+    plain: dict[str, Path]
 
     @property
     def store(self) -> Store:
@@ -75,12 +76,15 @@ def prepare(
         record_bytes: experts that are smaller are widened to records of this size; 0: as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = {
-        name: _checkpoint(name, source, models[BASE], folder, record_bytes, seed, note)
+    plain = {
+        name: _plain(name, source, models[BASE], folder, note)
         for name, source in models.items()
         if name == BASE or any(row.weights == name for row in rows)
     }
-    arena = Arena(folder, checkpoints, {}, {}, None, {})
+    checkpoints = {
+        name: _widened(name, source, folder, record_bytes, seed, note) for name, source in plain.items()
+    }
+    arena = Arena(folder, checkpoints, {}, {}, None, {}, plain)
     arena.stores[BASE, "auto"] = _store(checkpoints[BASE], BASE, "auto", folder, note)
     for row in rows:
         if row.kind == OURS:
@@ -96,23 +100,23 @@ def prepare(
     return arena
 
 
-def _checkpoint(
-    name: str,
-    source: str | Path,
-    base: str | Path,
-    folder: Path,
-    record_bytes: int,
-    seed: int,
-    note: Callable[[str], None],
+def _plain(
+    name: str, source: str | Path, base: str | Path, folder: Path, note: Callable[[str], None]
 ) -> Path:
+    """A checkpoint: what was named, or an adapter merged into the base."""
     target = Path(source)
     if (target / "adapter_config.json").is_file():
         target = folder / f"{name}-merged"
         if not target.is_dir():
             note(f"merging {name}")
             merge(base, source, target)
-    else:
-        target = local_folder(resolve_model(source))
+        return target
+    return local_folder(resolve_model(source))
+
+
+def _widened(
+    name: str, target: Path, folder: Path, record_bytes: int, seed: int, note: Callable[[str], None]
+) -> Path:
     if not record_bytes or _record_bytes(target) >= record_bytes:
         return target
     wide = folder / name

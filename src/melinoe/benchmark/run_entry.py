@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,18 @@ class Task:
 
 @dataclass
 class Request:
-    """One request. times: seconds since it began at which each token came. tokens: those that came."""
+    """One request.
+
+    times: seconds since it began at which each token came. tokens: those that came.
+    waits, reads: until each token, seconds that the computation waited for a read, and in which one ran.
+    """
 
     prompt_tokens: int
     tokens: list[int]
     times: list[float]
     counts: dict[str, Any]
+    waits: list[float] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -113,12 +120,15 @@ def _transformers(task: Task) -> dict[str, Any]:
         return _ours(task, model, tokenizer)
     requests = []
     for prompt in task.prompts:
-        watched: list[int] = [disk_bytes()]
-        tokens, times = _generate(model, tokenizer, prompt, task.new_tokens, task.seconds, watched)
+        before = disk_bytes()
+        watched: list[int] = []
+        tokens, times = _generate(
+            model, tokenizer, prompt, task.new_tokens, task.seconds, disk_bytes, watched
+        )
         counts = {
-            "prefill_bytes": watched[1] - watched[0],
+            "prefill_bytes": watched[0] - before,
             "preload_bytes": 0,
-            "decode_bytes": watched[-1] - watched[1],
+            "decode_bytes": watched[-1] - watched[0],
         }
         requests.append(Request(len(prompt), tokens, times, counts))
     return {"requests": [request.to_json() for request in requests], "slots": None}
@@ -137,17 +147,28 @@ def _ours(task: Task, model: Any, tokenizer: Any) -> dict[str, Any]:
         reset_slots(model)
         before = replace(stats(model))
         read, busy = pager.reader.bytes_read, pager.reader.busy_seconds
-        tokens, times = _generate(model, tokenizer, prompt, task.new_tokens, task.seconds)
+        watched: list[tuple[float, float]] = []
+        tokens, times = _generate(
+            model,
+            tokenizer,
+            prompt,
+            task.new_tokens,
+            task.seconds,
+            lambda: (stats(model).stalled_seconds, pager.reader.busy_seconds),
+            watched,
+        )
+        waits = [waited - before.stalled_seconds for waited, _ in watched]
+        reads = [ran - busy for _, ran in watched]
         counted = stats(model).since(before).to_json()
         read, busy = pager.reader.bytes_read - read, pager.reader.busy_seconds - busy
         groups = max(1, round(counted["decode_loads"] / max(1, len(tokens) - 1) / len(pager.store.layers)))
         bare.append(record_bandwidth(pager.store, BARE_SECONDS, seed=len(bare), group_sizes=(groups,)))
         counted |= {"read_bytes": read, "read_seconds": busy, "bare_bytes_per_second": max(bare[-2:])}
-        requests.append(Request(len(prompt), tokens, times, counted))
+        requests.append(Request(len(prompt), tokens, times, counted, waits, reads))
     return {
         "requests": [request.to_json() for request in requests],
         "slots": plan(model).slots,
-        "budget": str(plan(model)),
+        "budget": asdict(plan(model)),
     }
 
 
@@ -157,11 +178,12 @@ def _generate(
     prompt: list[int],
     new_tokens: int,
     seconds: float,
-    watched: list[int] | None = None,
+    watch: Callable[[], Any] = lambda: None,
+    watched: list[Any] | None = None,
 ) -> tuple[list[int], list[float]]:
     """(tokens, seconds since the call at which each came); at least two, and no more behind `seconds`.
 
-    watched: grows by `disk_bytes` at each token.
+    watched: grows by what `watch` says at each token.
     """
     from melinoe.runtime.generation import stream_generate
 
@@ -176,7 +198,7 @@ def _generate(
         tokens.append(piece.token)
         times.append(time.perf_counter() - began)
         if watched is not None:
-            watched.append(disk_bytes())
+            watched.append(watch())
         if times[-1] > seconds and len(times) > 1:
             pieces.close()  # type: ignore[attr-defined]
             break

@@ -97,4 +97,4 @@ def bench(
     if as_json:
         return print_json(result)
     print_tables(result)
-    print(f"numbers: {output_dir / 'result.json'}")
+    print(f"page: {output_dir / 'bench.html'}   numbers: {output_dir / 'result.json'}")

@@ -35,7 +35,7 @@ def svg(figure: Any) -> Markup:
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
+    figure.savefig(buffer, format="svg", transparent=True)
     plt.close(figure)
-    text = buffer.getvalue()
+    text = buffer.getvalue().replace("#000000", "currentColor")  # the page's ink, light or dark
     return Markup(text[text.index("<svg") :])

@@ -1,0 +1,190 @@
+"""bench.html: what was gained, what it cost, and everything behind it, in one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from melinoe.benchmark.entries import ACCELERATE, BASE, CONTROL, LLAMA_CPP, OURS, TUNED
+from melinoe.benchmark.summary import SPEED
+from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
+from melinoe.config import format_bytes
+from melinoe.report.page import write_page
+from melinoe.report.shapes import bars, heat, lines, stacked, timeline
+
+_KIND_COLOURS = {OURS: "--one", LLAMA_CPP: "--two", ACCELERATE: "--four"}
+_WEIGHTS = {BASE: "the model as it was", CONTROL: "the control", TUNED: "tuned"}
+_MEMORY = {
+    "interpreter and libraries": ("process_bytes", "library_bytes"),
+    "resident weights": ("resident_bytes",),
+    "KV cache and work space": ("cache_bytes", "work_bytes", "staging_bytes"),
+    "experts": ("slot_bytes",),
+}
+
+
+def write_bench_page(result: dict[str, Any], path: Path) -> None:
+    """Writes the page, complete or not at all."""
+    rows = ordered(result["rows"])
+    limit = result["memory_limit_bytes"]
+    size = format_bytes(limit) if limit else "all memory"
+    write_page(
+        "bench.html",
+        path,
+        result=result,
+        heading=Path(result["settings"]["model"]).name,
+        limit=size,
+        limit_only=size,
+        numbers=headline(result),
+        noisy=[row["name"] for row in rows if row.get("noisy")],
+        ties=len({row["rank"] for row in rows}) < len(rows),
+        figures={
+            "speed": _speed(rows),
+            "budget": _by_budget(result),
+            "timeline": _timeline(result),
+            "memory": _memory(result),
+        },
+        maps=[
+            {"name": _WEIGHTS[name], "figure": _map(name, one["map"])}
+            for name, one in result["routing"].items()
+            if name != CONTROL
+        ],
+        answers=[(_WEIGHTS[name], text) for name, text in result["answers"].items()],
+        headings=[heading for heading, _, _ in COLUMNS],
+        table=[[text_of(row, key, form) for _, key, form in COLUMNS] for row in rows],
+        simulated_headings=[heading for heading, _, _ in SIMULATED],
+        simulated=[[text_of(row, key, form) for _, key, form in SIMULATED] for row in result["simulated"]],
+        command=command(result["settings"]),
+        format_bytes=format_bytes,
+    )
+
+
+def headline(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Two large numbers: how many times the speed of whom, and the price in quality.
+
+    Ours is our fastest row; the rival the fastest of others with weights in the same number of bits, under
+    the same limit. Where ours is slower, that is what it says.
+    """
+    limited = [row for row in result["rows"] if row["limited"] or row["kind"] != "resident"]
+    own = [row for row in limited if row["kind"] == OURS and not row["source"]]
+    others = [row for row in limited if row["kind"] != OURS or row["source"]]
+    if not own or not others:
+        return []
+    best = max(own, key=lambda row: row[SPEED])
+    alike = [row for row in others if _bits(row) == _bits(best)] or others
+    rival = max(alike, key=lambda row: row[SPEED])
+    ratio = best[SPEED] / rival[SPEED]
+    apart = best["rank"] != rival["rank"]
+    numbers = [
+        {
+            "value": f"{ratio:.1f}×" if ratio >= 1 or not apart else f"{1 / ratio:.1f}× slower",
+            "text": f"{best['name']} against {rival['name']}: {best[SPEED]:.1f} and {rival[SPEED]:.1f} tok/s"
+            + ("" if apart else "; too close to tell apart here"),
+        }
+    ]
+    plain = next((row for row in result["rows"] if row["weights"] == BASE and _bits(row) == 16), None)
+    if plain is not None and plain.get("nll") and best.get("nll"):
+        change = best["nll"] / plain["nll"] - 1
+        sense = "no worse" if change <= 0 else "worse"
+        numbers.append(
+            {
+                "value": f"{100 * change:+.1f} %",
+                "text": f"its price: NLL {best['nll']:.3f} against {plain['nll']:.3f} nats a token"
+                f" on held-out text ({sense}), Rouge-L {best['rouge_l']:.2f} against {plain['rouge_l']:.2f}",
+            }
+        )
+    return numbers
+
+
+def _bits(row: dict[str, Any]) -> int:
+    return {"int8": 8, "q8_0": 8, "int4": 4, "q4_0": 4}.get(row["precision"], 16)
+
+
+def _speed(rows: list[dict[str, Any]]) -> Markup:
+    shown = []
+    for row in sorted(rows, key=lambda row: -row[SPEED]):
+        low, high = row[f"{SPEED}_range"]
+        several = row["repeats"] > 1
+        shown.append(
+            {
+                "name": row["name"],
+                "note": row["source"],
+                "value": row[SPEED],
+                "low": low if several else None,
+                "high": high if several else None,
+                "ceiling": row.get("read_ceiling_tokens_per_second"),
+                "text": text_of(row, SPEED, "speed"),
+                "colour": "--six" if row["source"] else _KIND_COLOURS.get(row["kind"], "--five"),
+            }
+        )
+    said = "; ".join(f"{row['name']} {row['value']:.1f}" for row in shown)
+    return bars(shown, f"Generated tokens a second: {said}")
+
+
+def _by_budget(result: dict[str, Any]) -> Markup | None:
+    series: list[tuple[str, list[float], list[float], bool]] = []
+    for name, one in result["routing"].items():
+        if name == CONTROL:
+            continue
+        for policy in ("decay", "lru") if name == TUNED else ("decay", "lru", "belady"):
+            points = [row for row in one["by_budget"] if row["policy"] == policy]
+            label = {"decay": "melinoe", "lru": "LRU", "belady": "bound"}[policy]
+            xs, ys = [row["slots"] for row in points], [row["hit_rate"] for row in points]
+            series.append((f"{label}, {name}", xs, ys, policy != "decay"))
+    if not series:
+        return None
+    said = "; ".join(f"{name}: {ys[0]:.0%} to {ys[-1]:.0%}" for name, _, ys, _ in series)
+    slots = result["budget"].get("slots")
+    return lines(series, "slots per layer", f"Hit rate by budget. {said}", slots)
+
+
+def _timeline(result: dict[str, Any]) -> Markup | None:
+    found = result["timeline"]
+    if len(found.get("waits", ())) < 2:
+        return None
+    steps = []
+    for before in range(len(found["times"]) - 1):
+        took, waited, read = (
+            found[name][before + 1] - found[name][before] for name in ("times", "waits", "reads")
+        )
+        waited = min(max(waited, 0.0), took)
+        computing = took - waited
+        hidden = min(max(read - waited, 0.0), computing)
+        steps.append({"computing": computing, "waiting": waited, "hidden": hidden})
+    shares = {name: sum(step[name] for step in steps) for name in steps[0]}
+    said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shares.items())
+    return timeline(steps, f"Seconds of each token after the first: {said}")
+
+
+def _memory(result: dict[str, Any]) -> Markup | None:
+    found = result["budget"]
+    sums = {name: sum(found.get(key, 0) for key in keys) for name, keys in _MEMORY.items()}
+    parts = [(name, float(value), format_bytes(value)) for name, value in sums.items() if value]
+    limit = result["memory_limit_bytes"]
+    if not parts:
+        return None
+    rest = (limit or 0) - sum(value for _, value, _ in parts)
+    if rest > 0:
+        parts.append(("not used", rest, format_bytes(rest)))
+    return stacked(parts, "Memory: " + ", ".join(f"{name} {text}" for name, _, text in parts))
+
+
+def _map(name: str, shares: list[list[float]]) -> Markup:
+    top = [sum(sorted(layer, reverse=True)[: max(1, len(layer) // 4)]) for layer in shares]
+    mean = sum(top) / len(top)
+    return heat(
+        shares, f"{_WEIGHTS[name]}: a quarter of the experts of a layer serves {mean:.0%} of its requests"
+    )
+
+
+def command(settings: dict[str, Any]) -> str:
+    """What to type for the same bench; paths are named by their last part, which is theirs elsewhere too."""
+    parts = ["melinoe bench", f"--model {Path(settings['model']).name}"]
+    for name in ("memory", "data", "tuned", "control", "predictor"):
+        if settings[name] is not None:
+            value = settings[name] if name == "memory" else Path(str(settings[name])).name
+            parts.append(f"--{name} {value}")
+    for name in ("repeats", "prompts", "new_tokens", "quality_rows", "seed"):
+        parts.append(f"--{name.replace('_', '-')} {settings[name]}")
+    return " ".join(parts)

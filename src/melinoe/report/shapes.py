@@ -1,0 +1,174 @@
+"""Figures of a page as HTML and SVG without a library.
+
+Colours are the page's own variables, so that they follow dark mode; figures are drawn for a narrow column, so
+that their texts are as large on a telephone as on a desk.
+
+Every figure says in words what it shows (`role="img"` and a label), and none needs a script. Rows of bars are
+HTML: a long name wraps, and never lies over another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup, escape
+
+WIDTH = 380  # of a figure, in its own units, which are pixels in a narrow column
+COLOURS = ("--one", "--two", "--three", "--four", "--five", "--six")
+
+
+def bars(rows: list[dict[str, Any]], label: str) -> Markup:
+    """Horizontal bars on one scale.
+
+    Args:
+        rows: {"name", "value", "text", "colour" (of the page's variables); optional: "low", "high" (a range),
+            "ceiling" (a mark), "note"}.
+        label: what the figure shows, in words.
+    """
+    largest = max((row.get("high") or row["value"] for row in rows), default=1.0) * 1.04 or 1.0
+
+    def share(value: float) -> str:
+        return f"{100 * min(1.0, value / largest):.2f}%"
+
+    parts = []
+    for row in rows:
+        marks = ""
+        if row.get("high"):
+            width = share(row["high"] - row["low"])
+            marks += f'<i class="range" style="left:{share(row["low"])};width:{width}"></i>'
+        if row.get("ceiling") and row["ceiling"] <= largest:
+            marks += f'<i class="ceiling" style="left:{share(row["ceiling"])}"></i>'
+        note = Markup('<span class="soft"> {}</span>').format(row["note"]) if row.get("note") else ""
+        bar = Markup('<b style="width:{};background:var({})"></b>').format(share(row["value"]), row["colour"])
+        parts.append(
+            Markup('<div class="bar"><span>{}{}</span><div class="track">{}{}</div><em>{}</em></div>').format(
+                row["name"], note, bar, Markup(marks), row["text"]
+            )
+        )
+    return Markup('<div class="bars" role="img" aria-label="{}">{}</div>').format(
+        label, Markup("").join(parts)
+    )
+
+
+def _svg(body: str, height: float, label: str) -> Markup:
+    return Markup(
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f"<title>{escape(label)}</title>{body}</svg>"
+    )
+
+
+def _text(x: float, y: float, words: object, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def lines(
+    series: Sequence[tuple[str, Sequence[float], Sequence[float], bool]],
+    x_label: str,
+    label: str,
+    mark: float | None = None,
+) -> Markup:
+    """Curves of shares between 0 and 1.
+
+    Args:
+        series: (name, x, y, dashed).
+        mark: an x that a vertical line stands at.
+    """
+    left, right, top, bottom = 34, 8, 8, 150
+    xs = [x for _, values, _, _ in series for x in values]
+    low, high = min(xs), max(xs)
+
+    def at(x: float) -> float:
+        return left + (x - low) / ((high - low) or 1) * (WIDTH - left - right)
+
+    body = ""
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        y = bottom - share * (bottom - top)
+        body += f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>'
+        body += _text(left - 5, y + 4, f"{share:.0%}", "end")
+    for x in sorted(set(xs)):
+        body += _text(at(x), bottom + 16, f"{x:g}", "middle")
+    if mark is not None and low <= mark <= high:
+        body += f'<path class="mark" d="M{at(mark):.1f} {top}V{bottom}"/>'
+    legend = ""
+    for number, (name, values, shares, dashed) in enumerate(series):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(
+            f"{at(x):.1f},{bottom - y * (bottom - top):.1f}" for x, y in zip(values, shares, strict=True)
+        )
+        dash = ' stroke-dasharray="4 3"' if dashed else ""
+        body += f'<polyline points="{points}" fill="none" stroke="var({colour})" stroke-width="2"{dash}/>'
+        y = bottom + 52 + 17 * (number // 2)
+        x = left + (WIDTH - left) / 2 * (number % 2)
+        legend += f'<path d="M{x} {y - 4}h18" stroke="var({colour})" stroke-width="2"{dash}/>'
+        legend += _text(x + 24, y, name)
+    body += _text((left + WIDTH) / 2, bottom + 33, x_label, "middle")
+    return _svg(body + legend, bottom + 60 + 17 * ((len(series) - 1) // 2), label)
+
+
+def heat(rows: list[list[float]], label: str) -> Markup:
+    """A map: a row of cells for each layer, sorted, darker where a value is larger; a scale for each row."""
+    count = max(map(len, rows))
+    cell, tall = (WIDTH - 30) / count, 14.0 if len(rows) <= 16 else 224 / len(rows)
+    body = ""
+    for layer, values in enumerate(rows):
+        largest = max(values) or 1.0
+        y = layer * tall
+        if len(rows) <= 16 or layer % 8 == 0:
+            body += _text(24, y + min(tall, 11), layer, "end")
+        body += "".join(
+            f'<rect x="{30 + expert * cell:.1f}" y="{y:.1f}" width="{cell:.2f}" height="{tall - 1:.1f}" '
+            f'fill="var(--one)" fill-opacity="{value / largest:.2f}"/>'
+            for expert, value in enumerate(sorted(values, reverse=True))
+        )
+    return _svg(body, len(rows) * tall + 2, label)
+
+
+def timeline(steps: list[dict[str, float]], label: str) -> Markup:
+    """A column for each token: seconds computing, waiting for a read, and of reads behind computing."""
+    left, bottom = 40, 120
+    totals = sorted(step["computing"] + step["waiting"] for step in steps)
+    # one token that the machine was busy in must not flatten all others: it is cut off at the top
+    tallest = min(totals[-1], 3 * totals[len(totals) * 3 // 4]) or 1.0
+    width = (WIDTH - left) / len(steps)
+    body = _text(left - 5, 12, f"{1000 * tallest:.0f} ms", "end") + _text(left - 5, bottom, "0", "end")
+    for number, step in enumerate(steps):
+        x, y = left + number * width, float(bottom)
+        for name, colour in (("computing", "--one"), ("waiting", "--two")):
+            tall = min(step[name] / tallest * (bottom - 4), y)
+            y -= tall
+            body += (
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width - 1, 0.5):.2f}" height="{tall:.1f}" '
+                f'fill="var({colour})"/>'
+            )
+        tall = min(step["hidden"] / tallest, 1.0) * (bottom - 4)
+        body += (
+            f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{max(width / 3, 0.5):.2f}" '
+            f'height="{tall:.1f}" fill="var(--three)"/>'
+        )
+    body += _text((left + WIDTH) / 2, bottom + 16, "tokens of one answer, one column each", "middle")
+    names = {"--one": "computing", "--two": "waiting for a read", "--three": "reading, hidden"}
+    for number, (colour, name) in enumerate(names.items()):
+        x = left + number * 118
+        body += f'<rect x="{x}" y="{bottom + 27}" width="10" height="10" fill="var({colour})"/>'
+        body += _text(x + 14, bottom + 36, name)
+    return _svg(body, bottom + 44, label)
+
+
+def stacked(parts: list[tuple[str, float, str]], label: str) -> Markup:
+    """One bar of several parts, and its legend.
+
+    Args:
+        parts: (name, value, text).
+    """
+    total = sum(value for _, value, _ in parts) or 1.0
+    bar, legend = Markup(""), Markup("")
+    for number, (name, value, text) in enumerate(parts):
+        colour = COLOURS[number % len(COLOURS)]
+        bar += Markup('<b style="width:{}%;background:var({})"></b>').format(
+            f"{100 * value / total:.2f}", colour
+        )
+        legend += Markup('<span><i style="background:var({})"></i>{} {}</span>').format(colour, name, text)
+    return Markup(
+        '<div role="img" aria-label="{}"><div class="stack">{}</div><div class="legend">{}</div></div>'
+    ).format(label, bar, legend)

@@ -41,7 +41,7 @@ def scores_of(train: Trace, test: Trace, predictor: Predictor) -> dict[str, np.n
         torch.stack([prompt_features(predictor.table, prompt) for prompt in one.prompts()])
         for one in (train, test)
     )
-    network = np.stack([predictor.scores(prompt) for prompt in test.prompts()])
+    network, _ = predictor.predict_all(test.prompts())
     return {
         "global": np.broadcast_to(overall(train), network.shape).copy(),
         "prefill": test.frequencies(PREFILL),
@@ -53,7 +53,7 @@ def scores_of(train: Trace, test: Trace, predictor: Predictor) -> dict[str, np.n
 
 
 def replay(
-    test: Trace, slots: int, scores: dict[str, np.ndarray], strength: Strength
+    test: Trace, slots: int, scores: dict[str, np.ndarray], strengths: list[Strength]
 ) -> list[dict[str, Any]]:
     """One row for every policy and every kind of scores."""
     lengths = torch.from_numpy(decoded_lengths(test)).float()
@@ -66,9 +66,9 @@ def replay(
     rows: list[dict[str, Any]] = []
     bar: Any = None
     for policy, name, given in runs:
-        [found] = simulate(test, policy, slots, predictor_scores=given, strength=strength, per_sequence=True)[
-            "results"
-        ]
+        [found] = simulate(
+            test, policy, slots, predictor_scores=given, strength=strengths, per_sequence=True
+        )["results"]
         loads = found.pop("per_sequence")["loads"]
         bar = loads if bar is None else bar
         row = {"policy": policy, "scores": name, "ratio": ratio_of_sums(loads, bar), **found}
@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"| policy | scores | recall {slots} | loads/token | / decay | preloads | wasted |")
         print("|---|---|---:|---:|---:|---:|---:|")
         scores = scores_of(train, test, predictor)
-        result["test"][data] = replay(test, slots, scores, predictor.strength)
+        _, strengths = predictor.predict_all(test.prompts())
+        result["test"][data] = replay(test, slots, scores, strengths)
     return result
 
 

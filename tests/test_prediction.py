@@ -6,13 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import melinoe
 from melinoe.errors import MelinoeError
 from melinoe.measure.trace import trace
 from melinoe.models.layers import fingerprint
+from melinoe.prediction.comparison import warnings_of
 from melinoe.prediction.features import num_features, prompt_features, token_table
 from melinoe.prediction.fit import Predictor, fit_predictor, recall, worth_in_tokens
+from melinoe.prediction.predictor import mean_prediction
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, from_sequences
 from text_model import model_and_tokenizer, rows, save
@@ -177,17 +181,53 @@ def test_what_a_network_gains_is_said_without_a_warning(tmp_path):
 
 def test_the_verb_prints_the_warning(tmp_path, monkeypatch, capsys):
     from melinoe.cli.main import app
-    from melinoe.prediction import fit
 
     save(tmp_path / "model")
     topics(40).save(tmp_path / "t")
     report = fit_predictor(model_and_tokenizer(), topics(40), epochs=1)
-    text = fit._warnings(report | {"kept": "global", "loads_predictor": 3.0, "loads_global": 2.0})
+    text = warnings_of(report | {"kept": "global", "loads_predictor": 3.0, "loads_global": 2.0})
     assert text[0].startswith("the network reads nothing out of prompts: 3.000 loads per token")
-    text = fit._warnings(report | {"kept": "network", "loads_none": 0.0})
+    text = warnings_of(report | {"kept": "network", "loads_none": 0.0})
     assert "generate without --predictor" in text[0]
     arguments = ["--model", tmp_path / "model", "--trace", tmp_path / "t", "--output", tmp_path / "p"]
     app(["fit-predictor", *map(str, arguments)], standalone_mode=False)
     out, err = capsys.readouterr()
     shown = [line for line in err.splitlines() if line.startswith("melinoe: ")]
     assert ": network, " in out or shown  # who keeps the global frequencies is told
+
+
+def test_every_prompt_has_a_horizon_of_its_own(tmp_path):
+    """Answers to prompts of one kind have 4 tokens, to those of the other 40."""
+    made = topics(200, seed=3)
+    lengths = [4 if prompt[0] < 15 else 40 for prompt in made.prompts()]
+    rows, tokens = [], []
+    for number, prompt in enumerate(made.prompts()):
+        row = made.indices[made.sequence == number]
+        rows.append(row[np.arange(len(prompt) + lengths[number]) % len(row)])
+        tokens.append([*prompt, *[3] * (lengths[number] + 1)])
+    mixed = from_sequences(rows, tokens, [len(p) for p in made.prompts()], 8, fingerprint=made.fingerprint)
+    fit_predictor(model_and_tokenizer(), mixed, tmp_path / "p", epochs=1)
+    predictor = Predictor.load(tmp_path / "p")
+    short, long = (predictor.predict(prompt)[1].horizon for prompt in ([6, 9, 12], [16, 19, 22]))
+    assert 3 <= short <= 6 and 30 <= long <= 40
+    scores, strengths = predictor.predict_all([[6, 9, 12], [16, 19, 22]])
+    assert [one.horizon for one in strengths] == [short, long]
+    together = mean_prediction([predictor.predict([6, 9, 12]), predictor.predict([16, 19, 22])])
+    assert together[1].horizon == (short + long) / 2 and (together[0] == scores.mean(0)).all()
+
+    model = melinoe.load(save(tmp_path / "model"), slots=4, predictor=tmp_path / "p")
+    for prompt, horizon in (([6, 9, 12], short), ([16, 19, 22], long)):
+        model(torch.tensor([prompt]))
+        assert model.melinoe_paged.pager.policy.horizon == horizon
+
+
+def test_a_file_of_the_first_version_has_one_horizon_for_all(tmp_path):
+    fit_predictor(model_and_tokenizer(), topics(40), tmp_path / "p", epochs=1)
+    with safe_open(tmp_path / "p", framework="pt") as file:
+        metadata = file.metadata() | {"version": "1"}
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != "length"}  # noqa: SIM118
+    del metadata["longest"]
+    save_file(tensors, tmp_path / "old", metadata)
+    old, new = Predictor.load(tmp_path / "old"), Predictor.load(tmp_path / "p")
+    assert (old.scores([5, 6]) == new.scores([5, 6])).all()
+    assert old.predict([5, 6])[1] == old.strength == new.strength

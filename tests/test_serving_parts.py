@@ -114,7 +114,7 @@ def test_the_prior_is_the_mean_of_who_is_in_flight(olmoe_store):
     model = melinoe.load(olmoe_store, slots=2)
     paged = model.melinoe_paged
     paged.predictor = Predictor(torch.randn(64, 16).half(), 2, 8, 2).eval()
-    one, two = (paged.predictor.scores([3, 4, token]) for token in (5, 6))
+    (one, worth_one), (two, worth_two) = (paged.predictor.predict([3, 4, token]) for token in (5, 6))
     policy, step = paged.pager.policy, np.array([0, 1, 2])
 
     def after(sequences):
@@ -123,12 +123,12 @@ def test_the_prior_is_the_mean_of_who_is_in_flight(olmoe_store):
         return policy.prior
 
     worth = paged.predictor.strength.tokens
-    assert after({"a": one}) == pytest.approx(one * worth)
+    assert after({"a": (one, worth_one)}) == pytest.approx(one * worth)
     policy.counts += 3.0
     policy.trust_log_odds = 1.0
-    assert after({"a": one, "b": two}) == pytest.approx((one + two) / 2 * worth)
+    assert after({"a": (one, worth_one), "b": (two, worth_two)}) == pytest.approx((one + two) / 2 * worth)
     assert policy.trust_log_odds == pytest.approx((1.0 + INITIAL_TRUST) / 2)  # half of it is new
-    assert after({"b": two}) == pytest.approx(two * worth)
+    assert after({"b": (two, worth_two)}) == pytest.approx(two * worth)
     assert policy.trust_log_odds == pytest.approx((1.0 + INITIAL_TRUST) / 2)
     assert policy.counts.min() == 3.0  # the evidence stays
     assert after({}) is None

@@ -241,10 +241,10 @@ class _Demo:
         )
         return replayed
 
-    def _predicted(self, trace: Trace) -> tuple[np.ndarray, Strength]:
+    def _predicted(self, trace: Trace) -> tuple[np.ndarray, list[Strength]]:
         model, _ = load_resident(self.models["tuned"])
         predictor = Predictor.load(self.predictor_path, model)
-        return np.stack([predictor.scores(prompt) for prompt in trace.prompts()]), predictor.strength
+        return predictor.predict_all(trace.prompts())
 
     def measure_speed(self) -> dict[str, Any]:
         self.stages.start(f"widening the experts to records of {format_bytes(RECORD_BYTES)} and converting")

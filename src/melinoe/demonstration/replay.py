@@ -18,13 +18,15 @@ PREDICTED = "tuned + predictor"
 PAIRS = (("tuned", "control"), ("tuned", "base"), ("control", "base"), (PREDICTED, "tuned"))
 
 
-def replay(traces: dict[str, Trace], slots: int, scores: np.ndarray, strength: Strength) -> dict[str, Any]:
+def replay(
+    traces: dict[str, Trace], slots: int, scores: np.ndarray, strength: list[Strength]
+) -> dict[str, Any]:
     """Replays every trace at the demo's number of slots and at others.
 
     Args:
         traces: {base, control, tuned}, of the same rows.
         slots: per layer, of the demo's table.
-        scores, strength: what was predicted for the tuned weights, and what it is worth.
+        scores, strength: what was predicted for the tuned weights, and what it is worth for each of them.
 
     Returns:
         results: {weights: rows of `simulate`}; pairs: {"a / b": loads of a over those of b, with interval}.

@@ -107,7 +107,7 @@ def fit(opened: Any, data: Path, rows: int, output: Path, seed: int) -> dict[str
 
 def _predicted(model: Any, recorded: Trace, budgets: tuple[int, ...], path: Path) -> list[dict[str, Any]]:
     predictor = Predictor.load(path, model)
-    scores = np.stack([predictor.scores(prompt) for prompt in recorded.prompts()])
+    scores, strengths = predictor.predict_all(recorded.prompts())
     return simulate(
-        recorded, "decay", budgets, predictor_scores=scores, strength=predictor.strength, per_sequence=True
+        recorded, "decay", budgets, predictor_scores=scores, strength=strengths, per_sequence=True
     )["results"]

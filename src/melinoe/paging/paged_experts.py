@@ -18,7 +18,7 @@ from torch import nn
 from melinoe.errors import MelinoeError
 from melinoe.models.token_ids import refuse_unknown_ids
 from melinoe.paging.pager import ExpertPager
-from melinoe.prediction.predictor import Predictor
+from melinoe.prediction.predictor import Prediction, Predictor, mean_prediction
 from melinoe.routing.policies import DECODE, PREFILL, Call
 
 
@@ -87,8 +87,8 @@ class PagedExperts:
         self.limits: Limits | None = None
         self.converted: dict[tuple[Any, ...], torch.Tensor] = {}
         self._note = _Note()
-        self._in_flight: dict[str, np.ndarray] | None = None  # predictions, once somebody shares them
-        self._followed: dict[str, np.ndarray] = {}  # those that the prior is made of
+        self._in_flight: dict[str, Prediction] | None = None  # predictions, once somebody shares them
+        self._followed: dict[str, Prediction] = {}  # those that the prior is made of
 
     def attach(self, model: nn.Module) -> None:
         """Listens to the forward passes of a model from now on; token ids that it has not are refused."""
@@ -167,22 +167,22 @@ class PagedExperts:
         self.pager.statistics.decode_tokens += int((lengths == 1).sum())
         self.pager.statistics.prefill_tokens += int(lengths[lengths > 1].sum())
 
-    def share_predictions(self, predictions: dict[str, np.ndarray]) -> None:
+    def share_predictions(self, predictions: dict[str, Prediction]) -> None:
         """Of the sequences that continuous batching decodes now; counts from the next pass on.
 
         Args:
-            predictions: [L, E] each, by a name of the sequence (`Predictor.scores`).
+            predictions: by a name of the sequence (`Predictor.predict`).
         """
         self._in_flight = predictions
 
-    def _follow(self, now: dict[str, np.ndarray]) -> None:
+    def _follow(self, now: dict[str, Prediction]) -> None:
         """Makes the prior the mean of the predictions in flight: who has left takes his share along."""
         if now is self._followed:
             return
         kept = len(now.keys() & self._followed.keys()) / len(now) if now else 0.0
         self._followed = now
         if now and self.predictor is not None:
-            self.pager.begin(np.mean(list(now.values()), axis=0), self.predictor.strength, kept)
+            self.pager.begin(*mean_prediction(list(now.values())), kept)
         else:
             self.pager.begin()
 
@@ -194,8 +194,7 @@ class PagedExperts:
         if self.predictor is None or not prompts:
             self.pager.begin()
             return
-        scores = np.mean([self.predictor.scores(prompt) for prompt in prompts], axis=0)
-        self.pager.begin(scores, self.predictor.strength)
+        self.pager.begin(*mean_prediction([self.predictor.predict(prompt) for prompt in prompts]))
 
     def call(self, indices: np.ndarray) -> Call:
         """The policy's view of one layer's call. indices: [T, K]."""

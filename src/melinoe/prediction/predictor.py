@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,20 @@ from melinoe.files import whole_file
 from melinoe.models.layers import fingerprint as model_fingerprint
 from melinoe.outputs import tensor_file
 from melinoe.prediction.features import num_features, prompt_features
-from melinoe.routing.policies import Strength
+from melinoe.routing.policies import Strength, mean_strength
 
-FORMAT, VERSION = "melinoe-predictor", "1"
+FORMAT, VERSION = "melinoe-predictor", "2"
+READABLE = ("1", VERSION)  # 1: without expected lengths
 PREDICTOR = tensor_file("a predictor", FORMAT)
+
+
+Prediction = tuple[np.ndarray, Strength]  # scores [L, E] of a prompt, and what they are worth
+
+
+def mean_prediction(predictions: Sequence[Prediction]) -> Prediction:
+    """That of several prompts together."""
+    scores = np.mean([scores for scores, _ in predictions], axis=0)
+    return scores, mean_strength([strength for _, strength in predictions])
 
 
 class Predictor(nn.Module):
@@ -33,7 +45,8 @@ class Predictor(nn.Module):
         hidden: width of the one hidden layer.
         fingerprint: of the model whose trace it was fitted to.
 
-    `strength` says what a prediction is worth: it goes to `Policy.begin` with the scores.
+    `strength` says what a prediction is worth: it goes to `Policy.begin` with the scores. Its horizon is that
+    of the mean sequence; `predict` has one for each prompt, the length that answers to such prompts have.
     """
 
     def __init__(
@@ -57,6 +70,9 @@ class Predictor(nn.Module):
         self.register_buffer("table", table)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))
+        self.length: torch.Tensor  # of log(1 + decoded tokens) on the features and 1; zeros: not known
+        self.register_buffer("length", torch.zeros(width + 1))
+        self.longest = 0.0  # decoded tokens of the longest sequence that it was fitted to
         self.inner = nn.Linear(width, hidden)
         self.dropout = nn.Dropout(dropout)
         self.outer = nn.Linear(hidden, num_layers * num_experts)
@@ -67,17 +83,35 @@ class Predictor(nn.Module):
         logits = self.outer(self.dropout(inner)).view(-1, self.num_layers, self.num_experts)
         return logits.log_softmax(-1)
 
-    @torch.no_grad()
     def scores(self, token_ids: list[int]) -> np.ndarray:
         """[L, E] float64: predicted requests per decoded token; each layer sums to K.
 
         Args:
             token_ids: of the prompt, as `data.encode_prompt` gives them; at least one.
         """
+        return self.predict(token_ids)[0]
+
+    @torch.no_grad()
+    def predict(self, token_ids: list[int]) -> Prediction:
+        """(`scores`, what they are worth for this prompt)."""
         training, _ = self.training, self.eval()
-        shares = self(prompt_features(self.table, token_ids)[None])[0].exp()
+        features = prompt_features(self.table, token_ids)
+        shares = self(features[None])[0].exp()
         self.train(training)
-        return self.experts_per_token * shares.double().numpy()
+        return self.experts_per_token * shares.double().numpy(), self._strength_of(features)
+
+    def predict_all(self, prompts: list[list[int]]) -> tuple[np.ndarray, list[Strength]]:
+        """([S, L, E], a strength for each prompt), as `simulate` takes them."""
+        found = [self.predict(prompt) for prompt in prompts]
+        return np.stack([scores for scores, _ in found]), [strength for _, strength in found]
+
+    def _strength_of(self, features: torch.Tensor) -> Strength:
+        """The horizon is the expected length: at least a token, at most the longest that was seen."""
+        if not self.longest:
+            return self.strength
+        known = torch.cat([(features - self.mean) / self.deviation, torch.ones(1)])
+        tokens = math.expm1(min(float(known @ self.length), math.log1p(self.longest)))
+        return replace(self.strength, horizon=max(tokens, 1.0))
 
     @torch.no_grad()
     def forget_prompts(self, shares: torch.Tensor) -> None:
@@ -101,6 +135,7 @@ class Predictor(nn.Module):
             "num_layers": str(self.num_layers),
             "prior_tokens": repr(self.strength.tokens),
             "horizon": repr(self.strength.horizon),
+            "longest": repr(self.longest),
             "report": json.dumps(report or {}, sort_keys=True),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -129,7 +164,7 @@ class Predictor(nn.Module):
                 if metadata.get("format") != FORMAT:
                     found = metadata.get("format", "no format")
                     raise MelinoeError(f"{path} is not a predictor", got=found, allowed=FORMAT)
-                if metadata.get("version") != VERSION:
+                if metadata.get("version") not in READABLE:
                     found = metadata.get("version")
                     raise MelinoeError(f"{path}: predictor of another version", got=found, allowed=VERSION)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -149,6 +184,8 @@ class Predictor(nn.Module):
         )
         horizon = float(metadata.get("horizon", "inf"))  # older files know none
         predictor.strength = Strength(float(metadata["prior_tokens"]), horizon)
+        predictor.longest = float(metadata.get("longest", 0.0))
+        tensors.setdefault("length", predictor.length)
         predictor.load_state_dict(tensors)
         return predictor.eval()
 

@@ -161,7 +161,7 @@ class Conversation:
 
     def _prediction(self, prompt: list[int]) -> Any:
         paged = getattr(self._model, "melinoe_paged", None)
-        return paged.predictor.scores(prompt) if paged is not None and paged.predictor is not None else None
+        return paged.predictor.predict(prompt) if paged is not None and paged.predictor is not None else None
 
     def _counted(self) -> tuple[int, int, int] | None:
         """(hits, loads, bytes) until now; None where nothing is offloaded."""

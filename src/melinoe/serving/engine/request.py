@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
+from melinoe.prediction.predictor import Prediction
 from melinoe.runtime.answer_text import AnswerText
 from melinoe.serving.engine.sampling import Choice, Sampler
 
@@ -40,7 +40,7 @@ class EngineRequest:
         max_new_tokens: 1 or more.
         end_tokens: the answer ends with the first of these.
         deliver: called in the engine's thread with every `Progress`; must not block.
-        prediction: [L, E] of the prompt's experts, where there is a predictor.
+        prediction: of the prompt's experts, where there is a predictor (`Predictor.predict`).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EngineRequest:
         max_new_tokens: int,
         end_tokens: list[int],
         deliver: Callable[[Progress], Any],
-        prediction: np.ndarray | None = None,
+        prediction: Prediction | None = None,
     ) -> None:
         self.name, self.prompt, self.sampler, self.text = name, prompt, sampler, text
         self.max_new_tokens, self.end_tokens = max_new_tokens, frozenset(end_tokens)

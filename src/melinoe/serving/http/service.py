@@ -183,7 +183,7 @@ class Service:
             most,
             ends,
             answer.deliver(len(answer.requests)),
-            self.predictor.scores(prompt) if self.predictor is not None else None,
+            self.predictor.predict(prompt) if self.predictor is not None else None,
         )
 
     async def _follow(self, answer: Answer, arrived: float) -> AsyncIterator[Item]:

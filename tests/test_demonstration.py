@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from melinoe.demonstration.race import ceiling
 from melinoe.demonstration.replay import PREDICTED, replay
 from melinoe.routing.calls import DECODE
 from melinoe.routing.policies import Strength
@@ -51,3 +52,10 @@ def test_weights_that_read_other_rows_are_not_compared():
             np.zeros((12, LAYERS, EXPERTS)),
             Strength(),
         )
+
+
+def test_no_row_stands_above_its_ceiling():
+    row = {"bytes_per_token": 10.0, "read_bandwidth": 300.0}
+    assert ceiling(row, 200.0) == 30.0 and ceiling(row, 400.0) == 40.0
+    assert ceiling({"bytes_per_token": 10.0}, 200.0) == 20.0
+    assert ceiling({"bytes_per_token": 0.0}, 200.0) is None

@@ -13,6 +13,7 @@ from melinoe.frontier.page import write_frontier
 from melinoe.frontier.sums import FixedSets, Replay, Sums
 from melinoe.frontier.sweep import _pool
 from melinoe.frontier.table import escaped
+from melinoe.report.setting import name_of
 from melinoe.verbs import Stages
 
 HOSTILE = [
@@ -143,3 +144,16 @@ def test_names_on_the_terminal(capsys, name):
 def test_escaped_by_hand():
     assert escaped("a|b\n<i> & [c](d) `e` \\") == "a\\|b &lt;i&gt; &amp; \\[c\\](d) \\`e\\` \\\\"
     assert json.dumps(escaped("plain name, 0.5")) == '"plain name, 0.5"'
+
+
+def test_a_page_calls_a_folder_by_its_name(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert name_of(tmp_path / "model") == "model" and name_of(f"{tmp_path}/elsewhere/") == "elsewhere"
+    assert name_of("organisation/name") == "organisation/name" and name_of("tiny") == "tiny"
+    assert name_of("no file\0has this name") == "no file\0has this name"
+    result = demonstration(str(tmp_path / "model"))
+    result["machine"]["processor"] = "a processor"
+    write_report(result, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert str(tmp_path) not in page and "model on model" in page
+    assert "1.0&times;" in page and 'class="best"' in page  # two large numbers, and whoever is fastest

@@ -12,6 +12,7 @@ table, the settings, the machine, the versions and the commit.
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ def bench(
     if str(data) != RANDOM:
         folder = data_folder(str(model), data)
         held_out = read_rows(folder, "test")
+        random.Random(seed).shuffle(held_out)  # files go by task
     reads = {"model": source, "data": folder, "tuned": tuned, "control": control, "predictor": predictor}
     settings = {
         "model": str(model),

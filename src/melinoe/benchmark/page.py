@@ -12,6 +12,7 @@ from melinoe.benchmark.summary import SPEED
 from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
 from melinoe.config import format_bytes
 from melinoe.report.page import write_page
+from melinoe.report.setting import name_of
 from melinoe.report.shapes import bars, heat, lines, stacked, timeline
 
 _KIND_COLOURS = {OURS: "--one", LLAMA_CPP: "--two", ACCELERATE: "--four"}
@@ -33,7 +34,7 @@ def write_bench_page(result: dict[str, Any], path: Path) -> None:
         "bench.html",
         path,
         result=result,
-        heading=Path(result["settings"]["model"]).name,
+        heading=name_of(result["settings"]["model"]),
         limit=size,
         limit_only=size,
         numbers=headline(result),
@@ -180,10 +181,10 @@ def _map(name: str, shares: list[list[float]]) -> Markup:
 
 def command(settings: dict[str, Any]) -> str:
     """What to type for the same bench; paths are named by their last part, which is theirs elsewhere too."""
-    parts = ["melinoe bench", f"--model {Path(settings['model']).name}"]
+    parts = ["melinoe bench", f"--model {name_of(settings['model'])}"]
     for name in ("memory", "data", "tuned", "control", "predictor"):
         if settings[name] is not None:
-            value = settings[name] if name == "memory" else Path(str(settings[name])).name
+            value = settings[name] if name == "memory" else name_of(settings[name])
             parts.append(f"--{name} {value}")
     for name in ("repeats", "prompts", "new_tokens", "quality_rows", "seed"):
         parts.append(f"--{name.replace('_', '-')} {settings[name]}")

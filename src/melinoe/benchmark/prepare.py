@@ -6,7 +6,6 @@ All of it lies in one folder, each part under the name of what it is. A part is 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,10 +177,10 @@ def prompts_of(rows: list[Row] | None, checkpoint: Path, count: int, seed: int) 
     if rows is None:
         generator = np.random.default_rng(seed)
         return generator.integers(3, len(tokenizer), (count, MAX_PROMPT // 4)).tolist()
-    rows = [row for row in rows if row.messages]
-    random.Random(seed).shuffle(rows)
     found = []
     for row in rows:
+        if not row.messages:
+            continue
         ids = encode_prompt(tokenizer, row)
         if len(ids) <= MAX_PROMPT:
             found.append(ids)

@@ -8,6 +8,7 @@ from typing import Any
 from melinoe.config import format_bytes
 from melinoe.demonstration.table import COLUMNS, cells
 from melinoe.report.page import write_page
+from melinoe.report.setting import name_of
 from melinoe.report.svg import new_axes, svg, use_matplotlib
 
 COLOURS = {"base": "#6b7280", "control": "#c2853d", "tuned": "#2563a8", "peer": "#a3484f"}
@@ -29,6 +30,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
             "loss": _loss_curves(result),
         },
         format_bytes=format_bytes,
+        name_of=name_of,
         headline=headline(result),
     )
 
@@ -37,6 +39,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
     """The numbers that the first paragraph states."""
     rows = {row["name"]: row for row in result["rows"]}
     quality = result["quality"]
+    paged = [row for row in result["rows"] if row["kind"] == "melinoe"]  # whoever is fastest is highlighted
     best = rows["tuned + predictor"]["generation_tokens_per_second"]
     return {
         "over_peer": best / rows["accelerate disk_offload"]["generation_tokens_per_second"],
@@ -44,6 +47,8 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
         "over_control": best / rows["control + decay"]["generation_tokens_per_second"],
         "fewer_loads": result["teacher_forced"]["pairs"]["tuned / control"],
         "nll_change": quality["tuned"]["nll"] / quality["control"]["nll"] - 1,
+        "nll_to_base": quality["tuned"]["nll"] / quality["base"]["nll"] - 1,
+        "best": max(paged, key=lambda row: row["generation_tokens_per_second"])["name"],
     }
 
 

@@ -9,6 +9,7 @@ from melinoe.files import write_text
 from melinoe.frontier import figures
 from melinoe.frontier.table import document, origins_table, pooled_table, reference, seeds_table, sentences
 from melinoe.report.page import write_page
+from melinoe.report.setting import name_of
 from melinoe.report.svg import use_matplotlib
 
 TITLES = {"held_out": "Held-out rows", "out_of_domain": "Out of domain"}
@@ -34,6 +35,14 @@ def write_frontier(result: dict[str, Any], output: Path) -> None:
         for data, title in TITLES.items()
         if data in result["base"]
     ]
+    settings = result["settings"]
     write_page(
-        "frontier.html", output / "frontier.html", result=result, parts=parts, policy=policy, slots=slots
+        "frontier.html",
+        output / "frontier.html",
+        result=result,
+        parts=parts,
+        policy=policy,
+        slots=slots,
+        heading=name_of(settings["model"]),
+        names=[name_of(folder) for folder in settings["data"]],
     )

@@ -32,6 +32,15 @@ def data_folder(model: str, data: str | Path | None) -> Path:
     return data_path()
 
 
+def name_of(source: str | Path) -> str:
+    """What a page calls a model or data: of a folder its own name; where it lies says nothing elsewhere."""
+    try:
+        is_path = os.path.isabs(source) or os.path.exists(source)
+    except (OSError, ValueError):  # no name that a file could have
+        is_path = False
+    return Path(os.path.abspath(source)).name or str(source) if is_path else str(source)
+
+
 def commit() -> str | None:
     """The commit that this package is run from, marked where files differ from it; None outside of git.
 

@@ -179,7 +179,7 @@ class _Demo:
         common = ["--model", self.source, "--data", str(self.data), "--seed", str(self.seed)]
         common += ["--max-steps", str(steps), "--time-limit", str(seconds), "--slots", str(self.slots)]
         common.append("--overwrite")  # what a demo before has left
-        off = ["--lambda-cs", "0", "--lambda-rm", "0"]
+        off = ["--lambda-cs", "0", "--lambda-rm", "0", "--sticky", "0"]
         control, tuned = run_verbs(
             [
                 Verb("control", ["tune", *common, *off, "--output-dir", str(self.output / "control")]),

@@ -23,11 +23,14 @@ from melinoe.demonstration.peers import load_disk_offloaded
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.runtime.generation import GenerationStatistics, stream_generate
 from melinoe.runtime.load import load, load_tokenizer, reset_slots
+from melinoe.sticky.routers import settle_stickiness
 
 
 def _load(task: Contestant) -> Any:
     if task.kind == "resident":
-        return AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(task.model, dtype="auto").eval()
+        settle_stickiness(model, None)  # what its config asks of melinoe and stock transformers passes over
+        return model
     if task.kind == "accelerate":
         assert task.offload_folder is not None
         return load_disk_offloaded(Path(task.model), Path(task.offload_folder))

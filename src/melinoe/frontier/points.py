@@ -26,7 +26,10 @@ from melinoe.tuning.setting_field import under_todays_names
 from melinoe.tuning.settings import SETTINGS, TuneSettings
 
 CONTROL = "control"
-OFF = {"lambda_cs": 0.0, "lambda_rm": 0.0, "balance": 0.0, "target_hit_rate": None, "max_quality_loss": None}
+OFF: dict[str, Any] = {
+    "lambda_cs": 0.0, "lambda_rm": 0.0, "balance": 0.0, "target_hit_rate": None, "max_quality_loss": None,
+    "sticky": 0.0,
+}  # fmt: skip
 MEASURED = ("slots", "policies", "exact_rows", "predictor_rows")  # arguments of `sweep`
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of the default objective's weights
 

@@ -111,11 +111,9 @@ class Decoder:
         _notice(model, inputs)
         calls = [module for _, module in experts_modules(model)] + few_rows_linears(model)
         sticky = _sticky(model)
-        if sticky is not None:
-            calls += [layer.router for layer in sticky.layers]
         settings = {name: inputs[name] for name in _SETTINGS if name in inputs}
         with sticky.around(inputs) if sticky is not None else nullcontext():
-            output, found = record(model, cache, calls, tensors, settings)
+            output, found = record(model, cache, calls, tensors, settings, sticky)
         with self._lock:
             if isinstance(found, str):
                 self._refused = found
@@ -132,11 +130,8 @@ class Decoder:
         return output
 
     def _in_place_of(self, function: Any) -> Any:
-        """Experts have a faster way for one token; sticky routers are called with their hooks."""
+        """Experts have a faster way for one token."""
         module = getattr(function, "__self__", None)
-        sticky = _sticky(self._model())
-        if sticky is not None and any(layer.router is module for layer in sticky.layers):
-            return module
         faster = one_token(module, self._functions) if isinstance(module, nn.Module) else None
         return faster or function
 
@@ -199,7 +194,7 @@ def _cannot(model: Any, inputs: dict[str, Any]) -> str:
     sticky = _sticky(model)
     for module in model.modules():
         before, after = ([*module._forward_pre_hooks.values()], [*module._forward_hooks.values()])
-        if sticky is not None:  # its routers stay calls
+        if sticky is not None:  # its choices stay calls
             before, after = ([h for h in hooks if not sticky.owns(h)] for hooks in (before, after))
         if module is model:  # ours are called for each step; they look and change nothing
             before = [hook for hook in before if not hook.__module__.startswith("melinoe.")]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -69,7 +69,7 @@ class Call:
 
 @dataclass
 class Event(Call):
-    """A call that stays one. kind: mask, update, attention or experts."""
+    """A call that stays one. kind: mask, update, attention, experts or choice."""
 
     kind: str = ""
     returned: Any = None  # with Slots
@@ -394,13 +394,19 @@ def _watched(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> 
 
 
 def record(
-    model: Any, cache: Cache, experts: list[nn.Module], inputs: dict[str, torch.Tensor], more: dict[str, Any]
+    model: Any,
+    cache: Cache,
+    experts: list[nn.Module],
+    inputs: dict[str, torch.Tensor],
+    more: dict[str, Any],
+    sticky: Any = None,
 ) -> tuple[Any, Recording | str]:
     """Runs one decode step, and records it.
 
     Args:
         experts: modules that stay calls.
         inputs: tensors for forward, by name: one token's. more: its other arguments, besides the cache.
+        sticky: the model's sticky routers (melinoe.sticky), whose choices stay calls.
 
     Returns:
         What forward returned, and the recording, or why there is none, in words that follow "the model".
@@ -410,7 +416,8 @@ def record(
     recording.inputs = {name: recorder.new(tensor) for name, tensor in inputs.items()}
     weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
     versions = [tensor._version for tensor in weights]
-    with _watched(recorder, model, experts), recorder:
+    choices = sticky.calling(recorder.event) if sticky is not None else nullcontext()
+    with _watched(recorder, model, experts), choices, recorder:
         output = model.forward(**inputs, **more, past_key_values=_WatchedCache(recorder, cache))
     output.past_key_values = cache
     if not recorder.refused and [tensor._version for tensor in weights] != versions:

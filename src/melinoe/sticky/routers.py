@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -156,6 +156,28 @@ class StickyRouters:
             now.history.end(now.valid_BS)
             _keep(cache, now.history)
 
+    @contextmanager
+    def calling(self, event: Callable[..., Any]) -> Iterator[None]:
+        """Inside of it, answers are made by `event("choice", function, args, kwargs)`, of this thread."""
+        self._here.event = event
+        try:
+            yield
+        finally:
+            self._here.event = None
+
+    def answer(
+        self, layer: int, kind: str, top_k: int, scores_TE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a router's `topk` returns: (values [T, K], indices [T, K]). See `choose`."""
+        chosen_TK = self.choose(layer, scores_TE, kind, scores_TE.topk(top_k, -1).indices)
+        return scores_TE.gather(-1, chosen_TK), chosen_TK
+
+    def ask(self, layer: int, kind: str, top_k: int, scores_TE: torch.Tensor) -> Any:
+        """`answer`, or a call of it that somebody writes down."""
+        event = getattr(self._here, "event", None)
+        arguments = (layer, kind, top_k, scores_TE)
+        return self.answer(*arguments) if event is None else event("choice", self.answer, arguments, {})
+
     def choose(self, layer: int, scores_TE: torch.Tensor, kind: str, chosen_TK: torch.Tensor) -> torch.Tensor:
         """[T, K] the experts of each token.
 
@@ -254,9 +276,9 @@ class _Answering(TorchFunctionMode):
         self.answers: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         if func in _TOPK:
-            return self._answer(args[0], result)
+            return self._answer(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if func in _LOGITS or (func in _PROBABILITIES and self._kind(args[0]) == "logits"):
             self._kinds[id(result)] = ("logits" if func in _LOGITS else "probabilities", result)
         elif func in _SAME and self._kind(args[0]):
@@ -266,17 +288,16 @@ class _Answering(TorchFunctionMode):
     def _kind(self, tensor: torch.Tensor) -> str:
         return self._kinds[id(tensor)][0] if id(tensor) in self._kinds else ""
 
-    def _answer(self, scores_TE: torch.Tensor, own: Any) -> Any:
-        sticky, kind, top_k = self._sticky, self._kind(scores_TE), own.indices.shape[-1]
-        if (
-            not kind
-            or scores_TE.ndim != 2
-            or (scores_TE.shape[1], top_k) != (sticky.num_experts, sticky.top_k)
-        ):
+    def _answer(
+        self, scores_TE: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+    ) -> Any:
+        sticky, kind = self._sticky, self._kind(scores_TE)
+        last = dim in (-1, scores_TE.ndim - 1) and largest
+        if not kind or not last or scores_TE.shape[1:] != (sticky.num_experts,) or k != sticky.top_k:
             raise _unknown(self._layer.router, "a choice that is not of softmax or of logits alone")
-        chosen = sticky.choose(self._layer.index, scores_TE, kind, own.indices)
+        values, chosen = sticky.ask(self._layer.index, kind, k, scores_TE)
         self.answers.append(chosen)
-        return torch.return_types.topk((scores_TE.gather(-1, chosen), chosen))  # type: ignore[arg-type]
+        return torch.return_types.topk((values, chosen))  # type: ignore[arg-type]
 
 
 def _unknown(module: nn.Module, reason: str) -> MelinoeError:

@@ -17,6 +17,7 @@ from melinoe.prediction.comparison import warnings_of
 from melinoe.prediction.features import num_features, prompt_features, token_table
 from melinoe.prediction.fit import Predictor, fit_predictor, recall, worth_in_tokens
 from melinoe.prediction.predictor import mean_prediction
+from melinoe.routing.policies import DecayedCounts, prefill_call
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, from_sequences
 from text_model import model_and_tokenizer, rows, save
@@ -221,12 +222,28 @@ def test_every_prompt_has_a_horizon_of_its_own(tmp_path):
         assert model.melinoe_paged.pager.policy.horizon == horizon
 
 
+def test_a_prompt_like_none_that_was_seen_is_not_believed(tmp_path):
+    """Seen: tokens 5 to 24. A prediction for others is worth less, down to nothing; nothing is preloaded."""
+    report = fit_predictor(model_and_tokenizer(), topics(200), tmp_path / "p", epochs=5)
+    predictor = Predictor.load(tmp_path / "p")
+    seen = [predictor.predict(prompt)[1].tokens for prompt in topics(100, seed=7).prompts()]
+    assert np.mean(np.array(seen) == report["prior_tokens"]) > 0.85 and min(seen) > 0
+    strange = [40] * 200
+    scores, strength = predictor.predict(strange)
+    assert strength.tokens < 0.5 * report["prior_tokens"] and np.isfinite(scores).all()
+    predictor.familiar /= 10  # now it is stranger than twice what is familiar
+    assert predictor.predict(strange)[1].tokens == 0
+    policy = DecayedCounts(2, 8, 4)
+    policy.begin(scores, predictor.predict(strange)[1])
+    assert policy.request(0, prefill_call(np.array([[0, 1]]))).preloads == []
+
+
 def test_a_file_of_the_first_version_has_one_horizon_for_all(tmp_path):
     fit_predictor(model_and_tokenizer(), topics(40), tmp_path / "p", epochs=1)
     with safe_open(tmp_path / "p", framework="pt") as file:
         metadata = file.metadata() | {"version": "1"}
         tensors = {name: file.get_tensor(name) for name in file.keys() if name != "length"}  # noqa: SIM118
-    del metadata["longest"]
+    del metadata["longest"], metadata["familiar"]
     save_file(tensors, tmp_path / "old", metadata)
     old, new = Predictor.load(tmp_path / "old"), Predictor.load(tmp_path / "p")
     assert (old.scores([5, 6]) == new.scores([5, 6])).all()

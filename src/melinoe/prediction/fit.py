@@ -34,6 +34,7 @@ from melinoe.routing.trace import Trace, as_trace
 __all__ = ["Predictor", "fit_predictor", "recall"]
 
 MIN_SEQUENCES = 10
+FAMILIAR = 0.95  # share of the prompts that are as familiar as can be
 LENGTH_RIDGE = 0.1  # of the spread of a feature
 PRIOR_TOKENS = (5.0, 7.0, 10.0, 14.0, 20.0, 28.0, 40.0, 55.0, 75.0, 100.0, 140.0, 200.0)
 
@@ -205,6 +206,7 @@ def fit_predictor(
         )
     predictor.eval()
     fit_lengths(predictor, features[train], weights[train])
+    predictor.familiar = float(predictor.strangeness(features[train]).quantile(FAMILIAR))
     overall_shares = (shares[train] * weights[train, None, None]).sum(0) / weights[train].sum()
     with torch.no_grad():
         logs = predictor(features[test])
@@ -217,6 +219,8 @@ def fit_predictor(
     in_order = test.argsort()
     prompts_in_order = [prompts[used[one]] for one in test[in_order].tolist()]
     strengths = [strength for _, strength in map(predictor.predict, prompts_in_order)]
+    worth = global_strength.tokens / predictor.strength.tokens
+    global_strengths = [replace(one, tokens=one.tokens * worth) for one in strengths]
     predicted = (top_k * logs.double().exp()).numpy()
     everybody = np.broadcast_to(top_k * overall_shares.double().numpy(), predicted.shape)
     measured = {
@@ -233,7 +237,7 @@ def fit_predictor(
         name: decode_loads(held, slots, None if scores is None else scores[in_order], own)
         for name, scores, own in (
             ("predictor", predicted, strengths),
-            ("global", everybody, [replace(global_strength, horizon=one.horizon) for one in strengths]),
+            ("global", everybody, global_strengths),
             ("none", None, None),
         )
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from melinoe.prediction.features import num_features, prompt_features
 from melinoe.routing.policies import Strength, mean_strength
 
 FORMAT, VERSION = "melinoe-predictor", "2"
-READABLE = ("1", VERSION)  # 1: without expected lengths
+READABLE = ("1", VERSION)  # 1: one horizon for all, any prompt familiar
 PREDICTOR = tensor_file("a predictor", FORMAT)
 
 
@@ -46,7 +45,8 @@ class Predictor(nn.Module):
         fingerprint: of the model whose trace it was fitted to.
 
     `strength` says what a prediction is worth: it goes to `Policy.begin` with the scores. Its horizon is that
-    of the mean sequence; `predict` has one for each prompt, the length that answers to such prompts have.
+    of the mean sequence; `predict` has one for each prompt, the length that answers to such prompts have, and
+    for a prompt that looks like none that was seen the prediction is worth less, down to nothing.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Predictor(nn.Module):
         self.length: torch.Tensor  # of log(1 + decoded tokens) on the features and 1; zeros: not known
         self.register_buffer("length", torch.zeros(width + 1))
         self.longest = 0.0  # decoded tokens of the longest sequence that it was fitted to
+        self.familiar = math.inf  # strangeness up to which a prompt is one of those that were seen
         self.inner = nn.Linear(width, hidden)
         self.dropout = nn.Dropout(dropout)
         self.outer = nn.Linear(hidden, num_layers * num_experts)
@@ -105,13 +106,19 @@ class Predictor(nn.Module):
         found = [self.predict(prompt) for prompt in prompts]
         return np.stack([scores for scores, _ in found]), [strength for _, strength in found]
 
+    def strangeness(self, features: torch.Tensor) -> torch.Tensor:
+        """[...] how unlike a prompt is to those that were seen: the mean square of its standardised features,
+        [..., F], which is 1 for the mean of these."""
+        return ((features - self.mean) / self.deviation).square().mean(-1)
+
     def _strength_of(self, features: torch.Tensor) -> Strength:
-        """The horizon is the expected length: at least a token, at most the longest that was seen."""
-        if not self.longest:
-            return self.strength
-        known = torch.cat([(features - self.mean) / self.deviation, torch.ones(1)])
-        tokens = math.expm1(min(float(known @ self.length), math.log1p(self.longest)))
-        return replace(self.strength, horizon=max(tokens, 1.0))
+        """The horizon is the expected length: at least a token, at most the longest that was seen. A prompt
+        twice as strange as what is familiar is worth nothing."""
+        horizon, trust = self.strength.horizon, 2 - float(self.strangeness(features)) / self.familiar
+        if self.longest:
+            known = torch.cat([(features - self.mean) / self.deviation, torch.ones(1)])
+            horizon = max(1.0, math.expm1(min(float(known @ self.length), math.log1p(self.longest))))
+        return Strength(self.strength.tokens * min(max(trust, 0.0), 1.0), horizon)
 
     @torch.no_grad()
     def forget_prompts(self, shares: torch.Tensor) -> None:
@@ -136,6 +143,7 @@ class Predictor(nn.Module):
             "prior_tokens": repr(self.strength.tokens),
             "horizon": repr(self.strength.horizon),
             "longest": repr(self.longest),
+            "familiar": repr(self.familiar),
             "report": json.dumps(report or {}, sort_keys=True),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -185,6 +193,7 @@ class Predictor(nn.Module):
         horizon = float(metadata.get("horizon", "inf"))  # older files know none
         predictor.strength = Strength(float(metadata["prior_tokens"]), horizon)
         predictor.longest = float(metadata.get("longest", 0.0))
+        predictor.familiar = float(metadata.get("familiar", "inf"))
         tensors.setdefault("length", predictor.length)
         predictor.load_state_dict(tensors)
         return predictor.eval()

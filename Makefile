@@ -23,9 +23,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest -n 2
 
-# ratios to the ceilings and to the peer, then a tuning step; quiet machine, a few GB in TMPDIR, about ten minutes
+# ratios to the ceilings and to the peer, a server with 1, 4 and 16 clients, then a tuning step; quiet machine, a few GB in TMPDIR, about ten minutes
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/runtime.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/serving.py
 	$(BIN)/python benchmarks/trainer.py
 
 # a tuning step against PEFT's: speed, what is kept for the backward pass; 3 GB of memory, a few minutes

@@ -66,6 +66,8 @@ def test_a_temperature_wins_over_the_checkpoint(model):
     model.generation_config.update(do_sample=True, temperature=1.5)
     assert ours(model, words, temperature=0.0) == plain
     assert ours(model, words, temperature=0.7) == own(model, words, temperature=0.7)
+    assert ours(model, words, temperature=1e-308) == plain  # whose limit that is
+    assert ours(model, words, temperature=1e-5) == plain
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from melinoe.serving.engine import batched
 from melinoe.serving.engine.sampling import sampler
 from melinoe.serving.http.admission import Admission
 from melinoe.serving.http.errors import ApiError
-from melinoe.serving.http.protocol import ChatRequest
+from melinoe.serving.http.protocol import ChatRequest, CompletionRequest
+from melinoe.serving.http.responses import ResponsesRequest
 from melinoe.serving.http.tools import ToolCalls
 from melinoe.serving.metrics import Metrics
 from text_model import tokenizer as characters
@@ -256,3 +257,31 @@ def test_the_dashboard_draws_what_the_server_counts(olmoe_store):
     drawn = set(re.findall(r"\b(?:melinoe|process)_\w+", page))
     assert len(drawn) > 15
     assert not [name for name in drawn if f"# HELP {name.removesuffix('_bucket')} " not in shown]
+
+
+def test_the_document_has_the_bounds_that_are_kept():
+    """Under JSON schema's own names: pydantic writes others where a validator stands before them."""
+
+    def bounds(schema):
+        if isinstance(schema, dict):
+            yield from schema.keys()
+            for value in schema.values():
+                yield from bounds(value)
+        elif isinstance(schema, list):
+            for value in schema:
+                yield from bounds(value)
+
+    for body in (ChatRequest, CompletionRequest, ResponsesRequest):
+        names = set(bounds(body.model_json_schema()))
+        assert not names & {"ge", "gt", "le", "lt", "min_length", "max_length"}
+        assert "minimum" in names and "exclusiveMaximum" in names
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"n": True}, {"store": 0}, {"store": 1}, {"store": True}, {"presence_penalty": 0.5}], ids=str
+)
+def test_what_is_only_equal_is_not_taken(wrong):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+    assert ChatRequest.model_validate({**body, "store": False, "n": 1.0, "presence_penalty": 0}).n == 1
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ChatRequest.model_validate({**body, **wrong})

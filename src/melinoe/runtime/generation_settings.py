@@ -29,6 +29,7 @@ _MODES = (
     GenerationMode.ASSISTED_GENERATION,
 )
 MAX_TEMPERATURE, MIN_PENALTY = 100.0, 0.01
+LEAST_DRAWN = 1e-5  # a lower temperature is 0: logits divided by it would leave float32
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
@@ -63,8 +64,8 @@ def context_length(model: Any) -> int | None:
 class Sampling:
     """How a request wants its tokens chosen; names and meanings are those of GenerationConfig.
 
-    None: as the checkpoint has it. temperature 0 is greedy, above 0 draws. top_p, top_k or min_p draw as
-    well, because nobody narrows down what is not drawn; top_k 0 is all tokens.
+    None: as the checkpoint has it. temperature 0 is greedy, from 1e-5 on it draws. top_p, top_k or min_p draw
+    as well, because nobody narrows down what is not drawn; top_k 0 is all tokens.
 
     Raises:
         MelinoeError: a value that transformers cannot follow.
@@ -93,8 +94,8 @@ class Sampling:
         """The fields of GenerationConfig that it sets."""
         changed = {name: value for name, value in vars(self).items() if value is not None}
         if self.temperature is not None:
-            changed["do_sample"] = self.temperature > 0
-            if self.temperature == 0:
+            changed["do_sample"] = self.temperature >= LEAST_DRAWN
+            if not changed["do_sample"]:
                 del changed["temperature"]
         elif changed.keys() & {"top_p", "top_k", "min_p"}:
             changed["do_sample"] = True

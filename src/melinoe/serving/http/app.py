@@ -21,7 +21,9 @@ from melinoe.serving.http.protocol import (
     Health,
     ModelCard,
     ModelList,
+    ResponseBody,
 )
+from melinoe.serving.http.responses import ResponsesRequest
 from melinoe.serving.http.service import Service, client_left
 from melinoe.serving.http.validation import explain
 from melinoe.serving.page import page
@@ -30,11 +32,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong, or comes too early."},
     "5XX": {"model": ErrorBody, "description": "The server cannot answer it."},
 }
-STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM: dict[str, Any] = {"text/event-stream": {"schema": EVENT}}
 GENERATES: dict[int | str, dict[str, Any]] = {
     200: {"model": Answer, "description": "The answer; a stream of chunks if asked for.", "content": STREAM},
     **ERRORS,
 }
+
+RESPONSE: dict[str, Any] = {"model": ResponseBody, "description": "The response.", "content": STREAM}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -69,6 +74,11 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Goes on with a text, or with token ids."""
         return await service.complete(body, request)
+
+    @app.post("/v1/responses", responses={**GENERATES, 200: RESPONSE}, response_model=None)
+    async def responses(body: ResponsesRequest, request: Request) -> Response:
+        """Answers a conversation, in the newer interface's words; for text."""
+        return await service.answer_response(body, request)
 
     @app.get("/v1/models", responses=ERRORS, response_model=ModelList)
     async def models() -> dict[str, Any]:
@@ -147,7 +157,7 @@ def _add_errors(app: FastAPI) -> None:
 def _describe(app: FastAPI, service: Service) -> None:
     """What the document cannot take from the code: which models there are, and the key."""
     made = app.openapi()
-    for name in ("ChatRequest", "CompletionRequest"):
+    for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest"):
         made["components"]["schemas"][name]["properties"]["model"]["enum"] = list(
             service.settings.served_model_names
         )

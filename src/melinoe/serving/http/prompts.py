@@ -24,8 +24,8 @@ class Prompts:
         longest = max((len(token) for token in tokenizer.get_vocab()), default=1)
         self._most_characters = capacity * max(longest, 1)
 
-    def of_chat(self, request: ChatRequest) -> list[int]:
-        """Token ids of a conversation, ready for the answer.
+    def of_chat(self, request: ChatRequest, param: str = "messages") -> list[int]:
+        """Token ids of a conversation, ready for the answer. param: what the client calls it.
 
         Raises:
             ApiError: no template for it, or too long.
@@ -37,8 +37,8 @@ class Prompts:
         if not getattr(self._tokenizer, "chat_template", None):
             if tools:
                 raise ApiError(400, "this model has no chat template, so it cannot take tools", param="tools")
-            return self.of_text("".join(message["content"] for message in messages), "messages")
-        self._check_length(sum(len(message["content"]) for message in messages), "messages")
+            return self.of_text("".join(message["content"] for message in messages), param)
+        self._check_length(sum(len(message["content"]) for message in messages), param)
         settings = {"tools": tools} if tools else {}
         try:
             text = self._tokenizer.apply_chat_template(
@@ -47,9 +47,9 @@ class Prompts:
         except Exception as error:  # the template is a program of the checkpoint's
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ApiError(
-                400, f"the model's chat template refuses this conversation: {reason}", param="messages"
+                400, f"the model's chat template refuses this conversation: {reason}", param=param
             ) from None
-        return self.of_text(text, "messages", add_special_tokens=False)
+        return self.of_text(text, param, add_special_tokens=False)
 
     def of_text(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text."""

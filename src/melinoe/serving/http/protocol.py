@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST_STOPS, LONGEST_STOP, LONGEST_LIST = 16, 256, 2**17
 
@@ -18,12 +18,23 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+# behind the bounds, which would otherwise not be in the document under the names of JSON schema
+WHOLE = BeforeValidator(_whole)
+Whole = Annotated[int, WHOLE]
 
+
+def _never(value: bool) -> bool:
+    if value:
+        raise ValueError("Input should be False")
+    return value
+
+
+# Literal[False] would take 0, which is equal
+No = Annotated[bool, AfterValidator(_never), Field(json_schema_extra={"const": False})]
 Zero = Annotated[float, Field(ge=0, le=0, description="Only 0: not supported.")]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Text = Annotated[str, Field(min_length=1)]
-Token = Annotated[Whole, Field(ge=0, lt=2**31)]
+Token = Annotated[int, Field(ge=0, lt=2**31), WHOLE]
 Schema = dict[str, Any]
 
 
@@ -33,7 +44,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class TextFormat(Strict):
@@ -48,14 +59,14 @@ class _Request(Strict):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, lt=2**31, description="0 or -1: all tokens.")] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, description="0 or -1: all tokens."), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     seed: Whole | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     ignore_eos: Annotated[bool, Field(description="Go on until max_tokens; for measurements.")] | None = None
-    n: Annotated[Whole, Field(ge=1, le=1, description="Only 1.")] | None = None
+    n: Annotated[int, Field(ge=1, le=1, description="Only 1."), WHOLE] | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -136,7 +147,7 @@ class Function(Strict):
     name: str
     description: str | None = None
     parameters: Schema | None = None
-    strict: Literal[False] | None = None
+    strict: No | None = None
 
 
 class Tool(Strict):
@@ -148,15 +159,15 @@ class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     service_tier: Literal["auto", "default"] | None = None
 
 
@@ -169,9 +180,9 @@ class CompletionRequest(_Request):
         | Annotated[list[Token], Field(min_length=1, max_length=LONGEST_LIST)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
-    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Annotated[Whole, Field(ge=1, le=1)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), WHOLE] | None = None
+    echo: No | None = None
+    best_of: Annotated[int, Field(ge=1, le=1), WHOLE] | None = None
     suffix: None = None
 
     @property
@@ -211,6 +222,18 @@ class Answer(BaseModel):
     model: str
     choices: list[Schema]
     usage: Usage
+
+
+class ResponseBody(BaseModel):
+    """Of /v1/responses."""
+
+    id: str
+    object: Literal["response"]
+    created_at: float
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[Schema]
+    usage: Schema
 
 
 class ModelCard(BaseModel):

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from melinoe.runtime.answer_text import AnswerText
-from melinoe.runtime.generation_settings import Sampling, end_tokens
+from melinoe.runtime.generation_settings import AS_THE_CHECKPOINT, Sampling, end_tokens, of_one_answer
 from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.request import EngineRequest, Progress
 from melinoe.serving.engine.sampling import Choice, sampler
@@ -24,6 +24,7 @@ from melinoe.serving.http.answer_json import ChatJson, CompletionJson
 from melinoe.serving.http.errors import ApiError, unavailable
 from melinoe.serving.http.prompts import Prompts
 from melinoe.serving.http.protocol import ChatRequest, CompletionRequest
+from melinoe.serving.http.responses import ResponsesJson, ResponsesRequest
 from melinoe.serving.http.tools import ToolCalls
 from melinoe.serving.metrics import Metrics
 from melinoe.serving.page.experts import ExpertEvents
@@ -51,6 +52,9 @@ class Service:
         self.created = int(time.time())
         self.admission = Admission(settings.concurrency, settings.queue)
         self.prompts = Prompts(tokenizer, model.get_input_embeddings().num_embeddings, engine.capacity)
+        of_one_answer(
+            model, tokenizer, 1, AS_THE_CHECKPOINT
+        )  # what cannot be followed is said before clients come
         self.end_tokens = end_tokens(model.generation_config, tokenizer)
         self.stop_strings = list(model.generation_config.stop_strings or [])
         paged = getattr(model, "melinoe_paged", None)
@@ -95,6 +99,17 @@ class Service:
         wanted = (body.max_tokens or COMPLETION_TOKENS, "max_tokens")
         return await self._respond(request, body, len(given), prompts, wanted, body.logprobs, words, None)
 
+    async def answer_response(self, body: ResponsesRequest, request: Request) -> Response:
+        """POST /v1/responses."""
+        self._check_model(body.model)
+        chat, words = body.as_chat(), ResponsesJson(body)
+        wanted = (body.max_output_tokens, "max_output_tokens")
+
+        def prompts() -> list[list[int]]:
+            return [self.prompts.of_chat(chat, "input")]
+
+        return await self._respond(request, chat, 1, prompts, wanted, None, words, None)
+
     def _check_model(self, name: str) -> None:
         if name not in self.settings.served_model_names:
             names = ", ".join(self.settings.served_model_names)
@@ -110,7 +125,7 @@ class Service:
         make_prompts: Callable[[], list[list[int]]],
         wanted: tuple[int | None, str],
         logprobs: int | None,
-        words: ChatJson,
+        words: ChatJson | ResponsesJson,
         calls: ToolCalls | None,
     ) -> Response:
         """wanted: tokens of the answer, and the name of the field that says so."""
@@ -139,7 +154,10 @@ class Service:
             first = await anext(progress)  # what goes wrong before the first token has a status of its own
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
-        events = self._events(answer, first, progress, words, calls, body.with_usage)
+        if isinstance(words, ResponsesJson):
+            events = words.events(answer.requests, first, progress)
+        else:
+            events = self._events(answer, first, progress, words, calls, body.with_usage)
         return StreamingResponse(
             events, media_type="text/event-stream", headers={"cache-control": "no-cache"}
         )
@@ -214,7 +232,11 @@ class Service:
             self.metrics.request_seconds.observe(time.perf_counter() - arrived)
 
     async def _whole(
-        self, answer: Answer, progress: AsyncIterator[Item], words: ChatJson, calls: ToolCalls | None
+        self,
+        answer: Answer,
+        progress: AsyncIterator[Item],
+        words: ChatJson | ResponsesJson,
+        calls: ToolCalls | None,
     ) -> Response:
         count = len(answer.requests)
         texts, reasons = [""] * count, [""] * count

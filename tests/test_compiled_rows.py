@@ -45,14 +45,14 @@ def test_a_product(size):
 @pytest.mark.parametrize(("hidden", "inner"), [(1, 1), (32, 24), (31, 33), (192, 128), (100, 257)])
 def test_a_gated_expert_is_its_steps(hidden, inner):
     """One call gives the bits of the three: silu is rounded as torch's, or within a step of it."""
-    up, down, rows = matrix(2 * inner, hidden), matrix(hidden, inner, 1), matrix(4, hidden, 2)
+    up, down, rows = matrix(2 * inner, hidden), matrix(hidden, inner, 1), matrix(7, hidden, 2)
     both = compiled.product(rows, up)
     gate, value = both.chunk(2, -1)
     act = (F.silu(gate) * value).contiguous()
     found = compiled.gated(rows, [up], [down])
     apart = (found.double() - compiled.product(act, down).double()).norm()
     assert apart <= 2**-9 * found.double().norm()
-    for count in range(1, 4):
+    for count in range(1, 7):
         assert torch.equal(compiled.gated(rows[:count], [up], [down]), found[:count])
     other = matrix(2 * inner, hidden, 3), matrix(hidden, inner, 4)
     both_experts = compiled.gated(rows, [up, other[0]], [down, other[1]])
@@ -120,7 +120,7 @@ def test_decoding_goes_through_them(tmp_path, monkeypatch):
 def test_what_they_do_not_compute():
     rows = matrix(2, 32)
     gradient = rows.clone().requires_grad_()
-    for other in (rows.float(), matrix(5, 32), rows[:0], matrix(2, 64)[:, ::2], gradient):
+    for other in (rows.float(), matrix(compiled.FEW_ROWS + 1, 32), rows[:0], matrix(2, 64)[:, ::2], gradient):
         assert not compiled.few(other)
     with torch.no_grad():
         assert compiled.few(gradient) == compiled.few(rows) == compiled.prepare()
@@ -161,7 +161,7 @@ def test_a_linear_layer_in_its_place(every_linear):
     x = matrix(4, 40).view(2, 2, 40)
     with torch.no_grad():
         assert torch.equal(layer(x), compiled.product(x.view(4, 40), weight).view(2, 2, 24))
-        many = matrix(5, 40)
+        many = matrix(compiled.FEW_ROWS + 1, 40)
         assert torch.equal(layer(many), F.linear(many, weight))
     layer(x).sum().backward()  # gradients are torch's
     assert weight.grad is not None and layer(x).grad_fn is not None

@@ -30,7 +30,7 @@ from transformers.integrations import moe
 
 from melinoe.config import home
 
-FEW_ROWS = 4  # more are torch's: its matrix instructions win from about there on (docs/log.md)
+FEW_ROWS = 8  # more are torch's, whose matrix instructions win from about six on (docs/log.md)
 LARGE = 2**20  # weights from which on a matrix is divided among torch's number of threads
 SOURCE = Path(__file__).with_name("few_rows.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -136,6 +136,15 @@ def few(rows: torch.Tensor) -> bool:
         and not (rows.requires_grad and torch.is_grad_enabled())
         and rows.is_contiguous()
     )
+
+
+def few_rows(module: nn.Module, hidden: torch.Tensor) -> int:
+    """Up to so many rows of an experts module need not be rounded up in number; 0: torch computes all.
+
+    hidden: of which they are rows.
+    """
+    own_way = module.is_transposed or "expert_forward" in vars(module)
+    return FEW_ROWS if few(hidden[:1]) and not own_way else 0
 
 
 def _fits(weight: torch.Tensor) -> bool:

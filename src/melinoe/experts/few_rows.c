@@ -2,10 +2,10 @@
 
 bfloat16 is widened to float by a shift, sums are in float, an output is rounded once, ties to even. The sum of
 a row runs in the same order whatever the number of rows and wherever the tensors lie: 16 partial sums, each of
-pairs of neighbouring inputs, added in halves, and then what is left behind the last whole 32 inputs. Four
-outputs are computed at a time, so that an input is read once for four weights, and all rows for these four, so
-that weights come from memory once. Vectors are the compiler's own (gcc, clang), so that it runs on whatever
-processor they know. */
+pairs of neighbouring inputs, added in halves, and then what is left behind the last whole 32 inputs. Blocks of
+up to four outputs and four rows are computed at a time, so that an input is read and a weight widened once for
+four products, and weights come from memory once. Vectors are the compiler's own (gcc, clang), so that it runs
+on whatever processor they know. */
 
 #include <math.h>
 #include <stdint.h>
@@ -29,13 +29,6 @@ static inline words pairs(const uint16_t *from) {
     words found;
     memcpy(&found, from, sizeof found);
     return found;
-}
-
-/* The sums with 32 more inputs; even and odd: the inputs that stand first and second in their pairs. */
-static inline floats more(floats sums, const uint16_t *weights, floats even, floats odd) {
-    const words both = pairs(weights);
-    sums += (floats)(both << 16) * even;
-    return sums + (floats)(both & 0xffff0000u) * odd;
 }
 
 static inline float wide(uint16_t half) {
@@ -69,47 +62,51 @@ static inline int64_t place_of(int64_t input, int64_t in) {
     return input - within + STEP > in ? input : input - within + (within % 2) * LANES + within / 2;
 }
 
+/* A block of outputs and rows at a time: what is widened for one row is used for the others. Both numbers are
+   constants where it is called, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void multiply_block(const float *rows, const uint16_t *weight,
+                                                                 uint16_t *out, int64_t in, int64_t stride,
+                                                                 const int outputs, const int count) {
+    const int64_t whole = in / STEP * STEP;
+    floats sums[4][4] = {{{0}}};
+    for (int64_t place = 0; place < whole; place += STEP)
+        for (int output = 0; output < outputs; output++) {
+            const words both = pairs(weight + output * in + place);
+            const floats even = (floats)(both << 16), odd = (floats)(both & 0xffff0000u);
+            for (int row = 0; row < count; row++) {
+                sums[output][row] += even * load(rows + row * in + place);
+                sums[output][row] += odd * load(rows + row * in + place + LANES);
+            }
+        }
+    for (int output = 0; output < outputs; output++)
+        for (int row = 0; row < count; row++) {
+            float total = added(sums[output][row]);
+            for (int64_t place = whole; place < in; place++)
+                total += wide(weight[output * in + place]) * rows[row * in + place];
+            out[row * stride + output] = narrow(total);
+        }
+}
+
 /* Outputs first to last of rows [count, in], in the order of place_of, by weight [.., in], into out
    [count, stride]. */
 static void multiply(const float *rows, const uint16_t *weight, uint16_t *out, int64_t count, int64_t in,
                      int64_t stride, int64_t first, int64_t last) {
-    const int64_t whole = in / STEP * STEP;
-    int64_t output = first;
-    for (; output + 4 <= last; output += 4) {
-        const uint16_t *w0 = weight + output * in, *w1 = w0 + in, *w2 = w1 + in, *w3 = w2 + in;
-        for (int64_t row = 0; row < count; row++) {
-            const float *x = rows + row * in;
-            floats s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-            for (int64_t place = 0; place < whole; place += STEP) {
-                const floats even = load(x + place), odd = load(x + place + LANES);
-                s0 = more(s0, w0 + place, even, odd);
-                s1 = more(s1, w1 + place, even, odd);
-                s2 = more(s2, w2 + place, even, odd);
-                s3 = more(s3, w3 + place, even, odd);
-            }
-            float t0 = added(s0), t1 = added(s1), t2 = added(s2), t3 = added(s3);
-            for (int64_t place = whole; place < in; place++) {
-                t0 += wide(w0[place]) * x[place];
-                t1 += wide(w1[place]) * x[place];
-                t2 += wide(w2[place]) * x[place];
-                t3 += wide(w3[place]) * x[place];
-            }
-            uint16_t *into = out + row * stride + output;
-            into[0] = narrow(t0), into[1] = narrow(t1), into[2] = narrow(t2), into[3] = narrow(t3);
-        }
-    }
-    for (; output < last; output++) {
+    for (int64_t output = first; output < last; output += 4) {
         const uint16_t *w = weight + output * in;
-        for (int64_t row = 0; row < count; row++) {
-            const float *x = rows + row * in;
-            floats sums = {0};
-            for (int64_t place = 0; place < whole; place += STEP)
-                sums = more(sums, w + place, load(x + place), load(x + place + LANES));
-            float total = added(sums);
-            for (int64_t place = whole; place < in; place++)
-                total += wide(w[place]) * x[place];
-            out[row * stride + output] = narrow(total);
+        uint16_t *into = out + output;
+        int64_t row = 0;
+        if (output + 4 > last) {
+            for (; output < last; output++, w += in, into++)
+                for (row = 0; row < count; row++)
+                    multiply_block(rows + row * in, w, into + row * stride, in, stride, 1, 1);
+            return;
         }
+        for (; row + 4 <= count; row += 4)
+            multiply_block(rows + row * in, w, into + row * stride, in, stride, 4, 4);
+        for (; row + 2 <= count; row += 2)
+            multiply_block(rows + row * in, w, into + row * stride, in, stride, 4, 2);
+        for (; row < count; row++)
+            multiply_block(rows + row * in, w, into + row * stride, in, stride, 4, 1);
     }
 }
 

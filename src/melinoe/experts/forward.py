@@ -148,8 +148,12 @@ def _many_tokens(
     with contextlib.closing(served):  # type: ignore[type-var]
         for expert, weights in served:
             positions = order.choice_N[rows[expert]]
-            as_it_lies = isinstance(weights, PackedExpert) and len(positions) <= weights.few_rows
-            computed = positions if as_it_lies else pad(positions, hidden_TH)
+            few = (
+                weights.few_rows
+                if isinstance(weights, PackedExpert)
+                else compiled.few_rows(module, hidden_TH)
+            )
+            computed = positions if len(positions) <= few else pad(positions, hidden_TH)
             inputs_NH = hidden_TH[computed // top_k]
             if scale_TK is not None:
                 inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[computed]

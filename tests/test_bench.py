@@ -194,9 +194,7 @@ def test_figures_by_hand():
     steps = [{"computing": 0.01, "waiting": 0.0, "hidden": 0.005}] * 9 + [
         {"computing": 1.0, "waiting": 1.0, "hidden": 0.0}
     ]
-    heights = [
-        float(found) for found in re.findall(r'height="([0-9.]+)" fill="var\(--one', timeline(steps, "t"))
-    ]
+    heights = [float(found) for found in re.findall(r'height="([0-9.]+)" fill="var\(--one', timeline(steps))]
     assert max(heights) <= 120 and sorted(heights)[5] > 30  # the long one is cut, the others are seen
     assert heat([[1.0, 0.0], [0.0, 0.0]], "map").count("<rect") == 4
     parts = stacked([("a", 3.0, "3 B"), ("b", 1.0, "1 B")], "memory")

@@ -130,7 +130,7 @@ def test_names_in_the_page_of_the_demo(tmp_path):
     write_report(demonstration(" ".join(HOSTILE)), tmp_path / "report.html")
     page = elements((tmp_path / "report.html").read_text())
     assert page.names == usual
-    assert "".join(page.text).count(" ".join(HOSTILE)) == 3  # model, data, processor
+    assert "".join(page.text).count(" ".join(HOSTILE)) == 5  # twice model and data, processor
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -11,18 +11,13 @@ from melinoe.benchmark.entries import ACCELERATE, BASE, CONTROL, LLAMA_CPP, OURS
 from melinoe.benchmark.summary import SPEED
 from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
 from melinoe.config import format_bytes
+from melinoe.demonstration.watched import steps_of
 from melinoe.report.page import write_page
 from melinoe.report.setting import name_of
-from melinoe.report.shapes import bars, heat, lines, stacked, timeline
+from melinoe.report.shapes import bars, heat, lines, memory, timeline
 
 _KIND_COLOURS = {OURS: "--one", LLAMA_CPP: "--two", ACCELERATE: "--four"}
 _WEIGHTS = {BASE: "the model as it was", CONTROL: "the control", TUNED: "tuned"}
-_MEMORY = {
-    "interpreter and libraries": ("process_bytes", "library_bytes"),
-    "resident weights": ("resident_bytes",),
-    "KV cache and work space": ("cache_bytes", "work_bytes", "staging_bytes"),
-    "experts": ("slot_bytes",),
-}
 
 
 def write_bench_page(result: dict[str, Any], path: Path) -> None:
@@ -44,7 +39,7 @@ def write_bench_page(result: dict[str, Any], path: Path) -> None:
             "speed": _speed(rows),
             "budget": _by_budget(result),
             "timeline": _timeline(result),
-            "memory": _memory(result),
+            "memory": memory(result["budget"], limit),
         },
         maps=[
             {"name": _WEIGHTS[name], "figure": _map(name, one["map"])}
@@ -144,31 +139,7 @@ def _timeline(result: dict[str, Any]) -> Markup | None:
     found = result["timeline"]
     if len(found.get("waits", ())) < 2:
         return None
-    steps = []
-    for before in range(len(found["times"]) - 1):
-        took, waited, read = (
-            found[name][before + 1] - found[name][before] for name in ("times", "waits", "reads")
-        )
-        waited = min(max(waited, 0.0), took)
-        computing = took - waited
-        hidden = min(max(read - waited, 0.0), computing)
-        steps.append({"computing": computing, "waiting": waited, "hidden": hidden})
-    shares = {name: sum(step[name] for step in steps) for name in steps[0]}
-    said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shares.items())
-    return timeline(steps, f"Seconds of each token after the first: {said}")
-
-
-def _memory(result: dict[str, Any]) -> Markup | None:
-    found = result["budget"]
-    sums = {name: sum(found.get(key, 0) for key in keys) for name, keys in _MEMORY.items()}
-    parts = [(name, float(value), format_bytes(value)) for name, value in sums.items() if value]
-    limit = result["memory_limit_bytes"]
-    if not parts:
-        return None
-    rest = (limit or 0) - sum(value for _, value, _ in parts)
-    if rest > 0:
-        parts.append(("not used", rest, format_bytes(rest)))
-    return stacked(parts, "Memory: " + ", ".join(f"{name} {text}" for name, _, text in parts))
+    return timeline(steps_of(found))
 
 
 def _map(name: str, shares: list[list[float]]) -> Markup:

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +97,7 @@ def _transformers(task: Task) -> dict[str, Any]:
     from transformers.utils import logging
 
     from melinoe.demonstration.peers import load_disk_offloaded
+    from melinoe.demonstration.watched import generate_watched
     from melinoe.runtime.load import load, load_tokenizer
 
     torch.set_num_threads(task.threads)
@@ -115,14 +114,14 @@ def _transformers(task: Task) -> dict[str, Any]:
             context=max(map(len, task.prompts)) + task.new_tokens,
         )  # fmt: skip
     tokenizer = load_tokenizer(task.path)
-    _generate(model, tokenizer, task.prompts[0][:8], 2, task.seconds)  # warms up code, not slots
+    generate_watched(model, tokenizer, task.prompts[0][:8], 2, task.seconds)  # warms up code, not slots
     if task.kind == OURS:
         return _ours(task, model, tokenizer)
     requests = []
     for prompt in task.prompts:
         before = disk_bytes()
         watched: list[int] = []
-        tokens, times = _generate(
+        tokens, times = generate_watched(
             model, tokenizer, prompt, task.new_tokens, task.seconds, disk_bytes, watched
         )
         counts = {
@@ -137,6 +136,7 @@ def _transformers(task: Task) -> dict[str, Any]:
 def _ours(task: Task, model: Any, tokenizer: Any) -> dict[str, Any]:
     from dataclasses import replace
 
+    from melinoe.demonstration.watched import generate_watched
     from melinoe.runtime.load import plan, reset_slots, stats
     from melinoe.runtime.plan import record_bandwidth
 
@@ -148,7 +148,7 @@ def _ours(task: Task, model: Any, tokenizer: Any) -> dict[str, Any]:
         before = replace(stats(model))
         read, busy = pager.reader.bytes_read, pager.reader.busy_seconds
         watched: list[tuple[float, float]] = []
-        tokens, times = _generate(
+        tokens, times = generate_watched(
             model,
             tokenizer,
             prompt,
@@ -170,39 +170,6 @@ def _ours(task: Task, model: Any, tokenizer: Any) -> dict[str, Any]:
         "slots": plan(model).slots,
         "budget": asdict(plan(model)),
     }
-
-
-def _generate(
-    model: Any,
-    tokenizer: Any,
-    prompt: list[int],
-    new_tokens: int,
-    seconds: float,
-    watch: Callable[[], Any] = lambda: None,
-    watched: list[Any] | None = None,
-) -> tuple[list[int], list[float]]:
-    """(tokens, seconds since the call at which each came); at least two, and no more behind `seconds`.
-
-    watched: grows by what `watch` says at each token.
-    """
-    from melinoe.runtime.generation import stream_generate
-
-    tokens, times = [], []
-    began = time.perf_counter()
-    pieces = stream_generate(
-        model, tokenizer, prompt, max_new_tokens=new_tokens, ignore_eos=True, temperature=0.0
-    )
-    for piece in pieces:
-        if piece.token is None:
-            continue
-        tokens.append(piece.token)
-        times.append(time.perf_counter() - began)
-        if watched is not None:
-            watched.append(watch())
-        if times[-1] > seconds and len(times) > 1:
-            pieces.close()  # type: ignore[attr-defined]
-            break
-    return tokens, times
 
 
 def main(path: str) -> None:

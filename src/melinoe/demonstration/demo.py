@@ -106,6 +106,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="melinoe-demo-") as scratch:
         run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape)
         result = run.run()
+    result["settings"] |= {"model": str(model), "data": "embedded" if data is None else str(data)}
     write_json(output / "result.json", result, indent=1, default=float)
     write_report(result, output / "report.html")
     print_table(result)
@@ -161,6 +162,7 @@ class _Demo:
             "bandwidth_bytes_per_second": speeds["bandwidth"],
             "record_bytes": speeds["record_bytes"],
             "memory_limit_bytes": speeds["memory_limit_bytes"],
+            "answers": speeds["answers"],
             "settings": {
                 "model": self.source,
                 "data": str(self.data),

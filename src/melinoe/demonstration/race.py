@@ -12,6 +12,7 @@ from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.limited_process import MemoryLimit, run_module
 from melinoe.errors import MelinoeError
 from melinoe.files import to_disk
+from melinoe.runtime.load import load_tokenizer
 from melinoe.runtime.plan import record_bandwidth
 from melinoe.store.manifest import Store, open_store
 
@@ -23,9 +24,9 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
     """Runs all contestants, page cache dropped before each, under one memory limit.
 
     Returns:
-        {"rows", "bandwidth", "record_bytes", "memory_limit_bytes"}; each row says in `equals_resident`
-        whether every token agrees with the resident model of its own weights: ours with the one that
-        computes its experts by our function, others with the stock one.
+        {"rows", "bandwidth", "record_bytes", "memory_limit_bytes", "answers"}; each row says in
+        `equals_resident` whether every token agrees with the resident model of its own weights: ours with the
+        one that computes its experts by our function, others with the stock one.
 
     Raises:
         MelinoeError: a contestant failed, or one of ours generated another token than the resident model.
@@ -66,7 +67,15 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
         "bandwidth": median(measured),
         "record_bytes": store.max_record_bytes,
         "memory_limit_bytes": limit.limit_bytes if limit.available else None,
+        "answers": _answers(arena, {weights: all_of for (weights, own), all_of in references.items() if own}),
     }
+
+
+def _answers(arena: Arena, tokens: dict[str, list[list[int]]]) -> dict[str, str]:
+    """The prompt, and what each of the weights answers it, in words."""
+    tokenizer = load_tokenizer(arena.models["base"])
+    said = {weights: tokenizer.decode(ids[0], skip_special_tokens=True) for weights, ids in tokens.items()}
+    return {"prompt": tokenizer.decode(arena.prompts[0], skip_special_tokens=True), **said}
 
 
 def ceiling(row: dict[str, Any], bare: float) -> float | None:

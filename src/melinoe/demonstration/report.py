@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from melinoe.config import format_bytes
 from melinoe.demonstration.table import COLUMNS, cells
+from melinoe.demonstration.watched import steps_of
 from melinoe.report.page import write_page
 from melinoe.report.setting import name_of
+from melinoe.report.shapes import heat, memory, timeline
 from melinoe.report.svg import new_axes, svg, use_matplotlib
 
 COLOURS = {"base": "#6b7280", "control": "#c2853d", "tuned": "#2563a8", "peer": "#a3484f"}
@@ -28,7 +32,10 @@ def write_report(result: dict[str, Any], path: Path) -> None:
             "speed": _speed(result),
             "load": _load(result),
             "loss": _loss_curves(result),
+            **_of_the_best(result),
         },
+        maps=[(weights, _map(weights, result["load"][weights])) for weights in ("base", "tuned")],
+        answers=[(name, text) for name, text in result.get("answers", {}).items() if name != "prompt"],
         format_bytes=format_bytes,
         name_of=name_of,
         headline=headline(result),
@@ -99,6 +106,22 @@ def _speed(result: dict[str, Any]) -> str:
     axes.set(xlabel="generated tokens per second: median, range over requests", xlim=(0, limit))
     axes.grid(axis="y", visible=False)
     return svg(figure)
+
+
+def _of_the_best(result: dict[str, Any]) -> dict[str, Any]:
+    """One answer of the tuned model with prediction, token by token, and where its memory goes."""
+    row = next(row for row in result["rows"] if row["name"] == "tuned + predictor")
+    found = row.get("timeline")
+    return {
+        "timeline": timeline(steps_of(found)) if found and len(found["times"]) > 2 else None,
+        "memory": memory(row.get("budget", {}), result["memory_limit_bytes"]),
+    }
+
+
+def _map(weights: str, shares: list[list[float]]) -> Markup:
+    top = [sum(layer[: max(1, len(layer) // 4)]) for layer in shares]
+    mean = sum(top) / len(top)
+    return heat(shares, f"{weights}: a quarter of the experts of a layer serves {mean:.0%} of its requests")
 
 
 def _load(result: dict[str, Any]) -> str:

@@ -20,9 +20,10 @@ from transformers.utils import logging
 
 from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.peers import load_disk_offloaded
+from melinoe.demonstration.watched import timeline_of
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.runtime.generation import GenerationStatistics, stream_generate
-from melinoe.runtime.load import load, load_tokenizer, reset_slots
+from melinoe.runtime.load import load, load_tokenizer, plan, reset_slots
 from melinoe.sticky.routers import settle_stickiness
 
 
@@ -110,6 +111,8 @@ def main(path: str) -> None:
         result["repeats_itself"] = again == tokens
         pager = paged.pager
         result["expert_bytes_resident"] = pager.slot_bytes
+        result["timeline"] = timeline_of(model, tokenizer, prompts[0], new_tokens)
+        result["budget"] = vars(plan(model))
         result["read_bandwidth"] = pager.reader.bytes_read / max(pager.reader.busy_seconds, 1e-9)
     result["peak_memory_bytes"] = max(s.peak_memory_bytes for s in statistics)
     print(json.dumps(result))

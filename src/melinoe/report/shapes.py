@@ -14,7 +14,15 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from melinoe.config import format_bytes
+
 WIDTH = 380  # of a figure, in its own units, which are pixels in a narrow column
+_MEMORY = {
+    "interpreter and libraries": ("process_bytes", "library_bytes"),
+    "resident weights": ("resident_bytes",),
+    "KV cache and work space": ("cache_bytes", "work_bytes", "staging_bytes"),
+    "experts": ("slot_bytes",),
+}
 COLOURS = ("--one", "--two", "--three", "--four", "--five", "--six")
 
 
@@ -124,8 +132,11 @@ def heat(rows: list[list[float]], label: str) -> Markup:
     return _svg(body, len(rows) * tall + 2, label)
 
 
-def timeline(steps: list[dict[str, float]], label: str) -> Markup:
+def timeline(steps: list[dict[str, float]]) -> Markup:
     """A column for each token: seconds computing, waiting for a read, and of reads behind computing."""
+    shares = {name: sum(step[name] for step in steps) for name in steps[0]}
+    said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shares.items())
+    label = f"Seconds of each token after the first: {said}"
     left, bottom = 40, 120
     totals = sorted(step["computing"] + step["waiting"] for step in steps)
     # one token that the machine was busy in must not flatten all others: it is cut off at the top
@@ -172,3 +183,15 @@ def stacked(parts: list[tuple[str, float, str]], label: str) -> Markup:
     return Markup(
         '<div role="img" aria-label="{}"><div class="stack">{}</div><div class="legend">{}</div></div>'
     ).format(label, bar, legend)
+
+
+def memory(budget: dict[str, Any], limit: int | None) -> Markup | None:
+    """Where the bytes of a plan go (`melinoe.runtime.budget.Budget`); None where there is no plan."""
+    sums = {name: sum(budget.get(key, 0) for key in keys) for name, keys in _MEMORY.items()}
+    rest = (limit or 0) - sum(sums.values())
+    if rest > 0:
+        sums["not used"] = rest
+    parts = [(name, float(value), format_bytes(value)) for name, value in sums.items() if value]
+    if not budget:
+        return None
+    return stacked(parts, "Memory: " + ", ".join(f"{name} {text}" for name, _, text in parts))

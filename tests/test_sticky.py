@@ -14,12 +14,13 @@ from transformers.cache_utils import DynamicCache
 import melinoe
 from families import FAMILIES, batch, generate, resident, save_checkpoint
 from melinoe.adapters.merge import merge
+from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.measure.trace import trace
 from melinoe.models.layers import moe_layers
 from melinoe.models.router_tap import RouterTap
 from melinoe.runtime.load import load_resident
 from melinoe.sticky.history import History
-from melinoe.sticky.routers import make_sticky, plain_copy
+from melinoe.sticky.routers import can_be_sticky, make_sticky, plain_copy
 from melinoe.sticky.settings import Stickiness, stickiness
 
 STRONG = Stickiness(strength=2.0, experts=3, after=4)
@@ -89,15 +90,26 @@ def test_the_choice_is_the_rule_and_the_weights_are_the_routers_own(tmp_path, fa
         assert torch.allclose(ratios, ratios[:, :1].expand_as(ratios), rtol=1e-4)  # not lifted
 
 
+def sticky_pass(model):
+    make_sticky(model, STRONG)
+    model(ids())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whether_a_checkpoint_can_be_sticky_is_known_before_its_weights_are_read(tmp_path, family):
+    checkpoint = Checkpoint(save_checkpoint(tmp_path / "model", family))
+    assert not checkpoint.load_routers()
+    assert can_be_sticky(checkpoint.model) == (family in KNOWN)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_paged_equals_resident_or_the_family_is_refused_by_name(tmp_path, family, monkeypatch):
     monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "home"))
     folder = save_checkpoint(tmp_path / "model", family)
     whole = resident(folder)
     if family not in KNOWN:
-        make_sticky(whole, STRONG)
         with pytest.raises(melinoe.MelinoeError, match="sticky routing does not know the routers of"):
-            whole(ids())
+            sticky_pass(whole)  # when it is made so, or in its first pass where its routers need more
         return
     make_sticky(whole, STRONG)
     paged = melinoe.load(folder, slots=3, sticky=STRONG)

@@ -47,8 +47,8 @@ class StickyRouters:
     """The sticky routers of one model.
 
     Raises:
-        MelinoeError: the layers of the model are of several kinds; a router of a kind that we do not know
-            says so when it is first called.
+        MelinoeError: the layers of the model are of several kinds, or its routers of one that we do not know.
+            Where a router cannot be called by itself, it says so in the model's first pass.
     """
 
     def __init__(self, model: nn.Module, settings: Stickiness) -> None:
@@ -60,7 +60,9 @@ class StickyRouters:
             raise _unknown(model, f"layers of {sorted(sizes)} experts")
         [self.num_experts] = sizes
         self.number = settings.favoured(self.num_experts, self.top_k)
+        self._config: Any = model.config
         self._uses_cache = bool(getattr(model.config, "use_cache", True))
+        self._testing = False  # every router is asked for the least likely experts
         self._here = threading.local()
         self._latest: _Pass | None = None
         inner = model.get_decoder()  # type: ignore[operator]
@@ -74,6 +76,36 @@ class StickyRouters:
                 layer.router.register_forward_pre_hook(hooks.begin),
                 layer.router.register_forward_hook(hooks.end, always_call=True),
             ]
+
+    def check(self) -> bool:
+        """Calls each router once, where it needs hidden states alone.
+
+        Returns:
+            Whether all of them are known now; else the model's first pass tells.
+
+        Raises:
+            MelinoeError: its kind is unknown.
+        """
+        self._testing = True
+        try:
+            return all(self._check(layer) for layer in self.layers)
+        finally:
+            self._testing = False
+
+    def _check(self, layer: MoeLayer) -> bool:
+        weight = next(layer.router.parameters())
+        if weight.device.type == "meta":
+            return False
+        config = self._config.get_text_config()
+        states = torch.linspace(-1, 1, 4 * config.hidden_size, device=weight.device).view(4, -1)
+        try:
+            with torch.no_grad():
+                layer.router(states.to(weight.dtype))
+        except MelinoeError:
+            raise
+        except Exception:  # it wants more
+            return False
+        return True
 
     def __deepcopy__(self, _memo: Any) -> StickyRouters:
         raise MelinoeError("a sticky model cannot be copied", next_step="load it a second time")
@@ -185,6 +217,8 @@ class StickyRouters:
             scores_TE: what its router chooses by. kind: "logits", or "probabilities" made of them.
             chosen_TK: what it would choose by itself.
         """
+        if self._testing:
+            return scores_TE.topk(chosen_TK.shape[1], -1, largest=False).indices
         # a backward pass may compute a layer again in a thread of its own
         now = getattr(self._here, "now", None) or self._latest
         if now is None or now.valid_BS.numel() != len(chosen_TK):
@@ -234,7 +268,7 @@ class _RouterHooks:
     def __init__(self, sticky: StickyRouters, layer: MoeLayer) -> None:
         self.sticky, self._layer = sticky, layer
         self._open = threading.local()
-        self._follows = False  # the router's output is what was answered; seen once
+        self._follows = False  # the router's output is what was answered; seen once, of another choice
 
     def begin(self, _module: nn.Module, _args: Any) -> None:
         self._open.mode = _Answering(self.sticky, self._layer)
@@ -249,11 +283,11 @@ class _RouterHooks:
             raise _unknown(self._layer.router, f"{len(mode.answers)} choices in one call")
         if not self._follows:
             # the experts may be chosen a second time behind the router (llama4): then not by our answer
-            self._follows = torch.equal(
-                self._layer.routing_of(output)[2].flatten(), mode.answers[0].flatten()
-            )
-            if not self._follows:
+            found, [answer] = self._layer.routing_of(output)[2], mode.answers
+            if not torch.equal(found.flatten(), answer.flatten()):
                 raise _unknown(self._layer.router, "a choice that is not the router's own")
+            own = self._layer.routing_of(output)[0].topk(answer.shape[-1], -1).indices
+            self._follows = not torch.equal(own, answer)
 
 
 # functions that leave what a tensor means as it is
@@ -344,13 +378,34 @@ def settle_stickiness(model: Any, given: float | Stickiness | None) -> None:
         make_sticky(model, wanted)
 
 
+def can_be_sticky(model: Any) -> bool:
+    """Whether the routers of a model, of which the rest may be on the meta device, are known to be of a kind
+    that can be sticky."""
+    sticky = None
+    try:
+        sticky = StickyRouters(model, Stickiness(1.0))
+        return sticky.check()
+    except MelinoeError:
+        return False
+    finally:
+        if sticky is not None:
+            sticky.detach()
+
+
 def make_sticky(model: Any, settings: Stickiness | None) -> None:
     """Gives a model this stickiness; None takes away what it has. It stands in its config, and is saved."""
     before = getattr(model, "melinoe_sticky", None)
     if before is not None:
         before.detach()
-    model.melinoe_sticky = StickyRouters(model, settings) if settings is not None else None
+    model.melinoe_sticky = None
     if settings is not None:
+        sticky = StickyRouters(model, settings)
+        try:
+            sticky.check()
+        except MelinoeError:
+            sticky.detach()
+            raise
+        model.melinoe_sticky = sticky
         setattr(model.config, CONFIG_FIELD, settings.to_json())
     elif hasattr(model.config, CONFIG_FIELD):
         delattr(model.config, CONFIG_FIELD)

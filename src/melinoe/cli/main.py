@@ -58,6 +58,7 @@ from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.cli.tune import tune
 from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
+from melinoe.sticky.settings import MAX_STRENGTH
 
 
 def _say(error: BaseException) -> int:
@@ -531,13 +532,21 @@ def demo(
         "demo-output"
     ),
     seed: Seed = 0,
+    sticky: Annotated[
+        float | None,
+        typer.Option(
+            help="How sticky the model is tuned to be (docs/sticky.md). [default: 1 where it can be]",
+            min=0,
+            max=MAX_STRENGTH,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The whole method in one run: tune, predict, page, and one table."""
     prepare(model)
     from melinoe.demonstration.demo import demo as run
 
-    result = run(model, data, output_dir, limit=limit, seed=seed)
+    result = run(model, data, output_dir, limit=limit, seed=seed, sticky=sticky)
     if as_json:
         print_json(result)
 

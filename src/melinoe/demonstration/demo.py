@@ -44,6 +44,7 @@ from melinoe.routing.concentration import load_by_rank
 from melinoe.routing.policies import Strength
 from melinoe.routing.trace import Trace
 from melinoe.runtime.load import load_resident
+from melinoe.sticky.routers import can_be_sticky
 from melinoe.verbs import Stages, Verb, run_verbs
 
 FORMAT, VERSION = "melinoe-demo", "1"
@@ -55,6 +56,7 @@ WRITES = {
     "report.html": PAGE,
 }
 HELD_OUT_ROWS = 320
+STICKY = 1.0  # docs/results.md
 TUNING_STEPS = 150
 TUNING_SECONDS = 90
 PREDICTOR_ROWS = 2000
@@ -69,6 +71,7 @@ def demo(
     *,
     limit: int | None = None,
     seed: int = 0,
+    sticky: float | None = None,
 ) -> dict[str, Any]:
     """Runs the method end to end and writes result.json and report.html.
 
@@ -77,6 +80,8 @@ def demo(
         data: folder of train, valid and test.jsonl; None: the embedded workload (`tiny` only).
         limit: held-out rows to score (default 320). Fewer also tune, fit and generate less.
         seed: of tuning, predictor, prompts and widening.
+        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 1, and 0 where its routers are of a
+            kind that cannot be sticky.
 
     Returns:
         What result.json holds: {"format", "version", "rows": [...], "teacher_forced": {...}, "settings":
@@ -93,7 +98,11 @@ def demo(
     _check_output(output, {"model": source, "data": folder})
     for split in ("train", "test"):
         read_rows(folder, split, limit=1)
-    shape = Checkpoint(source).shape
+    checkpoint = Checkpoint(source)
+    shape = checkpoint.shape
+    if sticky is None:
+        known = not checkpoint.load_routers() and can_be_sticky(checkpoint.model)
+        sticky = STICKY if known else 0.0
     needed = SCRATCH_FACTOR * shape["num_layers"] * shape["num_experts"] * RECORD_BYTES
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:
@@ -104,7 +113,7 @@ def demo(
             next_step="set TMPDIR to a folder with room",
         )
     with tempfile.TemporaryDirectory(prefix="melinoe-demo-") as scratch:
-        run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape)
+        run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape, sticky)
         result = run.run()
     result["settings"] |= {"model": str(model), "data": "embedded" if data is None else str(data)}
     write_json(output / "result.json", result, indent=1, default=float)
@@ -133,7 +142,9 @@ class _Demo:
         limit: int | None,
         seed: int,
         shape: dict[str, int],
+        sticky: float,
     ) -> None:
+        self.sticky = sticky
         self.source, self.data, self.output, self.scratch = source, data, output, scratch
         self.held_out = limit or HELD_OUT_ROWS
         self.part = min(1.0, self.held_out / HELD_OUT_ROWS)  # a smaller demo does less of everything
@@ -169,6 +180,7 @@ class _Demo:
                 "seed": self.seed,
                 "slots": self.slots,
                 "held_out_rows": self.held_out,
+                "sticky": self.sticky,
                 **self.shape,
             },
             "machine": machine(),
@@ -182,10 +194,11 @@ class _Demo:
         common += ["--max-steps", str(steps), "--time-limit", str(seconds), "--slots", str(self.slots)]
         common.append("--overwrite")  # what a demo before has left
         off = ["--lambda-cs", "0", "--lambda-rm", "0", "--sticky", "0"]
+        sticky = ["--sticky", f"{self.sticky:g}"]
         control, tuned = run_verbs(
             [
                 Verb("control", ["tune", *common, *off, "--output-dir", str(self.output / "control")]),
-                Verb("tuned", ["tune", *common, "--output-dir", str(self.output / "tuned")]),
+                Verb("tuned", ["tune", *common, *sticky, "--output-dir", str(self.output / "tuned")]),
             ],
             self.scratch,
         )

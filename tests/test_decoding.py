@@ -19,7 +19,9 @@ from families import FAMILIES, batch, resident, save_checkpoint
 from family_configs import config
 from melinoe.decoding import loop
 from melinoe.decoding.decoder import decoder_of
-from melinoe.experts import compiled, forward
+from melinoe.decoding.linears import Linears, gathered
+from melinoe.decoding.recording import Call, Event, Slot
+from melinoe.experts import compiled, few_rows_linear, forward
 from melinoe.experts.low_rank import attach_low_rank
 from melinoe.models.layers import experts_modules
 
@@ -394,3 +396,43 @@ def test_what_cannot_be_replayed_to_the_bit_is_left_alone(olmoe, monkeypatch):
     expected, tokens = both(model, prompt(), min_new_tokens=NEW_TOKENS, do_sample=False)
     assert torch.equal(tokens, expected)
     assert "by TorchScript" in decoder_of(model).why_eager
+
+
+def linear_calls(items):
+    """How many layers each call of linear layers has, and what lies between, by name."""
+    return [len(one.parts) if isinstance(one, Linears) else one.function.__name__ for one in gathered(items)]
+
+
+def test_projections_of_one_input_are_computed_together(tmp_path, monkeypatch):
+    if not compiled.prepare():
+        pytest.skip("no compiler")
+    monkeypatch.setattr(few_rows_linear, "LARGE", 1)
+    model = resident(save_checkpoint(tmp_path / "model", "olmoe", torch.bfloat16))
+    for seed in range(2):
+        expected, tokens = both(model, prompt(seed=seed), do_sample=False)
+        assert torch.equal(tokens, expected)
+    together = [len(one.parts) for one in decoder_of(model).steps if isinstance(one, Linears)]
+    assert together == [3, 1, 3, 1, 1]  # query, key and value, and the output, of two layers; the head
+
+
+def test_projections_are_not_brought_across_what_writes():
+    layer = few_rows_linear.FewRowsLinear(4, 4, bias=False)
+
+    def linear(source, result):
+        return Event(layer.forward, (Slot(source),), {}, [Slot(result)], kind="experts")
+
+    def call(function, *given, results=()):
+        return Call(function, tuple(map(Slot, given)), {}, list(map(Slot, results)))
+
+    around = [linear(0, 1), linear(0, 2)]
+    between = {
+        "nothing": ([], [2]),
+        "silu": ([call(torch.nn.functional.silu, 1, results=[3])], [2, "silu"]),
+        "in place": ([call(torch.Tensor.mul_, 0, results=[0])], [1, "mul_", 1]),
+        "an item": ([call(torch.Tensor.__setitem__, 0, 1)], [1, "__setitem__", 1]),
+        "the same tensor": ([call(torch.relu, 0, results=[0])], [1, "relu", 1]),
+        "an event": ([Event(len, (Slot(1),), {}, kind="experts")], [1, "len", 1]),
+    }
+    for name, (items, expected) in between.items():
+        assert linear_calls([around[0], *items, around[1]]) == expected, name
+    assert linear_calls([linear(0, 1), linear(5, 2), linear(0, 3)]) == [2, 1]

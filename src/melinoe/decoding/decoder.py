@@ -58,6 +58,11 @@ class Decoder:
         return len(self._replays)
 
     @property
+    def steps(self) -> list[Any]:
+        """What its first recorded step consists of."""
+        return self._replays[0].steps if self._replays else []
+
+    @property
     def functions(self) -> int:
         """How many different functions compute a token's experts."""
         return len(self._functions)

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from melinoe.decoding.bits import same_bits
+from melinoe.decoding.linears import Linears, gathered
 from melinoe.decoding.recording import Call, Event, Read, Recording, Slot, Write, map_tensors, tensors_of
 
 _CHECKS = 3  # TorchScript rewrites a function after its first runs
@@ -98,6 +99,8 @@ class _Segment:
 class Replay:
     """One model's decode step.
 
+    steps: what it consists of: functions of TorchScript, and what stays a call.
+
     Args:
         in_place_of: what is called in the place of an event's function.
 
@@ -112,7 +115,7 @@ class Replay:
         functions: Functions = {}
         self._inputs = [(name, slot.number) for name, slot in recording.inputs.items()]
         self._output = recording.output.number
-        self._steps: list[Any] = []
+        self.steps: list[Any] = []
         self._masks = 0  # steps up to the last mask
         begun = False  # the cache has been updated, or experts have been asked for
         for items, later in _grouped(recording):
@@ -121,13 +124,16 @@ class Replay:
             if isinstance(items, Event):
                 if items.kind == "mask" and begun:
                     raise Different("makes masks between its layers")  # there is no way back from there
-                begun = begun or items.kind != "mask"
-                self._steps.append(_event(items, in_place_of(items.function)))
-                self._masks = len(self._steps) if items.kind == "mask" else self._masks
+                begun = begun or not (items.kind == "mask" or isinstance(items, Linears))
+                if isinstance(items, Linears):
+                    self.steps.append(items)
+                else:
+                    self.steps.append(_event(items, in_place_of(items.function)))
+                self._masks = len(self.steps) if items.kind == "mask" else self._masks
                 continue
             segment = _Segment(items, later)
             begun = begun or bool(segment.writes)
-            self._steps.append(
+            self.steps.append(
                 _Function(
                     segment.function(values, functions) if segment.outputs else _nothing,
                     [slot.number for slot in segment.inputs],
@@ -163,10 +169,10 @@ class Replay:
         values = self._blank.copy()
         for name, number in self._inputs:
             values[number] = inputs[name]
-        for step in self._steps[: self._masks]:
+        for step in self.steps[: self._masks]:
             step(values, cache)
         notice()
-        for step in self._steps[self._masks :]:
+        for step in self.steps[self._masks :]:
             step(values, cache)
         return values[self._output]
 
@@ -178,7 +184,7 @@ def _nothing(*_: Any) -> tuple[()]:
 def _grouped(recording: Recording) -> Iterable[tuple[Any, set[Slot]]]:
     """(an event, or the items between two, the slots that are used behind it)."""
     groups: list[Any] = []
-    for item in recording.items:
+    for item in gathered(recording.items):
         if isinstance(item, Event):
             groups.append(item)
         elif groups and isinstance(groups[-1], list):

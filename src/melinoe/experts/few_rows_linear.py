@@ -1,4 +1,4 @@
-"""Large linear layers outside of experts (attention's projections, the head) on the kernel for few rows."""
+"""Linear layers outside of experts (attention's projections, the head) on the kernel for few rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from melinoe.experts import compiled
 
-LARGE = 2**18  # weights; below, what a recorded step gains by TorchScript is more (melinoe.decoding)
+LARGE = 2**12  # weights; a call of its own in a recorded step costs more than a smaller matrix
 
 
 class FewRowsLinear(nn.Linear):

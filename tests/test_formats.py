@@ -352,8 +352,8 @@ def test_adapter_and_predictor_on_a_packed_store(tmp_path):
         assert torch.equal(model(**inputs).logits, expected)
         assert torch.equal(tokens(model, inputs), tokens(reference, inputs))
         reset_slots(model)
-        answer, counted = generate(model, words, "1", max_new_tokens=8)
-        assert answer == generate(reference, words, "1", max_new_tokens=8)[0]
+        answer, counted = generate(model, words, text[0].prompt, max_new_tokens=8)
+        assert answer == generate(reference, words, text[0].prompt, max_new_tokens=8)[0]
         assert counted.preload_loads
 
 

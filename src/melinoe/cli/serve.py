@@ -69,12 +69,21 @@ def serve(
     timeout: Annotated[
         float, typer.Option(help="Seconds that a request may take.", min=0.001)
     ] = DEFAULTS.timeout_seconds,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            help="Processes that serve, each with a model and a cache of its own; above 1 on Ray Serve.",
+            min=1,
+        ),
+    ] = 1,
     drain: Annotated[
         float, typer.Option(help="Seconds for running answers after SIGTERM.", min=0.0)
     ] = DEFAULTS.drain_seconds,
 ) -> None:
     """Serve a model over HTTP as OpenAI does: chat and text completions, streams, metrics."""
     _check_extra()
+    if replicas > 1:
+        require("ray", "ray")
     prepare(model, announce=True)
     from melinoe.config import parse_bytes
     from melinoe.models.folder import local_folder, resolve_model
@@ -117,13 +126,21 @@ def serve(
         print(f"melinoe: {plan(loaded)}", file=sys.stderr, flush=True)
         return loaded, load_tokenizer(model)
 
-    run(settings, open_model)
+    if replicas == 1:
+        return run(settings, open_model)
+    from melinoe.serving.replicas import run_replicas
+
+    run_replicas(settings, replicas, open_model)
 
 
 def _check_extra() -> None:
     """Names what is missing before anything is loaded."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        require(package, "serve")
+
+
+def require(package: str, extra: str) -> None:
     from importlib.util import find_spec
 
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
-        if find_spec(package) is None:
-            raise missing_extra(package, "serve")
+    if find_spec(package) is None:
+        raise missing_extra(package, extra)

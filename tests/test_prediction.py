@@ -238,6 +238,16 @@ def test_a_prompt_like_none_that_was_seen_is_not_believed(tmp_path):
     assert policy.request(0, prefill_call(np.array([[0, 1]]))).preloads == []
 
 
+def test_rows_that_all_have_one_prompt(tmp_path):
+    made = topics(36)  # 32 of them to fit to: their mean is exact
+    rows = [made.indices[made.sequence == number][-16:] for number in range(36)]
+    same = from_sequences(rows, [[5, 6, 7, *[3] * 14]] * 36, [3] * 36, 8, fingerprint=made.fingerprint)
+    report = fit_predictor(model_and_tokenizer(), same, tmp_path / "p", epochs=1)
+    predictor = Predictor.load(tmp_path / "p")
+    assert predictor.predict([5, 6, 7])[1].tokens == report["prior_tokens"]
+    assert predictor.predict([20, 21])[1].tokens == 0
+
+
 def test_a_file_of_the_first_version_has_one_horizon_for_all(tmp_path):
     fit_predictor(model_and_tokenizer(), topics(40), tmp_path / "p", epochs=1)
     with safe_open(tmp_path / "p", framework="pt") as file:

@@ -206,7 +206,8 @@ def fit_predictor(
         )
     predictor.eval()
     fit_lengths(predictor, features[train], weights[train])
-    predictor.familiar = float(predictor.strangeness(features[train]).quantile(FAMILIAR))
+    strangeness = float(predictor.strangeness(features[train]).quantile(FAMILIAR))
+    predictor.familiar = max(strangeness, 1e-6)  # 0 where all prompts are one
     overall_shares = (shares[train] * weights[train, None, None]).sum(0) / weights[train].sum()
     with torch.no_grad():
         logs = predictor(features[test])

@@ -76,7 +76,7 @@ def test_a_folder_that_is_no_bench_is_left_alone(tmp_path):
 
 
 def test_without_cgroups_nothing_is_limited_and_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(limited_process, "_CGROUP", tmp_path / "none" / "memory")
+    monkeypatch.setattr(limited_process, "_CONTROLLERS", ())
     settings = SMALL | {"rows": ["llama.cpp mmap bf16"], "repeats": 1, "quality_rows": 0}
     pytest.importorskip("xllamacpp")
     result = melinoe.bench("tiny", output_dir=tmp_path / "out", **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import pytest
 import torch
@@ -33,8 +34,6 @@ EAGER = {
     "qwen3_next": "uses get_conv_state of its cache",
     "lfm2_moe": "uses get_conv_state of its cache",
     "jamba": "uses get_conv_state of its cache",
-    "deepseek_v2": "looks at a tensor that grows with the text",
-    "deepseek_v3": "looks at a tensor that grows with the text",
     "llama4_text": "uses get_seq_length of its cache",
     "dbrx": "reads values of a tensor",
 }
@@ -381,6 +380,43 @@ def test_a_model_that_does_another_thing_each_time_is_left_alone(olmoe):
         found.append(run(model, prompt(), max_new_tokens=9, min_new_tokens=9, do_sample=False))
     assert torch.equal(*found)
     assert "two lengths" in decoder_of(model).why_eager
+
+
+def test_a_torch_without_torchscript(olmoe_store, monkeypatch):
+    def gone(*_, **__):
+        raise RuntimeError("TorchScript is no longer part of torch")
+
+    monkeypatch.setattr(torch.jit, "trace", gone)
+    paged = melinoe.load(olmoe_store, slots=8)
+    expected, tokens = both(paged, prompt(), min_new_tokens=NEW_TOKENS, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert decoder_of(paged).why_eager == "cannot be written in TorchScript (RuntimeError)"
+
+
+def test_another_thread_may_run_the_model_while_a_step_is_recorded(olmoe):
+    model = resident(olmoe)
+    other = prompt(seed=5)
+    with torch.no_grad():
+        expected_logits = model(other).logits
+    layer, asked = model.model.layers[0], []
+    forward = layer.forward
+
+    def beside():
+        with torch.no_grad():
+            asked.append(torch.equal(model(other).logits, expected_logits))
+
+    def changed(*args, **kwargs):
+        if args[0].shape[1] == 1 and len(asked) < 2:  # the steps that are recorded
+            thread = threading.Thread(target=beside)
+            thread.start()
+            thread.join()
+        return forward(*args, **kwargs)
+
+    expected = model.generate(prompt(), max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    layer.forward = changed
+    tokens = loop.generate(model, prompt(), max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    assert torch.equal(tokens, expected)
+    assert asked == [True, True] and (decoder_of(model).why_eager, decoder_of(model).replays) == ("", 1)
 
 
 def test_what_cannot_be_replayed_to_the_bit_is_left_alone(olmoe, monkeypatch):

@@ -8,7 +8,6 @@ ways of their own), `melinoe_experts` is called.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.recording import only_about, tensors_of
+from melinoe.decoding.replay import torchscript
 from melinoe.experts import forward
 from melinoe.paging.expansion import PackedExpert
 from melinoe.paging.served_call import Views
@@ -90,9 +90,10 @@ class OneToken:
             return self._eagerly(hidden, weights, views)
 
         if key not in self._functions:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is deprecated
-                self._functions[key] = torch.jit.trace(function, given, check_trace=False)
+            try:
+                self._functions[key] = torchscript(function, given)
+            except Exception:  # whatever TorchScript cannot do, or a torch that no longer has it
+                return False
         made = self._functions[key]
         if not all(same_bits(made(*given), expected) for _ in range(_CHECKS)):
             return False

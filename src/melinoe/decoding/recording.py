@@ -2,10 +2,11 @@
 
 A decode step is run once as it is, on the token that is due, and every torch function it calls is written
 down. What depends on how long the text is, is not looked into and stays a call: the functions that make
-masks, the cache's `update`, the attention functions; and the experts, which are somebody else's work. The
-tensors that grow with the text may be handed from one of those to the next and be looked at by nobody else.
-So nothing that is written down can depend on the length, and a model that touches its cache, its keys or its
-masks in any other way is refused: it runs as before. Two steps are recorded, and must be the same.
+masks, the cache's `update`, `expand_kv` of latent attention, the attention functions; and the experts, which
+are somebody else's work. The tensors that grow with the text may be handed from one of those to the next and
+be looked at by nobody else. So nothing that is written down can depend on the length, and a model that
+touches its cache, its keys or its masks in any other way is refused: it runs as before. Two steps are
+recorded, and must be the same.
 
 Two of those calls are looked into where their code is known: `update` of a cache that grows by concatenation,
 and attention through sdpa without a mask. There, growing tensors may be concatenated, sliced by constants,
@@ -248,7 +249,7 @@ class Recorder(TorchFunctionMode):
         try:
             result = function(*args, **kwargs)
             event = Event(function, noted[0], noted[1], kind=kind)
-            self._note(result, event, growing=kind in ("mask", "update"))
+            self._note(result, event, growing=kind in ("mask", "update", "expand"))
             event.returned = map_tensors(result, self.known)
         finally:
             self._paused = False
@@ -354,7 +355,7 @@ _WATCHING = threading.Lock()
 
 @contextmanager
 def _watched(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
-    """Masks, attention and experts that this thread asks for are events of the recorder."""
+    """What this thread asks for of masks, attention and experts is an event of the recorder."""
     me = threading.get_ident()
     get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
 
@@ -372,8 +373,13 @@ def _watched(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> 
 
         return watched
 
-    def module(function: Any) -> Any:
-        return lambda *args, **kwargs: recorder.event("experts", function, args, kwargs)
+    def method(kind: str, function: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != me:
+                return function(*args, **kwargs)
+            return recorder.event(kind, function, args, kwargs)
+
+        return watched
 
     with _WATCHING, ExitStack() as undo:
         ALL_ATTENTION_FUNCTIONS.get_interface = attention  # type: ignore[method-assign]
@@ -383,13 +389,16 @@ def _watched(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> 
                 if type(function) is FunctionType and function.__module__ == masking_utils.__name__:
                     setattr(sys.modules[file], name, mask(function))
                     undo.callback(setattr, sys.modules[file], name, function)
-        for one in experts:
-            original = one.forward
-            if "forward" in vars(one):
-                undo.callback(setattr, one, "forward", original)
+        expanding = [
+            (one, "expand_kv", "expand") for one in model.modules() if hasattr(type(one), "expand_kv")
+        ]
+        for one, name, kind in [*((one, "forward", "experts") for one in experts), *expanding]:
+            original = getattr(one, name)
+            if name in vars(one):
+                undo.callback(setattr, one, name, original)
             else:
-                undo.callback(vars(one).pop, "forward")
-            one.forward = module(original)  # type: ignore[method-assign]
+                undo.callback(vars(one).pop, name)
+            setattr(one, name, method(kind, original))
         yield
 
 

@@ -34,6 +34,13 @@ class OtherStep(Exception):
 Functions = dict[str, Callable[..., Any]]
 
 
+def torchscript(function: Callable[..., Any], given: tuple[torch.Tensor, ...]) -> Callable[..., Any]:
+    """What a function of tensors does, as a function of TorchScript."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated
+        return torch.jit.trace(function, given, check_trace=False)
+
+
 class _Segment:
     """The calls between two events.
 
@@ -86,9 +93,10 @@ class _Segment:
 
         key = self.key(values)
         if key not in functions:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is deprecated
-                functions[key] = torch.jit.trace(self.run, inputs(), check_trace=False)
+            try:
+                functions[key] = torchscript(self.run, inputs())
+            except Exception as error:  # whatever TorchScript cannot do, or a torch that no longer has it
+                raise Different(f"cannot be written in TorchScript ({type(error).__name__})") from error
         for _ in range(_CHECKS):
             for slot, tensor in zip(self.outputs, tensors_of(functions[key](*inputs())), strict=True):
                 if not same_bits(tensor, values[slot]):

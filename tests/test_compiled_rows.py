@@ -29,7 +29,7 @@ def matrix(size_out, size_in, seed=0):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_product(size):
     """Rounded once from a float32 sum; the same for a row alone and in company, wherever it lies."""
-    weight, rows = matrix(*size), matrix(compiled.FEW_ROWS, size[1], 1)
+    weight, rows = matrix(*size), matrix(compiled.FEW_SMALL, size[1], 1)
     found = compiled.product(rows, weight)
     exact = rows.double() @ weight.double().T
     limit = exact.abs() * 2**-8 + size[1] * 2**-20 * (rows.double().abs() @ weight.double().abs().T)
@@ -117,10 +117,25 @@ def test_decoding_goes_through_them(tmp_path, monkeypatch):
         assert not torch.equal(model(batch()["input_ids"][:1, :1]).logits, right)
 
 
+@needs_compiler
+def test_a_large_matrix_takes_fewer_rows():
+    large = torch.zeros(compiled.SMALL // 32, 32, dtype=torch.bfloat16)
+    rows = matrix(compiled.FEW_SMALL, 32)
+    assert compiled.product(rows, large) is None and compiled.gated(rows, [large], [large.T]) is None
+    assert compiled.product(rows[: compiled.FEW_ROWS], large) is not None
+    assert compiled.product(rows, large[:-1]) is not None
+
+
 def test_what_they_do_not_compute():
     rows = matrix(2, 32)
     gradient = rows.clone().requires_grad_()
-    for other in (rows.float(), matrix(compiled.FEW_ROWS + 1, 32), rows[:0], matrix(2, 64)[:, ::2], gradient):
+    for other in (
+        rows.float(),
+        matrix(compiled.FEW_SMALL + 1, 32),
+        rows[:0],
+        matrix(2, 64)[:, ::2],
+        gradient,
+    ):
         assert not compiled.few(other)
     with torch.no_grad():
         assert compiled.few(gradient) == compiled.few(rows) == compiled.prepare()
@@ -161,7 +176,7 @@ def test_a_linear_layer_in_its_place(every_linear):
     x = matrix(4, 40).view(2, 2, 40)
     with torch.no_grad():
         assert torch.equal(layer(x), compiled.product(x.view(4, 40), weight).view(2, 2, 24))
-        many = matrix(compiled.FEW_ROWS + 1, 40)
+        many = matrix(compiled.FEW_SMALL + 1, 40)
         assert torch.equal(layer(many), F.linear(many, weight))
     layer(x).sum().backward()  # gradients are torch's
     assert weight.grad is not None and layer(x).grad_fn is not None

@@ -31,6 +31,7 @@ from transformers.integrations import moe
 from melinoe.config import home
 
 FEW_ROWS = 8  # more are torch's, whose matrix instructions win from about six on (docs/log.md)
+FEW_SMALL, SMALL = 16, 2**19  # rows by a matrix of fewer weights, where torch wins from about 16 on
 LARGE = 2**20  # weights from which on a matrix is divided among torch's number of threads
 SOURCE = Path(__file__).with_name("few_rows.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -127,10 +128,10 @@ def _opened(path: Path) -> Any:
 
 
 def few(rows: torch.Tensor) -> bool:
-    """Whether rows [N, in] are such as the kernels compute."""
+    """Whether rows [N, in] are such as the kernels compute, where the matrix is."""
     return (
         _library is not None
-        and 0 < len(rows) <= FEW_ROWS
+        and 0 < len(rows) <= FEW_SMALL
         and rows.dtype == torch.bfloat16
         and rows.device.type == "cpu"
         and not (rows.requires_grad and torch.is_grad_enabled())
@@ -147,9 +148,10 @@ def few_rows(module: nn.Module, hidden: torch.Tensor) -> int:
     return FEW_ROWS if few(hidden[:1]) and not own_way else 0
 
 
-def _fits(weight: torch.Tensor) -> bool:
+def _fits(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         weight.dtype == torch.bfloat16
+        and (len(rows) <= FEW_ROWS or weight.numel() < SMALL)
         and weight.is_contiguous()
         and not (weight.requires_grad and torch.is_grad_enabled())
     )
@@ -161,7 +163,7 @@ def _divided(weight: torch.Tensor) -> bool:
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """rows [N, in], for which `few` is true, by a matrix [out, in] -> [N, out]; None where it is torch's."""
-    if not _fits(weight):
+    if not _fits(rows, weight):
         return None
     (count, size_in), size_out = rows.shape, len(weight)
     out = rows.new_empty(count, size_out)
@@ -194,7 +196,7 @@ def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]
     Returns:
         [E * N, H], expert by expert.
     """
-    if not all(map(_fits, (*ups, *downs))) or _divided(ups[0]):
+    if not all(_fits(rows, weight) for weight in (*ups, *downs)) or _divided(ups[0]):
         return None
     (count, hidden), inner, experts = rows.shape, downs[0].shape[1], len(ups)
     out = rows.new_empty(experts * count, hidden)

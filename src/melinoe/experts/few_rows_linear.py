@@ -18,7 +18,7 @@ class FewRowsLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         size_in = input.shape[-1]
-        if input.numel() <= compiled.FEW_ROWS * size_in and not _traced():
+        if input.numel() <= compiled.FEW_SMALL * size_in and not _traced():
             rows = input.reshape(-1, size_in)
             found = compiled.product(rows, self.weight) if compiled.few(rows) else None
             if found is not None:

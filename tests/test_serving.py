@@ -45,8 +45,19 @@ def offline(tiny_store):
 
 
 @pytest.fixture(scope="module")
-def conversations():
-    return [list(row.messages) for row in read_rows("tiny", "test", limit=12)]
+def conversations(offline):
+    """Twelve whose answers the model is sure of: beside others the last digit of a logit may be another."""
+    model, tokenizer = offline
+    sure = []
+    for row in read_rows("tiny", "test", limit=60):
+        ids = torch.tensor([encode_prompt(tokenizer, row.messages)])
+        settings = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, **settings)
+        best = torch.cat(made.logits).topk(2).values  # [tokens, 2], about 10 in bfloat16
+        if float((best[:, 0] - best[:, 1]).min()) > 0.3:
+            sure.append(list(row.messages))
+    assert len(sure) >= 12
+    return sure[:12]
 
 
 def expected(offline, messages, tokens=TOKENS, seed=None, **settings):
@@ -83,7 +94,7 @@ def test_an_answer_is_that_of_offline_generation(server, offline, conversations)
 
 
 def test_answers_in_company_are_those_of_offline_generation(server, offline, conversations):
-    """Twelve clients at once, half of them streaming; bfloat16 rows do not feel their neighbours here."""
+    """Twelve clients at once, half of them streaming."""
     wanted = [expected(offline, messages)[0] for messages in conversations]
 
     def client(number):

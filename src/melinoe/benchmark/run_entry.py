@@ -17,6 +17,7 @@ from typing import Any
 
 from melinoe.benchmark.entries import ACCELERATE, LLAMA_CPP, OURS, RESIDENT
 
+WARM_UP_TOKENS = 8
 BARE_SECONDS = 0.25  # of the bare reader, before and after each request
 
 
@@ -111,10 +112,11 @@ def _transformers(task: Task) -> dict[str, Any]:
     else:
         model = load(
             task.path, memory=task.memory, slots=task.slots, policy=task.policy, predictor=task.predictor,
-            context=max(map(len, task.prompts)) + task.new_tokens,
+            context=max(map(len, task.prompts)) + max(task.new_tokens, WARM_UP_TOKENS),
         )  # fmt: skip
     tokenizer = load_tokenizer(task.path)
-    generate_watched(model, tokenizer, task.prompts[0][:8], 2, task.seconds)  # warms up code, not slots
+    # warms up code, not slots: the first steps of a process also record the step, and may compile a kernel
+    generate_watched(model, tokenizer, task.prompts[0][:8], WARM_UP_TOKENS)
     if task.kind == OURS:
         return _ours(task, model, tokenizer)
     requests = []

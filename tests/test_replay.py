@@ -54,7 +54,7 @@ def test_prediction_is_read_once_and_counted(olmoe_store):
     paged = model.melinoe_paged
     scores = np.zeros((2, 8))
     scores[:, [2, 6]] = 1.0
-    paged.predictor = SimpleNamespace(scores=lambda prompt: scores, strength=Strength(200.0))
+    paged.predictor = SimpleNamespace(predict=lambda prompt: (scores, Strength(200.0)))
     reads = []
     original = paged.pager.reader.read
     paged.pager.reader.read = lambda layer, expert, memory: (

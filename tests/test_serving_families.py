@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 import time
 from typing import Any
 
@@ -124,3 +125,23 @@ def test_the_tokens_are_those_of_generate(family, tmp_path, monkeypatch, capsys)
     finally:
         engine.stop()
     assert generated(model, given[:2], do_sample=False) == greedy[:2]  # as it was before
+
+
+def test_the_model_keeps_its_settings_while_it_answers(tmp_path):
+    """Other requests read them meanwhile: end tokens, and how to draw."""
+    model = melinoe.load(save_checkpoint(tmp_path / "model", "qwen3_next"), slots=3)
+    expected, seen = model.generation_config.to_dict(), []
+
+    class Looking:
+        finished, name, prompt, max_new_tokens = False, "looking", [5, 6, 7], 4
+
+        def advance(self, logits):
+            seen.append(model.generation_config.to_dict())
+            return 4
+
+        def fail(self, error):
+            raise error
+
+    engine = start.OneAtATimeEngine(model, 64)
+    engine._generate(Looking(), threading.Event())
+    assert len(seen) == 4 and all(one == expected for one in seen)

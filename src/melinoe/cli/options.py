@@ -112,12 +112,12 @@ def prepare(model: str, announce: bool = False) -> None:
     The threads of a small model spend their time waiting for each other: on a busy machine with two
     cores, two threads were measured 50 times slower than one.
     """
+    folder = resolve_model(model)  # what is not there is not announced
     if announce:
         print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
     import torch
     from transformers.utils import logging
 
-    folder = resolve_model(model)
     if isinstance(folder, Path) and "OMP_NUM_THREADS" not in os.environ:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         torch.set_num_threads(1 if size < SMALL_MODEL_BYTES else torch.get_num_threads())

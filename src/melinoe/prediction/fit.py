@@ -217,7 +217,7 @@ def fit_predictor(
     global_logs = overall_shares.clamp_min(1e-5).log().expand_as(logs)
     global_strength = Strength(worth_in_tokens(global_logs, counts, top_k), horizon)
     held = trace.only(used[np.sort(test.numpy())])
-    in_order = test.argsort()
+    in_order = test.argsort().numpy()  # numpy takes a tensor of one entry for a number
     prompts_in_order = [prompts[used[one]] for one in test[in_order].tolist()]
     strengths = [strength for _, strength in map(predictor.predict, prompts_in_order)]
     worth = global_strength.tokens / predictor.strength.tokens

@@ -5,6 +5,7 @@ The answer is computed as `melinoe generate` computes it, whoever else is waitin
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 from typing import Any
@@ -39,6 +40,19 @@ class _Over(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         over = self._request.finished or self._cancelled.is_set()
         return torch.full((len(input_ids),), over, device=input_ids.device)
+
+
+def _without_settings(model: Any) -> Any:
+    """The model, with the same modules, hooks and weights, but no settings: the request has applied its own.
+    The model itself keeps its settings, which other requests read meanwhile."""
+    found, theirs = copy.copy(model), model.generation_config
+    found.generation_config = GenerationConfig(
+        do_sample=False,
+        pad_token_id=theirs.pad_token_id,
+        cache_implementation=theirs.cache_implementation,
+        disable_compile=True,
+    )
+    return found
 
 
 class OneAtATimeEngine:
@@ -93,23 +107,13 @@ class OneAtATimeEngine:
         settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens}
         if len(request.prompt) > PREFILL_CHUNK:
             settings["prefill_chunk_size"] = PREFILL_CHUNK
-        theirs = self.model.generation_config
-        self.model.generation_config = GenerationConfig(  # the request has applied the checkpoint's settings
-            do_sample=False,
-            pad_token_id=theirs.pad_token_id,
-            cache_implementation=theirs.cache_implementation,
-            disable_compile=True,
+        _without_settings(self.model).generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            logits_processor=[_Chosen(request)],
+            stopping_criteria=[_Over(request, cancelled)],
+            **settings,
         )
-        try:
-            self.model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                logits_processor=[_Chosen(request)],
-                stopping_criteria=[_Over(request, cancelled)],
-                **settings,
-            )
-        finally:
-            self.model.generation_config = theirs
 
     @property
     def failure(self) -> str | None:

@@ -145,7 +145,8 @@ def one_line(result):
     """The message of a refusal: exit 1, nothing on stdout, one line on stderr."""
     assert result.returncode == 1, (result.returncode, result.stderr)
     assert result.stdout == ""
-    lines = [line for line in result.stderr.strip().splitlines() if "slots per layer" not in line]  # the plan
+    known = ("melinoe: loading ", "slots per layer")  # what is opened, and the plan
+    lines = [line for line in result.stderr.strip().splitlines() if not any(one in line for one in known)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("melinoe: ")
     return lines[0]

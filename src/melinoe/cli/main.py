@@ -204,6 +204,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
+    if system and raw:
+        raise MelinoeError("--system needs the chat template", next_step="leave out --raw, or --system")
     prepare(model, announce=True)
     from melinoe.data.encoding import encode_prompt
     from melinoe.models.folder import local_folder, resolve_model
@@ -212,11 +217,6 @@ def generate(
     from melinoe.runtime.generation_settings import folder_settings
     from melinoe.runtime.load import load, load_tokenizer, plan
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
-    if system and raw:
-        raise MelinoeError("--system needs the chat template", next_step="leave out --raw, or --system")
     tokenizer = load_tokenizer(model)
     asked = ({"role": "system", "content": system}, {"role": "user", "content": text}) if system else text
     needed = len(encode_prompt(tokenizer, asked, raw)) + (max_new_tokens or DEFAULT_NEW_TOKENS)

@@ -192,10 +192,17 @@ def test_traceback_on_request(tmp_path):
     assert "Traceback" in result.stderr
 
 
+def hear_ctrl_c():
+    """A shell's background jobs ignore Ctrl-C, and so do their children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_exits_with_130_and_says_what_is_kept(olmoe, data, tmp_path):
     command = [sys.executable, "-m", "melinoe", "tune", "--model", str(olmoe), "--data", str(data)]
     command += ["--output-dir", "adapter", "--max-steps", "100000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
     log = tmp_path / "adapter.melinoe-partial" / "losses.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 2):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 
 import pytest
 import torch
@@ -21,7 +18,6 @@ from melinoe.adapters.peft_folder import apply_adapter
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import attach_low_rank, fold_low_rank, tuning_experts
 from melinoe.models.layers import fingerprint, moe_layers
-from melinoe.tuning.interrupts import noticing_interrupts
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.batches import plan_batches
 from melinoe.tuning.trainer import LocalityTrainer
@@ -424,21 +420,3 @@ def test_adapter_is_not_applied_twice_and_broken_ones_are_named(tmp_path, tuned,
     (tmp_path / "half" / "adapter_model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(MelinoeError, match="cannot read"):
         apply_adapter(load(base), tmp_path / "half")
-
-
-def test_an_interrupt_that_python_drops_is_noticed(monkeypatch):
-    dropped = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda found: dropped.append(found.exc_type))
-
-    class Dying:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    before = signal.getsignal(signal.SIGINT)
-    with noticing_interrupts() as again:
-        again()
-        Dying()
-        assert dropped == [KeyboardInterrupt]
-        with pytest.raises(KeyboardInterrupt):
-            again()
-    assert signal.getsignal(signal.SIGINT) is before

@@ -14,7 +14,6 @@ from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.outputs import Output
 from melinoe.tuning.evaluation import Evaluation
-from melinoe.tuning.interrupts import StopBetweenSteps, noticing_interrupts
 from melinoe.tuning.memory.needed import TuningMemory, device_of, memory_needed
 from melinoe.tuning.memory.pages import paging
 from melinoe.tuning.model import prepare_model
@@ -114,9 +113,7 @@ def tune(
             processes,
             evaluation,
         )
-        with noticing_interrupts() as again:
-            trainer.add_callback(StopBetweenSteps(again))
-            trainer.train(resume_from_checkpoint=str(restart.saved) if restart.saved else None)
+        trainer.train(resume_from_checkpoint=str(restart.saved) if restart.saved else None)
     found = {
         "seconds": round(time.monotonic() - started, 2),
         "tokens": rows.tokens(trainer.state.global_step),

@@ -18,17 +18,15 @@ import melinoe
 from common import begin, parser_of, temporary_folder, write_result
 from melinoe.data.rows import read_rows
 from melinoe.runtime.load import load_tokenizer
-from serving import server
+from serving import server, server_options
 
 CLIENTS = 4
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--model", default="tiny")
+    server_options(parser)
     parser.add_argument("--data", default="tiny")
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--predictor", type=Path)
     parser.add_argument("--limit", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=32, help="of an answer, at most")
     options = begin(parser)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from common import begin, parser_of, temporary_folder, write_result
-from serving import ask, gauge, server
+from serving import ask, gauge, server, server_options
 
 CLIENTS = 16
 MIB = 2**20
@@ -22,9 +21,7 @@ MIB = 2**20
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--predictor", type=Path)
+    server_options(parser)
     parser.add_argument("--requests", type=int, default=1000)
     options = begin(parser)
     words = random.Random(0)

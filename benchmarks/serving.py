@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,10 +37,8 @@ COUNTERS = {
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--model", default="tiny")
+    server_options(parser)
     parser.add_argument("--data", default="tiny")
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--predictor", type=Path)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
@@ -51,6 +50,13 @@ def main() -> None:
             rows.append(_measured(options, prompts, engine, clients, folder / "log"))
             print(json.dumps(rows[-1]), flush=True)
     write_result(options, rows=rows)
+
+
+def server_options(parser: ArgumentParser) -> None:
+    """What `server` is told."""
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--predictor", type=Path)
 
 
 @contextmanager

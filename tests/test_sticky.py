@@ -19,8 +19,9 @@ from melinoe.measure.trace import trace
 from melinoe.models.layers import moe_layers
 from melinoe.models.router_tap import RouterTap
 from melinoe.runtime.load import load_resident
+from melinoe.sticky.answering import plain_copy
 from melinoe.sticky.history import History
-from melinoe.sticky.routers import can_be_sticky, make_sticky, plain_copy
+from melinoe.sticky.model import can_be_sticky, make_sticky
 from melinoe.sticky.settings import Stickiness, stickiness
 
 STRONG = Stickiness(strength=2.0, experts=3, after=4)

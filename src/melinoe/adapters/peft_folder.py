@@ -36,7 +36,7 @@ from melinoe.experts.low_rank import LowRankExperts, Projection, projection_para
 from melinoe.files import whole_folder
 from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
 from melinoe.outputs import carded_folder
-from melinoe.sticky.routers import make_sticky
+from melinoe.sticky.model import make_sticky
 from melinoe.sticky.settings import stickiness
 
 FORMAT_VERSION = 1

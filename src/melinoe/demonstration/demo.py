@@ -44,7 +44,7 @@ from melinoe.routing.concentration import load_by_rank
 from melinoe.routing.policies import Strength
 from melinoe.routing.trace import Trace
 from melinoe.runtime.load import load_resident
-from melinoe.sticky.routers import can_be_sticky
+from melinoe.sticky.model import can_be_sticky
 from melinoe.verbs import Stages, Verb, run_verbs
 
 FORMAT, VERSION = "melinoe-demo", "1"

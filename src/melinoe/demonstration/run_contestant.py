@@ -24,7 +24,7 @@ from melinoe.demonstration.watched import timeline_of
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.runtime.generation import GenerationStatistics, stream_generate
 from melinoe.runtime.load import load, load_tokenizer, plan, reset_slots
-from melinoe.sticky.routers import settle_stickiness
+from melinoe.sticky.model import settle_stickiness
 
 
 def _load(task: Contestant) -> Any:

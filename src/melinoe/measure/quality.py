@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from melinoe.data.batching import batch_of, length_batches, pad
-from melinoe.data.encoding import Encoded, encode_prompt, encode_rows
+from melinoe.data.encoding import Encoded, encode_prompt
 from melinoe.data.rows import Row, data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
-from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, rows_at_once, track
+from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, rows_at_once, track, usable_rows
 from melinoe.models.logits import logits_at
 from melinoe.runtime.generation_settings import Request, Sampling, context_length, end_tokens, request
 
@@ -198,13 +198,7 @@ def evaluate(
             next_step="use --metrics perplexity",
         )
     model, tokenizer = open_model(model, adapter, dtype, sticky)
-    usable = encode_rows(
-        tokenizer,
-        rows,
-        max_length or context_length(model),
-        end_tokens=end_tokens(model.generation_config, tokenizer),
-        last_turn_only=last_turn_only,
-    )
+    usable = usable_rows(model, tokenizer, rows, max_length, last_turn_only)
     kept, sequences, notes = usable.rows, usable.encoded, [str(usable)] * bool(usable.left_out)
     arrays = {"tokens": np.array([encoded.num_answer_tokens for encoded in sequences])}
     if "perplexity" in names:

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from melinoe.data.batching import length_batches, pad
-from melinoe.data.encoding import Encoded, encode_rows
-from melinoe.data.rows import data_rows, describe_rows
+from melinoe.data.encoding import Encoded, EncodedRows, encode_rows
+from melinoe.data.rows import Row, data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import experts_per_token, fingerprint, moe_layers
@@ -30,7 +30,7 @@ from melinoe.outputs import Output
 from melinoe.routing.trace import TRACE, Trace, from_sequences
 from melinoe.runtime.generation_settings import context_length, end_tokens
 from melinoe.runtime.load import load, load_resident, load_tokenizer
-from melinoe.sticky.routers import settle_stickiness
+from melinoe.sticky.model import settle_stickiness
 from melinoe.store.manifest import is_store
 
 IN_MEMORY = 64 * 2**20  # bytes of a recording, above which it lies in a file
@@ -70,6 +70,23 @@ def rows_at_once(model: Any, batch_size: int | None) -> int | None:
     """No more than the model's memory budget was made for."""
     limits = getattr(getattr(model, "melinoe_paged", None), "limits", None)
     return batch_size if limits is None else min(batch_size or limits.batch, limits.batch)
+
+
+def usable_rows(
+    model: Any, tokenizer: Any, rows: list[Row], max_length: int | None, last_turn_only: bool
+) -> EncodedRows:
+    """The rows as this model reads and ends them. max_length: None is the model's own context.
+
+    Raises:
+        MelinoeError: see `encode_rows`.
+    """
+    return encode_rows(
+        tokenizer,
+        rows,
+        max_length or context_length(model),
+        end_tokens=end_tokens(model.generation_config, tokenizer),
+        last_turn_only=last_turn_only,
+    )
 
 
 def track(batches: list[list[int]], title: str, show: bool) -> Iterator[list[int]]:
@@ -170,13 +187,7 @@ def trace(
     rows = data_rows(data, split, limit)
     model, tokenizer = open_model(model, adapter, sticky=sticky)
     moe_layers(model)  # a dense model is refused before the work
-    usable = encode_rows(
-        tokenizer,
-        rows,
-        max_length or context_length(model),
-        end_tokens=end_tokens(model.generation_config, tokenizer),
-        last_turn_only=last_turn_only,
-    )
+    usable = usable_rows(model, tokenizer, rows, max_length, last_turn_only)
     folder = None if written is None else Path(os.path.realpath(written.path)).parent
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

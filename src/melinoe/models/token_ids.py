@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from melinoe.errors import MelinoeError
+from melinoe.models.forward_inputs import input_ids
 
 
 def check_ids(ids: torch.Tensor, count: int) -> None:
@@ -32,7 +33,7 @@ def check_ids(ids: torch.Tensor, count: int) -> None:
 
 
 def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids = input_ids(args, kwargs)
     if ids is not None:
         check_ids(ids, len(model.get_input_embeddings().weight))  # type: ignore[operator]
 

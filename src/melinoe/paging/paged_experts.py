@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from melinoe.errors import MelinoeError
+from melinoe.models.forward_inputs import given_tokens, input_ids, past_length, real_tokens
 from melinoe.models.token_ids import refuse_unknown_ids
 from melinoe.paging.pager import ExpertPager
 from melinoe.prediction.predictor import Prediction, Predictor, mean_prediction
@@ -103,8 +104,7 @@ class PagedExperts:
         """To be called before each forward pass, with its arguments."""
         if self.tuning:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs.get("inputs_embeds")
+        tokens = given_tokens(args, kwargs)
         if tokens is None:
             return
         ends = kwargs.get("cu_seq_lens_q")
@@ -114,14 +114,14 @@ class PagedExperts:
             self._before_continuous_batch(ends.cpu().numpy(), tokens.shape[1])
             return
         batch, length = tokens.shape[:2]
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
-            valid = mask[:, -length:].bool().cpu().numpy()
+        real = real_tokens(args, kwargs, length)
+        if real is not None:
+            valid = real.cpu().numpy()
         else:
             valid = _ONE if batch * length == 1 else np.ones((batch, length), bool)
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
+        past = past_length(kwargs)
         if self.limits is not None:
+            cache = kwargs.get("past_key_values")
             self.limits.check(batch, length, max(past + length, _reserved(cache)))
         if past > 0 and valid is _ONE:  # by far the most passes, and those where microseconds show
             note = self._note
@@ -136,7 +136,7 @@ class PagedExperts:
         after = valid[:, ::-1].cumsum(1)[:, ::-1]
         note.ages, note.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()
         if past == 0:
-            self._begin(ids, valid)
+            self._begin(input_ids(args, kwargs), valid)
         count = int(valid.sum())
         if note.phase == DECODE:
             self.pager.statistics.decode_tokens += count

@@ -23,7 +23,7 @@ from melinoe.runtime.arguments import dtype_of, one_device, passed_on
 from melinoe.runtime.budget import Budget
 from melinoe.runtime.quantizer import set_settings
 from melinoe.runtime.settings import LoadSettings, file_bytes
-from melinoe.sticky.routers import settle_stickiness
+from melinoe.sticky.model import settle_stickiness
 from melinoe.sticky.settings import Stickiness
 from melinoe.store.layout import FIELD_ALIGNMENT
 from melinoe.store.manifest import is_store

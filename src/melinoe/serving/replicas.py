@@ -9,7 +9,6 @@ replica that knows its earlier turns.
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from melinoe.errors import MelinoeError
+from melinoe.serving.listening import bind
 from melinoe.serving.settings import ServeSettings
 
 HEALTH_SECONDS = 2.0
@@ -103,14 +103,5 @@ def _builder(settings: ServeSettings, open_model: Callable[[], tuple[Any, Any]])
 
 def _free_port(settings: ServeSettings) -> int:
     """The port, which Ray needs to know beforehand; another program may still be faster than Ray."""
-    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            trial.bind((settings.host, settings.port))
-        except OSError as error:
-            raise MelinoeError(
-                f"cannot listen at {settings.host}:{settings.port}",
-                got=error.strerror or str(error),
-                next_step="choose another --port, or 0 for any",
-            ) from None
+    with bind(settings) as trial:
         return int(trial.getsockname()[1])

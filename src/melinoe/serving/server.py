@@ -13,10 +13,10 @@ from typing import Any
 
 import uvicorn
 
-from melinoe.errors import MelinoeError
 from melinoe.serving.engine.start import start_engine
 from melinoe.serving.http.app import create_app
 from melinoe.serving.http.service import Service
+from melinoe.serving.listening import bind
 from melinoe.serving.metrics import Metrics
 from melinoe.serving.settings import ServeSettings
 
@@ -48,7 +48,7 @@ def run(settings: ServeSettings, open_model: Callable[[], tuple[Any, Any]]) -> N
         MelinoeError: the port is taken, or whatever loading says.
         KeyboardInterrupt: Ctrl-C.
     """
-    listening = _bind(settings)
+    listening = bind(settings)
     signal.signal(signal.SIGTERM, _leave)  # nothing to drain while loading
     began = time.perf_counter()
     model, tokenizer = open_model()
@@ -89,21 +89,3 @@ def run(settings: ServeSettings, open_model: Callable[[], tuple[Any, Any]]) -> N
 
 def _leave(_number: int, _frame: FrameType | None) -> None:
     sys.exit(0)
-
-
-def _bind(settings: ServeSettings) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-    except OSError as error:
-        raise MelinoeError(
-            f"cannot listen at {settings.host}:{settings.port}",
-            got=error.strerror or str(error),
-            next_step="choose another --port, or 0 for any",
-        ) from None
-    listening.set_inheritable(True)
-    return listening

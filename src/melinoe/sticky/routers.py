@@ -9,27 +9,25 @@ A token's own K are those without the strength, so m depends on the text alone a
 in one pass, as tuning does. Nothing depends on what is in memory: a model with all its experts in memory
 makes the same choices. A bias for the choice alone is DeepSeek-V3's; there it is the load that moves it.
 
-The router's own code runs, with its one `topk` answered by us: what it does before and after is its own.
+The router's own code runs; answering.py puts the choice into it.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from melinoe.errors import MelinoeError
+from melinoe.models.forward_inputs import given_tokens, past_length, real_tokens
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
+from melinoe.sticky.answering import RouterHooks, unknown_routers
 from melinoe.sticky.history import History, first_ranks, ranks_within
-from melinoe.sticky.settings import CONFIG_FIELD, Stickiness, stickiness
+from melinoe.sticky.settings import Stickiness
 
 _HISTORY = "_melinoe_sticky_history"  # attribute of a cache: a copy of the cache takes it along
 _OF_SEQUENCES = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")  # a cache's methods
@@ -57,7 +55,7 @@ class StickyRouters:
         self.top_k = experts_per_token(model)
         sizes = {layer.num_experts for layer in self.layers}
         if len(sizes) != 1:
-            raise _unknown(model, f"layers of {sorted(sizes)} experts")
+            raise unknown_routers(model, f"layers of {sorted(sizes)} experts")
         [self.num_experts] = sizes
         self.number = settings.favoured(self.num_experts, self.top_k)
         self._config: Any = model.config
@@ -71,7 +69,7 @@ class StickyRouters:
             inner.register_forward_hook(self._after),
         ]
         for layer in self.layers:
-            hooks = _RouterHooks(self, layer)
+            hooks = RouterHooks(self, layer)
             self._handles += [
                 layer.router.register_forward_pre_hook(hooks.begin),
                 layer.router.register_forward_hook(hooks.end, always_call=True),
@@ -118,7 +116,7 @@ class StickyRouters:
     def owns(self, hook: Any) -> bool:
         """Whether a hook on some module is one of these."""
         owner = getattr(hook, "__self__", None)
-        return owner is self or (isinstance(owner, _RouterHooks) and owner.sticky is self)
+        return owner is self or (isinstance(owner, RouterHooks) and owner.sticky is self)
 
     @contextmanager
     def around(self, inputs: dict[str, Any]) -> Iterator[None]:
@@ -145,19 +143,16 @@ class StickyRouters:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins, with these arguments."""
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        tokens = given_tokens(args, kwargs)
+        assert tokens is not None
         if kwargs.get("cu_seq_lens_q") is not None:
             raise MelinoeError(
                 "sticky routing does not know continuous batching yet", next_step="load the model without it"
             )
         batch, length = tokens.shape[:2]
-        cache = kwargs.get("past_key_values")
-        past = int(cache.get_seq_length()) if cache is not None else 0
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
-            valid_BS = mask[:, -length:].bool()
-        else:
+        cache, past = kwargs.get("past_key_values"), past_length(kwargs)
+        valid_BS = real_tokens(args, kwargs, length)
+        if valid_BS is None:
             valid_BS = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
         uses_cache = kwargs.get("use_cache")
         history = None
@@ -260,152 +255,3 @@ def _refuse(*_args: Any, **_kwargs: Any) -> None:
     raise MelinoeError(
         "sticky routing follows each sequence, and beam search exchanges them", next_step="use one beam"
     )
-
-
-class _RouterHooks:
-    """The two hooks of one router; between them its `topk` is answered."""
-
-    def __init__(self, sticky: StickyRouters, layer: MoeLayer) -> None:
-        self.sticky, self._layer = sticky, layer
-        self._open = threading.local()
-        self._follows = False  # the router's output is what was answered; seen once, of another choice
-
-    def begin(self, _module: nn.Module, _args: Any) -> None:
-        self._open.mode = _Answering(self.sticky, self._layer)
-        self._open.mode.__enter__()
-
-    def end(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        mode = self._open.mode
-        mode.__exit__(None, None, None)
-        if output is None:  # it raised an error
-            return
-        if len(mode.answers) != 1:
-            raise _unknown(self._layer.router, f"{len(mode.answers)} choices in one call")
-        if not self._follows:
-            # the experts may be chosen a second time behind the router (llama4): then not by our answer
-            found, [answer] = self._layer.routing_of(output)[2], mode.answers
-            if not torch.equal(found.flatten(), answer.flatten()):
-                raise _unknown(self._layer.router, "a choice that is not the router's own")
-            own = self._layer.routing_of(output)[0].topk(answer.shape[-1], -1).indices
-            self._follows = not torch.equal(own, answer)
-
-
-# functions that leave what a tensor means as it is
-_SAME = {
-    torch.Tensor.to, torch.Tensor.float, torch.Tensor.type, torch.Tensor.view, torch.Tensor.reshape,
-    torch.Tensor.contiguous, torch.Tensor.type_as, torch.reshape,
-}  # fmt: skip
-_LOGITS = {nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.addmm}
-_PROBABILITIES = {nn.functional.softmax, torch.softmax, torch.Tensor.softmax}
-_TOPK = {torch.topk, torch.Tensor.topk}
-
-
-class _Answering(TorchFunctionMode):
-    """Answers one router's `topk` over its experts, and follows what it is made of."""
-
-    def __init__(self, sticky: StickyRouters, layer: MoeLayer) -> None:
-        super().__init__()
-        self._sticky, self._layer = sticky, layer
-        self._kinds: dict[int, tuple[str, torch.Tensor]] = {}  # by id, which holds as long as the tensor
-        self.answers: list[torch.Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _TOPK:
-            return self._answer(*args, **(kwargs or {}))
-        result = func(*args, **(kwargs or {}))
-        if func in _LOGITS or (func in _PROBABILITIES and self._kind(args[0]) == "logits"):
-            self._kinds[id(result)] = ("logits" if func in _LOGITS else "probabilities", result)
-        elif func in _SAME and self._kind(args[0]):
-            self._kinds[id(result)] = (self._kind(args[0]), result)
-        return result
-
-    def _kind(self, tensor: torch.Tensor) -> str:
-        return self._kinds[id(tensor)][0] if id(tensor) in self._kinds else ""
-
-    def _answer(
-        self, scores_TE: torch.Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-    ) -> Any:
-        sticky, kind = self._sticky, self._kind(scores_TE)
-        last = dim in (-1, scores_TE.ndim - 1) and largest
-        if not kind or not last or scores_TE.shape[1:] != (sticky.num_experts,) or k != sticky.top_k:
-            raise _unknown(self._layer.router, "a choice that is not of softmax or of logits alone")
-        values, chosen = sticky.ask(self._layer.index, kind, k, scores_TE)
-        self.answers.append(chosen)
-        return torch.return_types.topk((values, chosen))  # type: ignore[arg-type]
-
-
-def _unknown(module: nn.Module, reason: str) -> MelinoeError:
-    return MelinoeError(
-        f"sticky routing does not know the routers of {type(module).__name__}",
-        got=reason,
-        next_step="load the model without it",
-    )
-
-
-def plain_copy(router: nn.Module) -> nn.Module:
-    """A copy of a router that routes as the router did before it was sticky."""
-    kept = router._forward_pre_hooks, router._forward_hooks
-    router._forward_pre_hooks, router._forward_hooks = (
-        OrderedDict(
-            (key, hook)
-            for key, hook in hooks.items()
-            if not isinstance(getattr(hook, "__self__", None), _RouterHooks)
-        )
-        for hooks in kept
-    )
-    try:
-        return copy.deepcopy(router)
-    finally:
-        router._forward_pre_hooks, router._forward_hooks = kept
-
-
-def settle_stickiness(model: Any, given: float | Stickiness | None) -> None:
-    """Gives a model the stickiness it is to have.
-
-    Args:
-        given: settings; a strength, which leaves the rest as an adapter or the config has it; 0: none; None:
-            what an adapter has given the model, else what its config says.
-
-    Raises:
-        MelinoeError: not a stickiness, or routers of a kind that we do not know.
-    """
-    now = getattr(model, "melinoe_sticky", None)
-    there = now.settings if now is not None else stickiness(getattr(model.config, CONFIG_FIELD, None))
-    if isinstance(given, int | float) and there is not None:
-        given = replace(there, strength=given)
-    wanted = there if given is None else stickiness(given)
-    if wanted != (now.settings if now is not None else None):
-        make_sticky(model, wanted)
-
-
-def can_be_sticky(model: Any) -> bool:
-    """Whether the routers of a model, of which the rest may be on the meta device, are known to be of a kind
-    that can be sticky."""
-    sticky = None
-    try:
-        sticky = StickyRouters(model, Stickiness(1.0))
-        return sticky.check()
-    except MelinoeError:
-        return False
-    finally:
-        if sticky is not None:
-            sticky.detach()
-
-
-def make_sticky(model: Any, settings: Stickiness | None) -> None:
-    """Gives a model this stickiness; None takes away what it has. It stands in its config, and is saved."""
-    before = getattr(model, "melinoe_sticky", None)
-    if before is not None:
-        before.detach()
-    model.melinoe_sticky = None
-    if settings is not None:
-        sticky = StickyRouters(model, settings)
-        try:
-            sticky.check()
-        except MelinoeError:
-            sticky.detach()
-            raise
-        model.melinoe_sticky = sticky
-        setattr(model.config, CONFIG_FIELD, settings.to_json())
-    elif hasattr(model.config, CONFIG_FIELD):
-        delattr(model.config, CONFIG_FIELD)

@@ -18,7 +18,7 @@ from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
 from melinoe.models.pretrained import load_model
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.load import load_for_tuning
-from melinoe.sticky.routers import make_sticky
+from melinoe.sticky.model import make_sticky
 from melinoe.tuning.memory.needed import check_family, compute_dtype
 from melinoe.tuning.memory.pages import Pages
 from melinoe.tuning.settings import TuneSettings

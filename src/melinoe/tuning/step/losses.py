@@ -26,7 +26,7 @@ from melinoe.losses.tuning_loss import PartOfStep, boundary_strength, tuning_los
 from melinoe.models.layers import MoeLayer, experts_per_token
 from melinoe.models.logits import logits_at
 from melinoe.models.router_tap import RouterRecord, RouterTap, requests, router_probabilities, score_kind
-from melinoe.sticky.routers import plain_copy
+from melinoe.sticky.answering import plain_copy
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.base_model import as_base
 from melinoe.tuning.step.batches import StepCounts, TokensPerStep

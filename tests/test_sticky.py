@@ -264,6 +264,29 @@ def test_a_model_is_as_sticky_as_it_was_tuned(olmoe, tuned, monkeypatch):
     assert other == Stickiness(0.5, 4, 16)
 
 
+def test_what_was_tuned_without_is_not_sticky_on_a_sticky_checkpoint(olmoe, tuned, tmp_path, monkeypatch):
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "home"))
+    sticky, adapter = tmp_path / "sticky", tmp_path / "adapter"
+    merge(olmoe, tuned / "adapter", sticky)
+    melinoe.tune(
+        sticky, tuned / "rows.jsonl", adapter, slots=4, max_steps=2, rank=2, batch_tokens=64, max_length=32,
+        progress=False,
+    )  # fmt: skip
+    assert json.loads((adapter / "melinoe.json").read_text())["sticky"] is None
+    expected = load_resident(sticky, adapter, sticky=0)[0](ids()).logits
+    assert torch.equal(load_resident(sticky, adapter)[0](ids()).logits, expected)
+    assert torch.equal(melinoe.load(sticky, adapter, slots=4)(ids()).logits, expected)
+    assert load_resident(sticky, adapter, sticky=1.0)[0].melinoe_sticky.settings == Stickiness(1.0)
+    merge(sticky, adapter, tmp_path / "merged")
+    store = melinoe.convert(sticky, tmp_path / "store", adapter=adapter, progress=False).folder
+    for folder in (tmp_path / "merged", store):
+        assert "melinoe_sticky" not in json.loads((folder / "config.json").read_text())
+    card = json.loads((adapter / "melinoe.json").read_text())
+    del card["sticky"]  # from before there was any: the checkpoint decides
+    (adapter / "melinoe.json").write_text(json.dumps(card))
+    assert load_resident(sticky, adapter)[0].melinoe_sticky.settings.strength == 1.5
+
+
 def test_tuning_compares_with_the_base_as_it_was(olmoe, tuned):
     """base_nll is that of the base model without stickiness."""
     log = [json.loads(line) for line in (tuned / "adapter" / "losses.jsonl").read_text().splitlines()]

@@ -233,7 +233,7 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
 
     Routers take the model's dtype, factors stay float32. Resident experts are switched to melinoe's
     experts function, which reads the factors; offloaded ones already run on it. The model becomes as sticky
-    as it was tuned to be (melinoe.sticky).
+    as it was tuned to be, or not sticky (melinoe.sticky).
 
     Returns:
         What the adapter's melinoe.json holds.
@@ -250,7 +250,7 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
             value.copy_(router[name])
     if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
         use_melinoe_experts(model)
-    if adapter.card.get("sticky") is not None:
+    if "sticky" in adapter.card:  # null: tuned without, whatever the config says
         make_sticky(model, stickiness(adapter.card["sticky"]))
     return adapter.card
 

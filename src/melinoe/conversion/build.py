@@ -22,7 +22,6 @@ from melinoe.files import PARTIAL, empty, put_folder, write_json
 from melinoe.models.layers import fingerprint
 from melinoe.models.pretrained import load_model, read_config
 from melinoe.outputs import Kind
-from melinoe.sticky.settings import CONFIG_FIELD
 from melinoe.store.checksums import stored_file
 from melinoe.store.manifest import MANIFEST, Store, StoredFile, write_manifest
 from melinoe.store.marking import marked
@@ -71,13 +70,13 @@ class BuildState:
 
 
 def copy_small_files(
-    checkpoint: Checkpoint, partial: Path, resident: str, sticky: dict[str, Any] | None = None
+    checkpoint: Checkpoint, partial: Path, resident: str, changes: dict[str, Any] | None = None
 ) -> None:
     """Tokenizer, templates and generation config; the config with our mark.
 
     Args:
         resident: the file of the store that holds, or lists, what is not an expert's.
-        sticky: of an adapter, for the config (melinoe.sticky.settings).
+        changes: of the config, by an adapter; None takes a field away.
     """
     folder = checkpoint.folder
     for file in folder.iterdir():
@@ -87,8 +86,10 @@ def copy_small_files(
     if (folder / _TEMPLATES).is_dir():
         shutil.copytree(folder / _TEMPLATES, partial / _TEMPLATES, dirs_exist_ok=True)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if sticky is not None:
-        config[CONFIG_FIELD] = sticky
+    for field, value in (changes or {}).items():
+        config.pop(field, None)
+        if value is not None:
+            config[field] = value
     dtype = str(checkpoint.model.config.dtype).removeprefix("torch.")  # type: ignore[union-attr]
     text = json.dumps(marked(config, resident, dtype), indent=2)
     (partial / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -71,7 +71,7 @@ def convert(
         _write_experts(checkpoint, state, tuning, progress)
         routers = tuning.routers if tuning is not None else None
         write_resident(checkpoint, partial / RESIDENT, routers)
-        copy_small_files(checkpoint, partial, RESIDENT, tuning.sticky if tuning is not None else None)
+        copy_small_files(checkpoint, partial, RESIDENT, tuning.config if tuning is not None else None)
         known = checkpoint.fingerprint(Shards([partial / RESIDENT]))
         layers = tuple(state.layers[index] for index in range(len(checkpoint.layers)))
         finish(Store(partial, known, state.store_id, layers, checkpoint.source), target)

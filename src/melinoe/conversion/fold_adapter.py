@@ -17,6 +17,7 @@ from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import LowRankExperts, Projection, fold_expert, projection_parameter
 from melinoe.models.layers import MoeLayer
+from melinoe.sticky.settings import CONFIG_FIELD
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Tuning:
     factors: dict[str, LowRankExperts]
     routers: dict[str, torch.Tensor]
     stamp: list[int | str]  # which adapter: path, size, time in nanoseconds
-    sticky: dict[str, Any] | None  # melinoe.sticky.settings, as JSON
+    config: dict[str, Any]  # fields of the config that it changes; None: takes away
 
     def merge(self, layer: MoeLayer, field: str, expert: int, weight: torch.Tensor) -> None:
         """Puts the tuning into one tensor of an expert, in place."""
@@ -63,4 +64,6 @@ def open_tuning(folder: str | Path, checkpoint: Checkpoint) -> Tuning:
             routers[stored[f"{layer.router_name}.{name}"]] = router[name]
     status = (adapter.folder / WEIGHTS).stat()
     stamp: list[int | str] = [str(adapter.folder.resolve()), status.st_size, status.st_mtime_ns]
-    return Tuning(factors, routers, stamp, adapter.card.get("sticky"))
+    # an adapter from before there was stickiness says nothing of it
+    config = {CONFIG_FIELD: adapter.card["sticky"]} if "sticky" in adapter.card else {}
+    return Tuning(factors, routers, stamp, config)

@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--format", default="auto", help="of the store: auto, int8 or int4")
     parser.add_argument("--steps", type=int, default=3, help="at least 2: the first one warms up")
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--accumulate", type=int, default=1, help="parts of a step, each of --batch-tokens")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--work", type=Path, required=True, help="a folder for models, which stay there")
@@ -127,6 +128,7 @@ def main() -> None:
     settings = {
         "max_steps": options.steps,
         "batch_tokens": options.batch_tokens,
+        "accumulate": options.accumulate,
         "rank": options.rank,
         "checkpoint_steps": 0,
         "device": options.device,
@@ -185,7 +187,7 @@ def table(
 ) -> str:
     """The rows in Markdown, as in docs/results.md."""
     names = ["planned", "peak, cgroup", "peak, process over its imports (or the card)", "CPU s/step"]
-    names += ["of resident", "wall s/step", "read per step", "loss differs by"]
+    names += ["of resident", "wall s/step", "parts", "read per step", "loss differs by"]
     lines = ["| row | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     base = None
     for name, runs in found.items():
@@ -207,6 +209,7 @@ def table(
             written(cpu),
             f"{middle / base:.2f}",
             written(seconds, 1),
+            str(runs[0]["paged"]["parts"]) if runs[0]["paged"] else "-",
             format_bytes(read),
             f"{differences[name]:.1g}",
         )

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,9 +25,12 @@ from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
 from melinoe.runtime.load import load_for_tuning, load_tokenizer, stats
 from melinoe.store.manifest import open_store
+from melinoe.tuning.memory.needed import memory_needed
 from melinoe.tuning.memory.pages import Pages
 from melinoe.tuning.model import prepare_model
 from melinoe.tuning.settings import TuneSettings
+from melinoe.tuning.trainer import LocalityTrainer
+from melinoe.tuning.training_rows import read_training_rows
 from melinoe.tuning.tune import plan_memory, tune
 
 SHORT = {"max_steps": 3, "batch_tokens": 128, "max_length": 32, "rank": 4, "progress": False}
@@ -60,10 +64,13 @@ def checkpoints(tmp_path_factory):
     return get
 
 
+def settings_of(given):
+    return {name: value for name, value in given.items() if name != "progress"}
+
+
 def budget(model, data, slots, **settings):
     """The bytes with which `slots` records per layer fit, and no more."""
-    planned = {name: value for name, value in (SHORT | settings).items() if name != "progress"}
-    needed = plan_memory(model, data, **planned)
+    needed = plan_memory(model, data, **settings_of(SHORT | settings))
     each = needed.slot if needed.packed_slot is None or slots >= needed.num_experts else needed.packed_slot
     least = needed.paged_checkpointed if needed.checkpointed else needed.paged
     return least.total + slots * each
@@ -255,6 +262,45 @@ def test_parts_of_a_step_and_checkpointing(tmp_path, checkpoints, data):
     logs = [(tmp_path / name / "evaluations.jsonl").read_text() for name in ("paged", "resident")]
     held_out = [[{**json.loads(line), "seconds": 0} for line in log.splitlines()] for log in logs]
     assert held_out[0] == held_out[1]
+
+
+def test_parts_of_a_step_share_what_is_read(tmp_path, checkpoints, data):
+    """Four parts computed as two or one where there is room for that: less is read, the run is the same."""
+    base = checkpoints("olmoe")
+    more = {"accumulate": 4, "batch_tokens": 12, "max_length": 12, "rank_tokens": 16}
+    tune(base, data, tmp_path / "resident", **SHORT | more)
+    store, settings = store_of(base).folder, TuneSettings(**settings_of(SHORT | more))
+    rows, read = read_training_rows(store, data, settings), []
+    for parts in (4, 2, 1):
+        alone = replace(settings, accumulate=parts)
+        needed = memory_needed(store, alone, rows.largest_batch(settings, parts), "cpu")
+        memory = needed.paged.total  # of so many parts, and no slot beside them
+        found = tune(store, data, tmp_path / str(parts), memory=memory, **SHORT | more)["paged"]
+        assert found["parts"] == parts
+        assert plan_memory(store, data, memory=memory, **settings_of(SHORT | more)).parts == parts
+        assert_same_run(tmp_path / str(parts), tmp_path / "resident")
+        read.append(found["bytes_read"])
+    assert read[2] < read[1] < read[0]
+
+
+def test_a_run_goes_on_with_its_steps_divided_otherwise(tmp_path, checkpoints, data, monkeypatch):
+    base, more = checkpoints("olmoe"), {"accumulate": 2, "batch_tokens": 64, "checkpoint_steps": 1}
+    tune(base, data, tmp_path / "resident", **SHORT | more)
+    with monkeypatch.context() as stopped:
+        real = LocalityTrainer._get_grad_norm
+
+        def interrupted(trainer, *args, **options):
+            if trainer.state.global_step == 1:
+                raise KeyboardInterrupt
+            return real(trainer, *args, **options)
+
+        stopped.setattr(LocalityTrainer, "_get_grad_norm", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(base, data, tmp_path / "paged", memory=budget(base, data, 0, **more), **SHORT | more)
+    found = tune(base, data, tmp_path / "paged", memory="2GiB", resume=True, **SHORT | more)
+    assert found["resumed_from"] == 1
+    assert found["paged"]["parts"] == 1
+    assert_same_run(tmp_path / "paged", tmp_path / "resident")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,9 @@ def print_needs(memory: str | None, settings: dict[str, Any], as_json: bool) -> 
     """Prints what `tune --dry-run` answers; `settings` holds model and data, too."""
     from melinoe.tuning.tune import plan_memory
 
-    needed = plan_memory(**{name: value for name, value in settings.items() if name != "eval_data"})
+    needed = plan_memory(
+        memory=memory, **{name: value for name, value in settings.items() if name != "eval_data"}
+    )
     if as_json:
         return print_json(needed.to_json(memory))
     print(needed)

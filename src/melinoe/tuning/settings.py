@@ -142,7 +142,12 @@ class TuneSettings:
     rank: int = setting(32, "Rank of the experts' low-rank factors.", least=1)
     alpha: float = _for_recipes(16.0, "The factors are scaled by alpha / rank.", above=0)
     batch_tokens: int = setting(2048, "Padded tokens that a process holds at once.", least=1)
-    accumulate: int = _same_losses(1, "Batches per step, which count as one large batch.", least=1)
+    accumulate: int = _same_losses(
+        1,
+        "Batches per step, which count as one large batch; with --memory, several are computed together where"
+        " fewer experts are read that way.",
+        least=1,
+    )
     max_length: int = setting(
         256, "Tokens of the longest rows; longer ones are left out, never cut.", least=2
     )

@@ -64,7 +64,7 @@ class LocalityTrainer(Trainer):
             output_dir=str(folder),
             max_steps=settings.max_steps,
             per_device_train_batch_size=1,
-            gradient_accumulation_steps=settings.accumulate,
+            gradient_accumulation_steps=batches.accumulate,
             ddp_find_unused_parameters=False,  # all that is trained is used; some only by our losses
             ddp_broadcast_buffers=False,
             max_grad_norm=settings.max_grad_norm or math.inf,
@@ -83,6 +83,7 @@ class LocalityTrainer(Trainer):
         super().__init__(model=model, args=arguments, train_dataset=batches, callbacks=[_Steps(self)])
         self.remove_callback(PrinterCallback)
         self.settings, self.folder, self.layers = settings, folder, layers
+        self.accumulate = batches.accumulate  # of paged experts fewer than settings.accumulate may do
         self.tokens_per_step, self.progress, self.evaluation = tokens_per_step, progress, evaluation
         self.processes = processes or Processes()
         self.losses = StepLosses(model, layers, settings)
@@ -111,7 +112,7 @@ class LocalityTrainer(Trainer):
         step, turn, processes = self.state.global_step, len(self.sums.parts), self.processes
         part = turn * processes.count + processes.index
         # dropout, also after a resume; each part draws its own
-        parts = self.settings.accumulate * processes.count
+        parts = self.accumulate * processes.count
         torch.manual_seed(((self.settings.seed << 20) + step) * parts + part)
         self.losses.cooling = cooled(self.done_share(step), self.settings.cooldown)
         losses = self.losses(model, inputs, self.tokens_per_step)

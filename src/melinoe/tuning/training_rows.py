@@ -40,8 +40,10 @@ class TrainingRows:
     def pad_token_id(self) -> int:
         return self.tokenizer.pad_token_id or 0
 
-    def largest_batch(self, settings: TuneSettings) -> BatchShape:
-        return batch_shape(self.encoded, self.plan, settings, self.parts)
+    def largest_batch(self, settings: TuneSettings, accumulate: int | None = None) -> BatchShape:
+        """accumulate: parts of a step that one process computes, where they are fewer than was asked for."""
+        parts = self.parts if accumulate is None else self.parts // settings.accumulate * accumulate
+        return batch_shape(self.encoded, self.plan, settings, parts)
 
     def tokens(self, steps: int) -> int:
         """Real tokens of the first so many steps."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from melinoe.adapters.peft_folder import ADAPTER, Base
 from melinoe.errors import MelinoeError
@@ -13,9 +16,10 @@ from melinoe.files import naming_errors, partial_of
 from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.outputs import Output
+from melinoe.runtime.budget import given_bytes
 from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.memory.needed import TuningMemory, device_of, memory_needed
-from melinoe.tuning.memory.pages import paging
+from melinoe.tuning.memory.pages import divided, paging
 from melinoe.tuning.model import prepare_model
 from melinoe.tuning.parallel.processes import Processes
 from melinoe.tuning.parallel.sharding import distribute
@@ -50,9 +54,10 @@ def tune(
             (melinoe.data.rows).
         output_dir: the adapter folder to write; apply it with `--adapter` or fold it in with `merge`.
         memory: bytes, "4GiB" or "80%" that one process must fit in (the interpreter not counted): the experts
-            stay on disk and are read for every pass, forward and backward. The losses are those of the
-            resident run, and a run that was interrupted may go on with another budget. None: everything in
-            memory.
+            stay on disk and are read for every pass, forward and backward. With `accumulate`, parts of a step
+            are computed together where that reads less (melinoe.tuning.memory.parts). The losses are those of
+            the resident run, and a run that was interrupted may go on with another budget. None: everything
+            in memory.
         eval_data: held-out rows for `eval_steps`; None: the valid split of `data`.
         resume: there must be an interrupted run to go on with. Without it, one with the same settings and
             data is gone on with as well; any other that saved something is refused, so that it is not lost.
@@ -64,8 +69,8 @@ def tune(
         {"output_dir", "steps", "seconds", "tokens", "nll", "misses", "rank", "total", "skipped_steps",
         "base_fingerprint", "fingerprint", "resumed_from", "processes", "weight_bytes" (of one process)};
         losses are means over the last tenth of the run. With `eval_steps` also "held_out", the last record of
-        evaluations.jsonl; with paged experts "paged": {"slots" per layer, "slots_format", "loads", "hits",
-        "bytes_read"}.
+        evaluations.jsonl; with paged experts "paged": {"slots" per layer, "slots_format", "parts" of a step
+        (one after the other in each process), "loads", "hits", "bytes_read"}.
 
     Raises:
         MelinoeError: settings out of range, a dense model, no usable rows, nothing to resume where that was
@@ -85,7 +90,9 @@ def tune(
     show = progress and processes.is_first
     rows = read_training_rows(model, data, chosen, processes.count, processes.is_first, not progress)
     held_out = read_held_out_rows(model, rows.tokenizer, data, eval_data, chosen)
-    pages = paging(model, memory, chosen, rows.largest_batch(chosen), device)
+    if memory is not None and processes.count > 1:  # "80%" too: all must divide their steps alike
+        memory = processes.ask_first(partial(given_bytes, memory, torch.device(device)))
+    pages = paging(model, memory, chosen, partial(rows.largest_batch, chosen), device)
     tuned, layers = prepare_model(model, chosen, device, pages)
     if pages is None:
         base = Base(str(model), fingerprint(tuned))
@@ -104,7 +111,9 @@ def tune(
         trainer = LocalityTrainer(
             tuned,
             layers,
-            StepBatches.of(rows.encoded, rows.plan, rows.pad_token_id, chosen, processes),
+            StepBatches.of(
+                rows.encoded, rows.plan, rows.pad_token_id, chosen, processes, pages.parts if pages else None
+            ),
             chosen,
             work,
             rows.tokens_per_step(),
@@ -126,12 +135,20 @@ def tune(
     return processes.ask_first(lambda: write_result(trainer, output, base, found))
 
 
-def plan_memory(model: str | Path, data: str | Path, **settings: Any) -> TuningMemory:
+def plan_memory(
+    model: str | Path, data: str | Path, *, memory: int | str | None = None, **settings: Any
+) -> TuningMemory:
     """What one process of `tune` with the same arguments needs, without reading a weight.
 
+    Args:
+        memory: a budget; where it is enough, what is needed with the steps divided as it makes them.
+
     Raises:
-        MelinoeError: as for `tune`, the output folder apart.
+        MelinoeError: as for `tune`, the output folder and a budget that is too small apart.
     """
     chosen = TuneSettings.named(settings)
-    rows = read_training_rows(model, data, chosen)
-    return memory_needed(model, chosen, rows.largest_batch(chosen), device_of(chosen))
+    rows, device = read_training_rows(model, data, chosen), device_of(chosen)
+    needed = memory_needed(model, chosen, rows.largest_batch(chosen), device)
+    if memory is None or not needed.fits(memory):
+        return needed
+    return divided(model, memory, chosen, partial(rows.largest_batch, chosen), device).needed

@@ -63,7 +63,8 @@ class TuningMemory:
     """What a run needs with its experts in memory and with its experts paged, without and with checkpointing.
 
     slot: bytes of one slot in every layer; packed_slot: the same for packed records, None where there are
-    none. checkpointed: what the run was set to; a budget is divided for that.
+    none. checkpointed: what the run was set to; a budget is divided for that. parts: batches of a step that
+    one process computes one after the other; batch is the largest of them.
     """
 
     resident: RunMemory
@@ -76,9 +77,15 @@ class TuningMemory:
     batch: BatchShape
     device: str
     checkpointed: bool
+    parts: int
 
     def paged_run(self, checkpointed: bool) -> RunMemory:
         return self.paged_checkpointed if checkpointed else self.paged
+
+    def fits(self, memory: int | str) -> bool:
+        """Whether a budget is enough to stream every expert."""
+        given = given_bytes(memory, torch.device(self.device))
+        return given >= self.paged_run(self.checkpointed).total
 
     def slots(self, memory: int | str) -> tuple[int, str | None]:
         """(slots per layer, slots format) for a budget; all experts at most, and 0 is enough.
@@ -90,7 +97,7 @@ class TuningMemory:
             MelinoeError: not even streaming every expert fits.
         """
         given = given_bytes(memory, torch.device(self.device))
-        least = (self.paged_checkpointed if self.checkpointed else self.paged).total
+        least = self.paged_run(self.checkpointed).total
         if given < least:
             raise MelinoeError(
                 "the memory budget is too small to tune this model",
@@ -130,6 +137,7 @@ class TuningMemory:
         return (
             f"--memory {memory}: {slots} of {self.num_experts} experts of each layer in slots"
             f"{f', {kind}' if kind else ''}, the others are read for every pass"
+            f"{f' of each of the {self.parts} parts of a step' if self.parts > 1 else ''}"
         )
 
     def to_json(self, memory: int | str | None = None) -> dict[str, Any]:
@@ -259,7 +267,7 @@ def memory_needed(source: str | Path, settings: TuneSettings, batch: BatchShape,
     return TuningMemory(
         kinds[False, False], kinds[False, True], kinds[True, False], kinds[True, True],
         max(layer.num_experts for layer in layers), slots, packed, batch, device,
-        settings.gradient_checkpointing,
+        settings.gradient_checkpointing, settings.accumulate,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,28 @@ from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import return_freed_memory
 from melinoe.models.folder import resolve_model
-from melinoe.runtime.budget import refuse_more_than_there_is
+from melinoe.runtime.budget import given_bytes, refuse_more_than_there_is
 from melinoe.runtime.load import stats
 from melinoe.store.manifest import is_store
 from melinoe.tuning.memory.activations import BatchShape
-from melinoe.tuning.memory.needed import memory_needed
+from melinoe.tuning.memory.needed import TuningMemory, memory_needed
+from melinoe.tuning.memory.parts import Division, divide
 from melinoe.tuning.settings import TuneSettings
 
 
 @dataclass(frozen=True)
 class Pages:
-    """How experts are paged while tuning; `source` is the checkpoint behind the store, where it is known."""
+    """How experts are paged while tuning; `source` is the checkpoint behind the store, where it is known.
+
+    parts: batches of a step that a process computes one after the other.
+    """
 
     folder: Path
     slots: int
     slots_format: str | None
     record_format: str
     source: str
+    parts: int = 1
 
     def to_json(self, model: Any) -> dict[str, Any]:
         """What a run says of its paging; `model` is the one that was tuned."""
@@ -36,6 +42,7 @@ class Pages:
         return {
             "slots": self.slots,
             "slots_format": self.slots_format,
+            "parts": self.parts,
             "loads": counted.training_loads,
             "hits": counted.training_hits,
             "bytes_read": counted.training_bytes,
@@ -43,9 +50,16 @@ class Pages:
 
 
 def paging(
-    model: str | Path, memory: int | str | None, settings: TuneSettings, batch: BatchShape, device: str
+    model: str | Path,
+    memory: int | str | None,
+    settings: TuneSettings,
+    batch_of: Callable[[int], BatchShape],
+    device: str,
 ) -> Pages | None:
     """None: everything resident. A store without a budget gets a slot for every expert.
+
+    Args:
+        batch_of: the largest batch of a run whose steps one process computes in so many parts.
 
     Raises:
         MelinoeError: the budget is too small, or there is none and the machine is too small; or the weights
@@ -53,8 +67,10 @@ def paging(
     """
     resolved = resolve_model(model)
     given_store = isinstance(resolved, Path) and is_store(resolved)
+    whole = settings.accumulate
     if memory is None and not settings.shard:  # before an index or a store is made
-        memory_needed(model, settings, batch, device).refuse_more_than_there_is(all_slots=given_store)
+        needed = memory_needed(model, settings, batch_of(whole), device)
+        needed.refuse_more_than_there_is(all_slots=given_store)
     if memory is None and not given_store:
         return None
     if settings.shard:
@@ -66,10 +82,30 @@ def paging(
         refuse_more_than_there_is(memory, torch.device(device))
         return_freed_memory()
         # refused before an index or a store is made
-        memory_needed(model, settings, batch, device).slots(memory)
+        memory_needed(model, settings, batch_of(whole), device).slots(memory)
     store = store_of(model)
-    slots, kind = max(layer.num_experts for layer in store.layers), None
-    if memory is not None:
-        slots, kind = memory_needed(store.folder, settings, batch, device).slots(memory)
     source = store.source if given_store and store.source else str(model)
-    return Pages(store.folder, slots, kind, store.record_format, source)
+    if memory is None:
+        most = max(layer.num_experts for layer in store.layers)
+        return Pages(store.folder, most, None, store.record_format, source, whole)
+    found = divided(store.folder, memory, settings, batch_of, device)
+    return Pages(store.folder, found.slots, found.slots_format, store.record_format, source, found.parts)
+
+
+def divided(
+    model: str | Path,
+    memory: int | str,
+    settings: TuneSettings,
+    batch_of: Callable[[int], BatchShape],
+    device: str,
+) -> Division:
+    """What a budget makes of the steps of a run.
+
+    Raises:
+        MelinoeError: it is too small, or there is no such model.
+    """
+
+    def needed_of(parts: int) -> TuningMemory:
+        return memory_needed(model, replace(settings, accumulate=parts), batch_of(parts), device)
+
+    return divide(needed_of, settings.accumulate, given_bytes(memory, torch.device(device)))

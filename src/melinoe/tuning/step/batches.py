@@ -128,15 +128,16 @@ class StepBatches(torch.utils.data.Dataset):
         pad_token_id: int,
         settings: TuneSettings,
         processes: Processes,
+        accumulate: int | None = None,
     ) -> StepBatches:
-        """Those of one process of a run."""
+        """Those of one process of a run. accumulate: parts of a step, where fewer than was asked for."""
         return cls(
             encoded,
             plan,
             pad_token_id,
             rank_tokens=settings.rank_tokens,
             seed=settings.seed,
-            accumulate=settings.accumulate,
+            accumulate=accumulate or settings.accumulate,
             process=processes.index,
             processes=processes.count,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from itertools import pairwise
 
 import pytest
@@ -24,7 +25,8 @@ from melinoe.sticky.history import History
 from melinoe.sticky.model import can_be_sticky, make_sticky
 from melinoe.sticky.settings import Stickiness, stickiness
 
-STRONG = Stickiness(strength=2.0, experts=3, after=4)
+STRONG = Stickiness(strength=0.5, experts=3, after=4)
+LOGITS = Stickiness(strength=2.0, experts=3, after=4, unit="logit")
 # the others choose by more than logits or their softmax: sigmoids with corrections, groups,
 # masks; or once more behind the router
 KNOWN = (
@@ -61,23 +63,27 @@ def by_hand(logits, top_k, settings):
         own = sorted(range(len(row)), key=lambda e: -row[e])[:top_k]
         favoured = sorted(range(len(row)), key=lambda e: (-counts[e], e))[: settings.experts]
         lift = [settings.strength * (e in favoured) * (t >= settings.after) for e in range(len(row))]
+        if settings.unit == "share":
+            row = [math.exp(score - max(row)) for score in row]
+            row = [score / sum(row[e] for e in own) for score in row]
         found.append(sorted(range(len(row)), key=lambda e: -(row[e] + lift[e]))[:top_k])
         for e in own:
             counts[e] += 1
     return found
 
 
+@pytest.mark.parametrize("settings", [STRONG, LOGITS], ids=["share", "logit"])
 @pytest.mark.parametrize("family", KNOWN)
-def test_the_choice_is_the_rule_and_the_weights_are_the_routers_own(tmp_path, family):
+def test_the_choice_is_the_rule_and_the_weights_are_the_routers_own(tmp_path, family, settings):
     folder = save_checkpoint(tmp_path / "model", family)
     model, plain = resident(folder), resident(folder)
-    make_sticky(model, STRONG)
+    make_sticky(model, settings)
     tokens = ids()
     chosen, weights, logits = routing(model, tokens)
     first_chosen, first_weights, first_logits = (found[0] for found in routing(plain, tokens))
     assert torch.equal(first_logits, logits[0])  # the first layer sees the same
     for layer_chosen, layer_logits in zip(chosen, logits, strict=True):
-        by_rule = by_hand(layer_logits, layer_chosen.shape[1], STRONG)
+        by_rule = by_hand(layer_logits, layer_chosen.shape[1], settings)
         assert [sorted(row) for row in layer_chosen.tolist()] == [sorted(row) for row in by_rule]
     same = (chosen[0].sort().values == first_chosen.sort().values).all(1)
     assert same[: STRONG.after].all() and (~same).sum() > 5
@@ -186,7 +192,15 @@ def test_what_cannot_be_followed_is_refused(sticky, olmoe):
         sticky(ids(), past_key_values=cache)
     with pytest.raises(melinoe.MelinoeError, match="cannot be copied"):
         copy.deepcopy(sticky)
-    for wrong in (-1, 21, "much", {"strength": 1, "size": 3}, {"strength": 1, "after": 0}):
+    for wrong in (
+        -1,
+        1.1,
+        "much",
+        {"strength": 21},
+        {"strength": 1, "unit": "nat"},
+        {"strength": 1, "size": 3},
+        {"strength": 1, "after": 0},
+    ):
         with pytest.raises(melinoe.MelinoeError, match="not a stickiness"):
             stickiness(wrong)
 
@@ -234,7 +248,7 @@ def tuned(olmoe, tmp_path_factory):
     rows = [{"prompt": f"w{i} w{i + 1} w3", "completion": f"w{i + 2} w7 w{i}"} for i in range(20)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     melinoe.tune(
-        olmoe, folder / "rows.jsonl", folder / "adapter", sticky=1.5, slots=4, max_steps=2, rank=2,
+        olmoe, folder / "rows.jsonl", folder / "adapter", sticky=0.5, slots=4, max_steps=2, rank=2,
         distill=0.5, batch_tokens=64, max_length=32, progress=False,
     )  # fmt: skip
     return folder
@@ -244,14 +258,14 @@ def test_a_model_is_as_sticky_as_it_was_tuned(olmoe, tuned, monkeypatch):
     monkeypatch.setenv("MELINOE_HOME", str(tuned / "home"))
     adapter = tuned / "adapter"
     assert json.loads((adapter / "melinoe.json").read_text())["sticky"] == {
-        "strength": 1.5, "experts": 4, "after": 16,
+        "strength": 0.5, "experts": 4, "after": 16, "unit": "share",
     }  # fmt: skip
     merge(olmoe, adapter, tuned / "merged")
     store = melinoe.convert(olmoe, tuned / "store", adapter=adapter, progress=False).folder
     expected = load_resident(olmoe, adapter)[0](ids()).logits
     assert torch.equal(melinoe.load(olmoe, adapter, slots=4)(ids()).logits, expected)
     rounded = load_resident(tuned / "merged")[0]
-    assert rounded.config.melinoe_sticky["strength"] == 1.5
+    assert rounded.config.melinoe_sticky["strength"] == 0.5
     assert torch.equal(
         melinoe.load(store, slots=4)(ids()).logits, melinoe.load(tuned / "merged", slots=4)(ids()).logits
     )
@@ -260,8 +274,22 @@ def test_a_model_is_as_sticky_as_it_was_tuned(olmoe, tuned, monkeypatch):
     off = load_resident(tuned / "merged", sticky=0)[0]
     assert torch.allclose(plain(ids()).logits, off(ids()).logits, atol=1e-5)
     assert not torch.allclose(plain(ids()).logits, expected, atol=1e-2)
-    other = melinoe.load(olmoe, adapter, slots=4, sticky=0.5).melinoe_sticky.settings
-    assert other == Stickiness(0.5, 4, 16)
+    other = melinoe.load(olmoe, adapter, slots=4, sticky=0.3).melinoe_sticky.settings
+    assert other == Stickiness(0.3, 4, 16)
+
+
+def test_what_names_no_unit_is_in_logits_as_before_there_were_shares(olmoe, tuned):
+    card = tuned / "adapter" / "melinoe.json"
+    text = card.read_text()
+    try:
+        old = {**json.loads(text), "sticky": {"strength": 1.5, "experts": 4, "after": 16}}
+        card.write_text(json.dumps(old))
+        model = load_resident(olmoe, tuned / "adapter")[0]
+        assert model.melinoe_sticky.settings == Stickiness(1.5, 4, 16, "logit")
+        model = load_resident(olmoe, tuned / "adapter", sticky=2.0)[0]
+        assert model.melinoe_sticky.settings == Stickiness(2.0, 4, 16, "logit")
+    finally:
+        card.write_text(text)
 
 
 def test_what_was_tuned_without_is_not_sticky_on_a_sticky_checkpoint(olmoe, tuned, tmp_path, monkeypatch):
@@ -284,7 +312,7 @@ def test_what_was_tuned_without_is_not_sticky_on_a_sticky_checkpoint(olmoe, tune
     card = json.loads((adapter / "melinoe.json").read_text())
     del card["sticky"]  # from before there was any: the checkpoint decides
     (adapter / "melinoe.json").write_text(json.dumps(card))
-    assert load_resident(sticky, adapter)[0].melinoe_sticky.settings.strength == 1.5
+    assert load_resident(sticky, adapter)[0].melinoe_sticky.settings.strength == 0.5
 
 
 def test_tuning_compares_with_the_base_as_it_was(olmoe, tuned):
@@ -305,7 +333,7 @@ def test_a_trace_is_what_the_sticky_model_asks_for(olmoe, tuned):
     text = " ".join(f"w{i % 47}" for i in range(120))
     rows.write_text(json.dumps({"prompt": text[:60], "completion": text[60:]}) + "\n")
     loads = []
-    for strength in (0.0, 3.0):
+    for strength in (0.0, 0.8):
         recorded = trace(olmoe, rows, sticky=strength, progress=False)
         [result] = melinoe.simulate(recorded, "decay", 3)["results"]
         loads.append(result["loads_per_token"])

@@ -54,7 +54,6 @@ from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.cli.tune import tune
 from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
-from melinoe.sticky.settings import MAX_STRENGTH
 
 
 def _say(error: BaseException) -> int:
@@ -369,9 +368,9 @@ def demo(
     sticky: Annotated[
         float | None,
         typer.Option(
-            help="How sticky the model is tuned to be (docs/sticky.md). [default: 1 where it can be]",
+            help="How sticky the model is tuned to be (docs/sticky.md). [default: 0.12 where it can be]",
             min=0,
-            max=MAX_STRENGTH,
+            max=1,
         ),
     ] = None,
     as_json: Json = False,

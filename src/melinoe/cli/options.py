@@ -43,8 +43,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Sticky = Annotated[
     float | None,
     typer.Option(
-        help="How strongly each sequence keeps to its own experts: fewer loads for some quality"
-        " (docs/sticky.md); 0 is off. [default: as the model was tuned]",
+        help="How much routing weight a token may give up to keep to its sequence's experts, 0 to 1: fewer"
+        " loads for some quality (docs/sticky.md); 0 is off. [default: as the model was tuned]",
         min=0,
         max=MAX_STRENGTH,
     ),

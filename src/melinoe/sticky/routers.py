@@ -2,12 +2,15 @@
 
     m(t, e)  = how many tokens before t had expert e among their own K
     F(t)     = the C experts with the largest m(t, .)
-    choice   = the K largest of logit(t, e) + strength * [e in F(t)], once `after` tokens are known
+    share    = p(t, e) / the sum of p(t, .) over the token's own K, p the softmax of the router's logits
+    choice   = the K largest of share(t, e) + strength * [e in F(t)], once `after` tokens are known
     weights  = what the router gives the chosen ones without the strength
 
-A token's own K are those without the strength, so m depends on the text alone and a whole text can be routed
-in one pass, as tuning does. Nothing depends on what is in memory: a model with all its experts in memory
-makes the same choices. A bias for the choice alone is DeepSeek-V3's; there it is the load that moves it.
+A token gives up at most `strength` of its routing weight for each expert it exchanges, where a strength in
+logits, which old settings have, exchanges large shares as easily as small ones. A token's own K are those
+without the strength, so m depends on the text alone and a whole text can be routed in one pass, as tuning
+does. Nothing depends on what is in memory: a model with all its experts in memory makes the same choices. A
+bias for the choice alone is DeepSeek-V3's; there it is the load that moves it.
 
 The router's own code runs; answering.py puts the choice into it.
 """
@@ -27,7 +30,7 @@ from melinoe.models.forward_inputs import given_tokens, past_length, real_tokens
 from melinoe.models.layers import MoeLayer, experts_per_token, moe_layers
 from melinoe.sticky.answering import RouterHooks, unknown_routers
 from melinoe.sticky.history import History, first_ranks, ranks_within
-from melinoe.sticky.settings import Stickiness
+from melinoe.sticky.settings import SHARE, Stickiness
 
 _HISTORY = "_melinoe_sticky_history"  # attribute of a cache: a copy of the cache takes it along
 _OF_SEQUENCES = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")  # a cache's methods
@@ -238,7 +241,11 @@ class StickyRouters:
         scores = scores_TE.detach().float()
         lift = torch.zeros_like(scores).scatter_(1, favoured, self.settings.strength)
         lift *= (tokens_T >= self.settings.after).unsqueeze(1)
-        moved = scores * lift.exp() if kind == "probabilities" else scores + lift
+        if self.settings.unit == SHARE:
+            shares = scores if kind == "probabilities" else scores.softmax(-1)
+            moved = shares / shares.gather(-1, chosen_TK).sum(-1, keepdim=True) + lift
+        else:
+            moved = scores * lift.exp() if kind == "probabilities" else scores + lift
         return moved.topk(chosen_TK.shape[1], -1).indices
 
 

@@ -9,26 +9,33 @@ from typing import Any
 from melinoe.errors import MelinoeError
 
 CONFIG_FIELD = "melinoe_sticky"  # in a model's config, so that copies of the model keep it
-MAX_STRENGTH = 20.0  # the odds of a favoured expert times e^20: nothing else is chosen
+SHARE, LOGIT = "share", "logit"
+# above the first a favoured expert is chosen whatever its share; e^20 times the odds come to the same
+MOST = {SHARE: 1.0, LOGIT: 20.0}
+MAX_STRENGTH = max(MOST.values())
 AFTER = 16
 
 
 @dataclass(frozen=True)
 class Stickiness:
     """
-    strength: added to the router's logits of the favoured experts, for the choice alone; 0 is off.
+    strength: added to what the router gives the favoured experts, for the choice alone; 0 is off.
     experts: how many of each layer a sequence favours; 0: a quarter of the layer's, at least K.
     after: tokens of a sequence that are routed as they are, before it favours any.
+    unit: of the strength: the "share" that an expert has of its token's own K probabilities, or the "logit",
+        which was the only one at first.
     """
 
     strength: float
     experts: int = 0
     after: int = AFTER
+    unit: str = SHARE
 
     def __post_init__(self) -> None:
         sound = (
             isinstance(self.strength, int | float)
-            and 0 <= self.strength <= MAX_STRENGTH
+            and self.unit in MOST
+            and 0 <= self.strength <= MOST[self.unit]
             and isinstance(self.experts, int)
             and self.experts >= 0
             and isinstance(self.after, int)
@@ -38,7 +45,7 @@ class Stickiness:
             raise MelinoeError(
                 "not a stickiness",
                 got=self,
-                allowed=f"strength 0 to {MAX_STRENGTH:g}, experts >= 0, after >= 1",
+                allowed="strength 0 to 1 in shares, 0 to 20 in logits, experts >= 0, after >= 1",
             )
 
     def favoured(self, num_experts: int, experts_per_token: int) -> int:
@@ -53,6 +60,8 @@ class Stickiness:
 def stickiness(given: Any) -> Stickiness | None:
     """Settings from what a user or a file gives: a strength, a mapping, or settings; None where it is off.
 
+    A mapping without a unit is of a file from before there were shares: its strength is in logits.
+
     Raises:
         MelinoeError: not a stickiness.
     """
@@ -60,10 +69,10 @@ def stickiness(given: Any) -> Stickiness | None:
         return None
     if isinstance(given, Mapping):
         try:
-            given = Stickiness(**given)
+            given = Stickiness(**{"unit": LOGIT, **given})
         except TypeError:
             raise MelinoeError(
-                "not a stickiness", got=dict(given), allowed="strength, experts, after"
+                "not a stickiness", got=dict(given), allowed="strength, experts, after, unit"
             ) from None
     if not isinstance(given, Stickiness):
         given = Stickiness(given)

@@ -13,7 +13,7 @@ from typing import Any
 
 from melinoe.config import DEFAULT_SEED, MAX_SEED, default_slots
 from melinoe.errors import MelinoeError
-from melinoe.sticky.settings import MAX_STRENGTH, Stickiness
+from melinoe.sticky.settings import Stickiness
 from melinoe.tuning.objectives import OBJECTIVES, Objective
 from melinoe.tuning.setting_field import described, setting, under_todays_names
 
@@ -83,10 +83,10 @@ class TuneSettings:
     )
     sticky: float = setting(
         0.0,
-        "How strongly a sequence keeps to the experts it has asked for, while it is tuned and from then on"
-        " (docs/sticky.md); 0 is off.",
+        "How much routing weight a token may give up to keep to the experts its sequence has asked for, while"
+        " the model is tuned and from then on (docs/sticky.md); 0 is off.",
         least=0,
-        most=MAX_STRENGTH,
+        most=1,
     )
     sticky_experts: int = _for_recipes(
         0, "How many experts of a layer a sequence keeps to; 0: the slots that are tuned for.", least=0

@@ -80,8 +80,8 @@ def demo(
         data: folder of train, valid and test.jsonl; None: the embedded workload (`tiny` only).
         limit: held-out rows to score (default 320). Fewer also tune, fit and generate less.
         seed: of tuning, predictor, prompts and widening.
-        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.12, but 0 where its routers are of
-            a kind that cannot be sticky.
+        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.12, but 0 where its routers are
+            of a kind that cannot be sticky.
 
     Returns:
         What result.json holds: {"format", "version", "rows": [...], "teacher_forced": {...}, "settings":

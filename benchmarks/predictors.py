@@ -6,7 +6,9 @@
 Fits a predictor to the routing of train rows and replays test rows, each sequence from empty slots, under
 scores from: the global frequencies of the train rows, the routing of the prompt itself (prefill), the ten
 train prompts that are most like it (nearest), the network, network and prefill together, and the sequence's
-own requests (oracle). A folder that is not among --train is out of domain.
+own requests (oracle). A folder that is not among --train is out of domain. With --encoder FOLDER also the
+ten prompts that a sentence encoder finds most alike, as the paper embeds prompts (BAAI/bge-base-en-v1.5, say;
+`pip install sentence-transformers`; not measured here, where no such weights can be had).
 
 recall C: share of decoding's requests that the C best-scored experts of each layer serve. static: the default
 policy's rival that keeps exactly these. decay: the default policy, which always counts the prompt's routing,
@@ -35,14 +37,24 @@ from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import Trace, joined
 
 
-def scores_of(train: Trace, test: Trace, predictor: Predictor) -> dict[str, np.ndarray]:
+def sentence_vectors(folder: str, tokenizer: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """[S, D] of a sentence encoder, which reads what is said and no template's marks."""
+    from sentence_transformers import SentenceTransformer
+
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    return torch.from_numpy(SentenceTransformer(folder, device="cpu").encode(texts)).float()
+
+
+def scores_of(
+    train: Trace, test: Trace, predictor: Predictor, encoder: str | None = None, tokenizer: Any = None
+) -> dict[str, np.ndarray]:
     """{name: [S, L, E]} for the sequences of `test`."""
     known, asked = (
         torch.stack([prompt_features(predictor.table, prompt) for prompt in one.prompts()])
         for one in (train, test)
     )
     network, _ = predictor.predict_all(test.prompts())
-    return {
+    found = {
         "global": np.broadcast_to(overall(train), network.shape).copy(),
         "prefill": test.frequencies(PREFILL),
         "nearest": nearest(known, asked, train.frequencies(DECODE)),
@@ -50,6 +62,10 @@ def scores_of(train: Trace, test: Trace, predictor: Predictor) -> dict[str, np.n
         "network + prefill": with_prefill(network, test, predictor.strength.tokens),
         "oracle": test.frequencies(DECODE),
     }
+    if encoder is not None:
+        known, asked = (sentence_vectors(encoder, tokenizer, one.prompts()) for one in (train, test))
+        found["encoder"] = nearest(known, asked, train.frequencies(DECODE))
+    return found
 
 
 def replay(
@@ -107,7 +123,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"\n{data}: {test.num_sequences} sequences, {int(test.decoded.sum())} decoded tokens\n")
         print(f"| policy | scores | recall {slots} | loads/token | / decay | preloads | wasted |")
         print("|---|---|---:|---:|---:|---:|---:|")
-        scores = scores_of(train, test, predictor)
+        scores = scores_of(train, test, predictor, options.encoder, opened[1])
         _, strengths = predictor.predict_all(test.prompts())
         result["test"][data] = replay(test, slots, scores, strengths)
     return result
@@ -122,6 +138,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="train rows of each folder")
     parser.add_argument("--test-rows", type=int, default=200, help="test rows of each folder")
     parser.add_argument("--slots", type=int, help="of each layer [default: a quarter of the experts]")
+    parser.add_argument("--encoder", help="folder of a sentence encoder, one more rival")
     parser.add_argument("--max-length", type=int, default=400)
     options = begin(parser)
     write_result(options, **run(options))

@@ -88,3 +88,24 @@ def test_a_result_says_where_it_was_measured(program, tmp_path):
     assert result["benchmark"] == "program" and result["answer"] == 42
     wanted = {"processor", "cores", "memory_bytes", "torch", "transformers", "melinoe", "commit", "date"}
     assert wanted <= result["conditions"].keys()
+
+
+def test_a_sentence_encoder_finds_prompts_that_are_alike(tmp_path):
+    """The library's own classes around random weights: the same text is its own nearest, template or not."""
+    library = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel
+
+    import chat_tokenizers
+    from predictors import sentence_vectors
+
+    words = chat_tokenizers.tokenizer()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path / "bert")
+    words.save_pretrained(tmp_path / "bert")
+    inner = Transformer(str(tmp_path / "bert"))
+    library.SentenceTransformer(modules=[inner, Pooling(32)], device="cpu").save(str(tmp_path / "encoder"))
+    prompts = [words(text, add_special_tokens=False)["input_ids"] for text in ("What is 2+2?", "Hello")]
+    found = sentence_vectors(str(tmp_path / "encoder"), words, [*prompts, prompts[0]])
+    assert found.shape == (3, 32) and found[0].equal(found[2])
+    assert (found[0] - found[1]).norm() > 1e-2

@@ -8,16 +8,23 @@ import re
 import pytest
 
 import melinoe
+from browsing import check_page, in_browser, started_browser
 from melinoe.benchmark.entries import chosen, entries
 from melinoe.benchmark.page import headline
 from melinoe.benchmark.summary import SPEED, of_repeat, percentile, rank, summarise, told_apart
 from melinoe.benchmark.table import markdown, ordered, print_tables
 from melinoe.demonstration import limited_process
 from melinoe.errors import MelinoeError
-from melinoe.report.shapes import bars, heat, lines, stacked, timeline
+from melinoe.report.plots import Curve, curves
+from melinoe.report.shapes import bars, heat, stacked, timeline
 
 ROWS = ["llama.cpp mmap bf16", "melinoe decay"]
 SMALL = {"rows": ROWS, "repeats": 2, "prompts": 1, "new_tokens": 4, "quality_rows": 3, "record_bytes": 0}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    yield from started_browser()
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,11 @@ def test_the_page_stands_alone(measured):
     assert "Repeat it: <code>melinoe bench --model tiny" in page and "prefers-color-scheme: dark" in page
 
 
+@in_browser
+def test_the_page_fits_a_telephone_and_two_sheets(measured, browser):
+    check_page(browser, measured[0] / "bench.html")
+
+
 def test_two_numbers_say_who_is_slower_too():
     def of(name, kind, speed, rank, nll=2.0, precision="auto", **more):
         row = {"name": name, "kind": kind, SPEED: speed, "rank": rank, "nll": nll, "rouge_l": 0.5}
@@ -199,4 +211,5 @@ def test_figures_by_hand():
     assert heat([[1.0, 0.0], [0.0, 0.0]], "map").count("<rect") == 4
     parts = stacked([("a", 3.0, "3 B"), ("b", 1.0, "1 B")], "memory")
     assert "width:75.00%" in parts and "b 1 B" in parts
-    assert "0%" in lines([("one", [1, 2], [0.0, 1.0], False)], "slots", "curve", 1.5)
+    assert "100%" in curves([Curve("<one>", [1, 2], [0.0, 1.0])], "slots", "curve", mark=1.5)
+    assert "&lt;one&gt;" in curves([Curve("<one>", [1, 2], [0.0, 1.0])], "slots", "curve")

@@ -259,7 +259,8 @@ def test_a_killed_sweep_goes_on(olmoe, data, tmp_path):
     assert strong["code"] == first["code"] == [tuning_code()]
     check_against_the_library(olmoe, output, strong, tmp_path)
     page = (output / "frontier.html").read_text()
-    assert page.count("<svg") == 6  # three figures on each of the data
+    assert page.count("<h3>Other numbers of slots") == 4  # two policies, on each of the data
+    assert page.count("<h3>Tuning: ") == 2 and result["points"][1]["curves"]["step"] == [1, 2, 3]
     assert not re.search(r"""(src|href)=["'](?!#)""", page)  # nothing beside the page
     assert "| strong |" in (output / "table.md").read_text()
     assert not list(output.glob("points/*/merged"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 
@@ -12,13 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import melinoe
+from browsing import in_browser, started_browser
 from melinoe.models.folder import resolve_model
 from melinoe.serving.page.experts import MOST_WATCHERS
 from serving_process import ServerProcess, served
 
 HOSTILE = "</p><img src=x onerror='window.hacked=1'><script>window.hacked=1</script><b>*x*</b>&amp;\n\ttwo"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt-get install chromium)")
 QUESTION = "sort 3,1,2"
 
 
@@ -41,11 +39,7 @@ def another(tiny_store):
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    yield from started_browser()
 
 
 @pytest.fixture

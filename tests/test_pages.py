@@ -8,11 +8,16 @@ from html.parser import HTMLParser
 
 import pytest
 
-from melinoe.demonstration.report import write_report
-from melinoe.frontier.page import write_frontier
+from browsing import check_page, in_browser, started_browser
+from melinoe.demonstration.report import SPEED, fastest, numbers, same_work_apart, write_report
+from melinoe.frontier.page import command as repeated
+from melinoe.frontier.page import numbers as of_sweep
+from melinoe.frontier.page import page_values, write_frontier
 from melinoe.frontier.sums import FixedSets, Replay, Sums
 from melinoe.frontier.sweep import _pool
 from melinoe.frontier.table import escaped
+from melinoe.report.page import write_page
+from melinoe.report.plots import TALL, Point, place, scatter, smoothed, ticks
 from melinoe.report.setting import name_of
 from melinoe.verbs import Stages
 
@@ -130,7 +135,7 @@ def test_names_in_the_page_of_the_demo(tmp_path):
     write_report(demonstration(" ".join(HOSTILE)), tmp_path / "report.html")
     page = elements((tmp_path / "report.html").read_text())
     assert page.names == usual
-    assert "".join(page.text).count(" ".join(HOSTILE)) == 5  # twice model and data, processor
+    assert "".join(page.text).count(" ".join(HOSTILE)) == 7  # thrice model and data, processor
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -156,4 +161,134 @@ def test_a_page_calls_a_folder_by_its_name(tmp_path):
     write_report(result, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert str(tmp_path) not in page and "model on model" in page
-    assert "1.0&times;" in page and 'class="best"' in page  # two large numbers, and whoever is fastest
+    assert "<strong>1.0×</strong>" in page and "+0.0 %" in page  # two large numbers
+    assert "<code>melinoe demo --model model --data model --seed 0</code>" in page
+
+
+def full(name="a model"):
+    """A result of the demo with everything that its page can show."""
+    result = demonstration(name)
+    answer = {"times": [0.5, 0.6, 0.7, 0.8], "waits": [0.1, 0.1, 0.15, 0.2], "reads": [0.2, 0.25, 0.3, 0.4]}
+    parts = {"library_bytes": 2**26, "resident_bytes": 2**24, "cache_bytes": 2**20, "slot_bytes": 2**27}
+    for row in result["rows"]:
+        row |= {"loads_per_token": 4.0, "timeline": answer, "budget": parts}
+    result["memory_limit_bytes"] = 2**28
+    result["answers"] = dict.fromkeys(("prompt", "base", "control", "tuned"), "an answer\nof two lines")
+    return result
+
+
+def speeds(result, *values):
+    for row, value in zip(result["rows"], values, strict=False):
+        row[SPEED] = value
+    return result
+
+
+def test_a_loser_is_not_highlighted_and_noise_is_told():
+    result = speeds(full(), 10.0, 10.2, 20.0)
+    base, control, tuned = result["rows"][:3]
+    tuned["loads_per_token"] = 2.0
+    assert same_work_apart(result) is None and fastest(result) is tuned
+    assert numbers(result)[0]["value"] == "2.0×" and "noisy" not in numbers(result)[0]["text"]
+    speeds(result, 20.0, 8.0, 10.0)  # base and control read alike, and a row of ours is no faster than LRU
+    assert same_work_apart(result) == {"fast": base, "slow": control, "times": 2.5}
+    assert fastest(result) is None
+    assert numbers(result)[0]["value"] == "2.0× slower" and "too noisy to rank" in numbers(result)[0]["text"]
+
+
+def swept(*places):
+    """A sweep whose points have these (perplexity, loads, upper end of the loads) over the control's."""
+    result = frontier([f"point {number}" for number, _ in enumerate(places)])
+    for point, (perplexity, loads, high) in zip(result["points"][1:], places, strict=True):
+        ratios = point["held_out"]["to_control"]
+        ratios["perplexity"] = {"ratio": perplexity, "low": perplexity - 0.002, "high": perplexity + 0.002}
+        ratios["loads"][0] |= {"ratio": loads, "low": loads - 0.05, "high": high}
+    return result
+
+
+def test_the_two_numbers_of_a_sweep():
+    first, second = of_sweep(swept((1.004, 0.5, 0.6), (1.03, 0.2, 0.3)))
+    assert first["value"] == "2.0×" and "point 0, decay, 2 of 8" in first["text"]
+    assert second["value"] == "+0.4 %"
+    assert of_sweep(swept((1.02, 0.4, 0.5)))[1]["value"] == "+2.0 %"  # nothing within one percent
+    for one in ((1.004, 0.95, 1.01), (1.004, 1.2, 1.3), (1.2, 0.1, 0.2)):
+        (only,) = of_sweep(swept(one))
+        assert only["value"] == "no gain"
+
+
+def test_only_the_point_of_the_numbers_is_highlighted(tmp_path):
+    write_frontier(swept((1.004, 0.5, 0.6), (1.03, 0.2, 0.3)), tmp_path)
+    page = (tmp_path / "frontier.html").read_text()
+    assert re.findall(r'<tr class="best"><td class="name">([^<]*)', page) == ["point 0"]
+    write_frontier(swept((1.004, 1.2, 1.3)), tmp_path)
+    assert 'class="best"' not in (tmp_path / "frontier.html").read_text()
+
+
+def test_what_repeats_a_sweep_names_no_path():
+    settings = {"model": "/a/model", "data": ["/a/rows", "tiny"], "seeds": [0, 1], "points": "/b/points.yaml"}
+    settings |= {"common": {"max_steps": 50}, "limit": 80, "hold_out_rows": 0, "out_of_domain": "/c/other"}
+    assert repeated(settings) == (
+        "melinoe tune --sweep points.yaml --model model --data rows,tiny --seeds 0,1 --limit 80 "
+        "--out-of-domain other --max-steps 50 --output-dir frontier"
+    )
+
+
+def test_places_by_hand():
+    area = (0.0, 0.0, 200.0, 100.0)
+    first = place((100.0, 50.0), 40.0, area, [])
+    assert first == (107.0, 50 - TALL[0], 147.0, 50 + TALL[1])  # right beside it
+    second = place((100.0, 50.0), 40.0, area, [first])
+    assert second[2] == 93.0  # left
+    assert place((100.0, 50.0), 300.0, area, []) is None
+    assert ticks(0.0, 1.0, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0.994, 1.013, 5) == pytest.approx([0.995, 1.0, 1.005, 1.01])
+    assert smoothed([1.0] * 40) == [1.0] * 40 and smoothed([0.0, 3.0, 0.0])[1] == 1.0
+
+
+CROWD = [
+    Point(name, 1 + 0.001 * (number % 5), 0.5 + 0.01 * (number // 5), "--one")
+    for number, name in enumerate(
+        ["boundary x8", "sticky and long in its name", "WWWW mmmm", "i", "paper x2"] * 3
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    yield from started_browser()
+
+
+@in_browser
+def test_names_of_points_never_collide(browser, tmp_path):
+    axes = {"x": (0.99, 1.02), "y": (0.0, 1.1), "x_form": "{:g}", "y_form": "{:g}"}
+    figure = scatter(CROWD, "x", "a crowd", **axes)
+    write_page("frontier.html", tmp_path / "page.html", **_page_of(figure))
+    page = browser.new_page(viewport={"width": 400, "height": 800})
+    page.goto(f"file://{tmp_path}/page.html")
+    boxes = page.evaluate(
+        "[...document.querySelectorAll('.narrow .label')].map(one => { const box = one.getBBox();"
+        " return [box.x, box.y + 2, box.x + box.width, box.y + box.height - 2]; })"
+    )
+    page.close()
+    assert len(boxes) == len(CROWD)  # there was room for all
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        assert left >= 0 and right <= 380
+        for other in boxes[:number]:
+            assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
+
+
+def _page_of(figure):
+    """What the page of a sweep is filled with, around one figure."""
+    result = frontier(["plain"])
+    look = {"broad": figure, "narrow": figure, "beyond": []}
+    return page_values(result) | {"pages": [{**page_values(result)["pages"][0], "frontier": [look]}]}
+
+
+@in_browser
+@pytest.mark.parametrize("kind", ["demo", "sweep"])
+def test_pages_fit_a_telephone_and_two_sheets(browser, tmp_path, kind):
+    if kind == "demo":
+        write_report(full("a_model_with_quite_a_long_name" * 4), tmp_path / "page.html")
+    else:
+        write_frontier(swept(*[(1 + 0.01 * number, 0.5, 0.6) for number in range(6)]), tmp_path)
+        (tmp_path / "frontier.html").rename(tmp_path / "page.html")
+    check_page(browser, tmp_path / "page.html")

@@ -7,16 +7,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from melinoe.benchmark.entries import ACCELERATE, BASE, CONTROL, LLAMA_CPP, OURS, TUNED
+from melinoe.benchmark.entries import ACCELERATE, BASE, CONTROL, LLAMA_CPP, OURS, RESIDENT, TUNED
 from melinoe.benchmark.summary import SPEED
 from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
 from melinoe.config import format_bytes
 from melinoe.demonstration.watched import steps_of
 from melinoe.report.page import write_page
+from melinoe.report.plots import Curve, Point, curves, scatter
 from melinoe.report.setting import name_of
-from melinoe.report.shapes import bars, heat, lines, memory, timeline
+from melinoe.report.shapes import bars, map_of, memory, timeline
 
 _KIND_COLOURS = {OURS: "--one", LLAMA_CPP: "--two", ACCELERATE: "--four"}
+FAR = 1.5  # times the best NLL, behind which a row would flatten the others
 _WEIGHTS = {BASE: "the model as it was", CONTROL: "the control", TUNED: "tuned"}
 
 
@@ -25,26 +27,26 @@ def write_bench_page(result: dict[str, Any], path: Path) -> None:
     rows = ordered(result["rows"])
     limit = result["memory_limit_bytes"]
     size = format_bytes(limit) if limit else "all memory"
+    near, far = _near(rows)
     write_page(
         "bench.html",
         path,
         result=result,
         heading=name_of(result["settings"]["model"]),
         limit=size,
-        limit_only=size,
         numbers=headline(result),
         noisy=[row["name"] for row in rows if row.get("noisy")],
+        left_out=[row["name"] for row in far],
         ties=len({row["rank"] for row in rows}) < len(rows),
         figures={
             "speed": _speed(rows),
+            "frontier": _frontier(near),
             "budget": _by_budget(result),
             "timeline": _timeline(result),
             "memory": memory(result["budget"], limit),
         },
         maps=[
-            {"name": _WEIGHTS[name], "figure": _map(name, one["map"])}
-            for name, one in result["routing"].items()
-            if name != CONTROL
+            map_of(_WEIGHTS[name], one["map"]) for name, one in result["routing"].items() if name != CONTROL
         ],
         answers=[(_WEIGHTS[name], text) for name, text in result["answers"].items()],
         headings=[heading for heading, _, _ in COLUMNS],
@@ -111,15 +113,51 @@ def _speed(rows: list[dict[str, Any]]) -> Markup:
                 "high": high if several else None,
                 "ceiling": row.get("read_ceiling_tokens_per_second"),
                 "text": text_of(row, SPEED, "speed"),
-                "colour": "--six" if row["source"] else _KIND_COLOURS.get(row["kind"], "--five"),
+                "colour": _colour(row),
             }
         )
     said = "; ".join(f"{row['name']} {row['value']:.1f}" for row in shown)
     return bars(shown, f"Generated tokens a second: {said}")
 
 
+def _near(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The fastest row of each quality under the limit: those whose NLL is near the best, and the others."""
+    fastest: dict[float, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row[SPEED]):
+        if row.get("nll") and (row["limited"] or row["kind"] != RESIDENT):
+            fastest[row["nll"]] = row
+    known = list(fastest.values())
+    best = min((row["nll"] for row in known), default=0.0)
+    near = [row for row in known if row["nll"] <= best * FAR]
+    return near, [row for row in known if row["nll"] > best * FAR]
+
+
+def _frontier(rows: list[dict[str, Any]]) -> Markup | None:
+    """Speed against quality."""
+    if len(rows) < 2:
+        return None
+    points = [Point(row["name"], row["nll"], row[SPEED], _colour(row)) for row in rows]
+    nlls = [row["nll"] for row in rows]
+    room = 0.15 * (max(nlls) - min(nlls)) or 0.02 * max(nlls) or 0.1
+    said = "; ".join(f"{row['name']}: {row['nll']:.3f} nats, {row[SPEED]:.1f} tok/s" for row in rows)
+    return scatter(
+        points,
+        "NLL of held-out text, nats a token",
+        f"Generated tokens a second against quality. {said}",
+        x=(min(nlls) - room, max(nlls) + room),
+        y=(0.0, 1.1 * max(row[SPEED] for row in rows)),
+        x_form="{:.3g}",
+        y_form="{:g}",
+        joined=False,
+    )
+
+
+def _colour(row: dict[str, Any]) -> str:
+    return "--six" if row["source"] else _KIND_COLOURS.get(row["kind"], "--five")
+
+
 def _by_budget(result: dict[str, Any]) -> Markup | None:
-    series: list[tuple[str, list[float], list[float], bool]] = []
+    series: list[Curve] = []
     for name, one in result["routing"].items():
         if name == CONTROL:
             continue
@@ -127,12 +165,12 @@ def _by_budget(result: dict[str, Any]) -> Markup | None:
             points = [row for row in one["by_budget"] if row["policy"] == policy]
             label = {"decay": "melinoe", "lru": "LRU", "belady": "bound"}[policy]
             xs, ys = [row["slots"] for row in points], [row["hit_rate"] for row in points]
-            series.append((f"{label}, {name}", xs, ys, policy != "decay"))
+            series.append(Curve(f"{label}, {name}", xs, ys, dashed=policy != "decay"))
     if not series:
         return None
-    said = "; ".join(f"{name}: {ys[0]:.0%} to {ys[-1]:.0%}" for name, _, ys, _ in series)
+    said = "; ".join(f"{one.name}: {one.y[0]:.0%} to {one.y[-1]:.0%}" for one in series)
     slots = result["budget"].get("slots")
-    return lines(series, "slots per layer", f"Hit rate by budget. {said}", slots)
+    return curves(series, "slots per layer", f"Hit rate by budget. {said}", mark=slots)
 
 
 def _timeline(result: dict[str, Any]) -> Markup | None:
@@ -140,14 +178,6 @@ def _timeline(result: dict[str, Any]) -> Markup | None:
     if len(found.get("waits", ())) < 2:
         return None
     return timeline(steps_of(found))
-
-
-def _map(name: str, shares: list[list[float]]) -> Markup:
-    top = [sum(sorted(layer, reverse=True)[: max(1, len(layer) // 4)]) for layer in shares]
-    mean = sum(top) / len(top)
-    return heat(
-        shares, f"{_WEIGHTS[name]}: a quarter of the experts of a layer serves {mean:.0%} of its requests"
-    )
 
 
 def command(settings: dict[str, Any]) -> str:

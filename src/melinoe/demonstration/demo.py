@@ -12,7 +12,6 @@ Stages 1 to 4 are the verbs that a user would type. The report says how each num
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import shutil
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from melinoe._version import __version__
 from melinoe.adapters.peft_folder import ADAPTER
 from melinoe.config import default_slots, format_bytes
 from melinoe.conversion.checkpoint import Checkpoint
@@ -32,13 +32,13 @@ from melinoe.demonstration.race import race
 from melinoe.demonstration.replay import PREDICTED, replay
 from melinoe.demonstration.report import write_report
 from melinoe.demonstration.table import print_table
-from melinoe.errors import MelinoeError, missing_extra
+from melinoe.errors import MelinoeError
 from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.outputs import Kind, Output, json_file
 from melinoe.prediction.predictor import PREDICTOR, Predictor
 from melinoe.report.page import PAGE
-from melinoe.report.setting import data_folder, machine
+from melinoe.report.setting import commit, data_folder, machine
 from melinoe.routing.calls import DECODE
 from melinoe.routing.concentration import load_by_rank
 from melinoe.routing.policies import Strength
@@ -88,11 +88,9 @@ def demo(
         {...}, ...}.
 
     Raises:
-        MelinoeError: see the verbs; a missing extra, too little disk or something else where the demo would
+        MelinoeError: see the verbs; too little disk or something else where the demo would
             write is found before anything starts.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_extra("matplotlib", "report")
     output, source = Path(output_dir), local_folder(resolve_model(model))
     folder = data_folder(model, data)
     _check_output(output, {"model": source, "data": folder})
@@ -115,7 +113,11 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="melinoe-demo-") as scratch:
         run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape, sticky)
         result = run.run()
-    result["settings"] |= {"model": str(model), "data": "embedded" if data is None else str(data)}
+    result["settings"] |= {
+        "model": str(model),
+        "data": "embedded" if data is None else str(data),
+        "limit": limit,
+    }
     write_json(output / "result.json", result, indent=1, default=float)
     write_report(result, output / "report.html")
     print_table(result)
@@ -183,7 +185,7 @@ class _Demo:
                 "sticky": self.sticky,
                 **self.shape,
             },
-            "machine": machine(),
+            "machine": {**machine(), "melinoe": __version__, "commit": commit()},
             "seconds": self.stages.seconds,
         }
 

@@ -36,6 +36,7 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
     limit = MemoryLimit(PROCESS_BYTES + cached + arena.layer_bytes)
     measured: list[float] = []
     results: list[dict[str, Any]] = []
+    answers: dict[str, list[int]] = {}  # to the first prompt, by weights
     references: dict[tuple[str, bool], list[list[int]]] = {}  # by weights, and whether it is ours
     try:
         for contestant in rows:
@@ -47,6 +48,7 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
             if contestant.kind == "resident":
                 references[contestant.weights, False] = tokens
                 references[contestant.weights, True] = result.pop("own_tokens")
+                answers[contestant.weights] = result.pop("answer")
             reference = references[contestant.weights, contestant.kind == "melinoe"]
             pairs = zip(tokens, reference, strict=False)
             result["equals_resident"] = all(own == whole[: len(own)] for own, whole in pairs)
@@ -67,14 +69,16 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
         "bandwidth": median(measured),
         "record_bytes": store.max_record_bytes,
         "memory_limit_bytes": limit.limit_bytes if limit.available else None,
-        "answers": _answers(arena, {weights: all_of for (weights, own), all_of in references.items() if own}),
+        "answers": _answers(arena, answers),
     }
 
 
-def _answers(arena: Arena, tokens: dict[str, list[list[int]]]) -> dict[str, str]:
+def _answers(arena: Arena, tokens: dict[str, list[int]]) -> dict[str, str]:
     """The prompt, and what each of the weights answers it, in words."""
     tokenizer = load_tokenizer(arena.models["base"])
-    said = {weights: tokenizer.decode(ids[0], skip_special_tokens=True) for weights, ids in tokens.items()}
+    said = {
+        weights: tokenizer.decode(ids, skip_special_tokens=True).strip() for weights, ids in tokens.items()
+    }
     return {"prompt": tokenizer.decode(arena.prompts[0], skip_special_tokens=True), **said}
 
 

@@ -38,11 +38,14 @@ def _load(task: Contestant) -> Any:
     return load(task.model, slots=task.slots, policy=task.policy, predictor=task.predictor)
 
 
+LONGEST_ANSWER = 64  # tokens of the one that is shown, which may end where the model ends it
+
+
 def _request(
-    model: Any, tokenizer: Any, prompt: list[int], new_tokens: int
+    model: Any, tokenizer: Any, prompt: list[int], new_tokens: int, ignore_eos: bool = True
 ) -> tuple[list[int], GenerationStatistics]:
     tokens, statistics = [], None
-    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": 0.0}
+    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": ignore_eos, "temperature": 0.0}
     for piece in stream_generate(model, tokenizer, prompt, **settings):
         if piece.token is not None:
             tokens.append(piece.token)
@@ -104,6 +107,7 @@ def main(path: str) -> None:
     if task.kind == "resident":  # what the paged rows must equal: the same weights through the same kernels
         use_melinoe_experts(model)
         result["own_tokens"] = _pass(model, tokenizer, prompts, new_tokens, cold=False)[0]
+        result["answer"] = _request(model, tokenizer, prompts[0], LONGEST_ANSWER, ignore_eos=False)[0]
     paged = getattr(model, "melinoe_paged", None)
     if paged is not None:
         again, carried = _pass(model, tokenizer, prompts, new_tokens, cold=False)

@@ -1,79 +1,69 @@
-"""The figures of a sweep: the frontier, other budgets, and where the gain comes from."""
+"""The figures of a sweep: the frontier, other budgets, where the gain comes from, and how it was trained."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from melinoe.frontier.table import LOSSES, entry_at, reference, rows_of
-from melinoe.report.svg import new_axes, svg
+from markupsafe import Markup
 
-# eight hues that the colour-blind tell apart (Okabe and Ito), darkest first
-HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f3c8d", "#444444")
-GREY = "#6b7280"
-NAME_HEIGHT = 0.19  # inches, of a name beside a line
-NEAR = 1.08  # perplexity ratio up to which the second panel looks closer
+from melinoe.frontier.table import LOSSES, entry_at, reference, rows_of
+from melinoe.report.plots import Curve, Point, curves, scatter, smoothed
+from melinoe.report.shapes import COLOURS, WIDTH, spans
+
+BROAD = 760  # pixels of the frontier on a desk
+NEAR = 1.08  # perplexity ratio up to which the frontier looks; points behind it are drawn once more
+CONTROL, BASE = "--ink", "--six"  # colours
 
 
 def _colours(result: dict[str, Any]) -> dict[str, str]:
-    curves = list(dict.fromkeys(point["curve"] for point in result["points"][1:]))
-    return {curve: HUES[position % len(HUES)] for position, curve in enumerate(curves)}
+    own = [colour for colour in COLOURS if colour != BASE]
+    found = list(dict.fromkeys(point["curve"] for point in result["points"][1:]))
+    return {curve: own[position % len(own)] for position, curve in enumerate(found)}
 
 
-def frontier(result: dict[str, Any], data: str) -> str:
-    """Perplexity against expert loads, both over the control's; one curve for each objective."""
-    farthest = max(point[data]["to_control"]["perplexity"]["ratio"] for point in result["points"])
-    panels = 2 if farthest > NEAR else 1
-    figure, drawn = new_axes(8.6 if panels == 1 else 11.5, 4.6, columns=panels)
-    everything, *closer = [drawn] if panels == 1 else list(drawn)
-    _draw(everything, result, data)
-    figure.legend(
-        *everything.get_legend_handles_labels(),
-        frameon=False,
-        fontsize=9,
-        loc="outside lower center",
-        ncols=8,
-    )
-    for axes in closer:
-        _draw(axes, result, data)
-        axes.set_xlim(min(0.984, axes.get_xlim()[0]), NEAR + 0.005)
-        axes.set_title("the same, near the control", fontsize=10)
-    figure.draw_without_rendering()  # places on the page are known after this
-    (closer or [everything])[0].set_autoscale_on(False)
-    _names((closer or [everything])[0], result, data)
-    return svg(figure)
+def frontier(result: dict[str, Any], data: str) -> list[dict[str, Any]]:
+    """Perplexity against expert loads, both over the control's; one curve for each objective.
+
+    Returns:
+        The look near the control, and where points lie further away, one at all of them: {"broad", "narrow"
+        (the same for a telephone), "beyond" (names of points that it has no place for)}.
+    """
+    points = _points(result, data)
+    ends = [end for point in points for end in (point.x_range or (point.x,))]
+    farthest = max(point.x for point in points)
+    near = min(max(*(end for end in ends if end <= NEAR), 1 + LOSSES[0]), NEAR)
+    looks = [_look(result, points, min(0.995, *ends) - 0.002, near + 0.006)]
+    if farthest > NEAR:
+        looks.append(_look(result, points, min(0.99, *ends), 1 + 1.15 * (farthest - 1)))
+    return looks
 
 
-def _draw(axes: Any, result: dict[str, Any], data: str) -> None:
+def _points(result: dict[str, Any], data: str) -> list[Point]:
     policy, slots = reference(result)
     colours = _colours(result)
-    for loss, times in zip(LOSSES, (2, 3), strict=True):
-        axes.axvline(1 + loss, color="#bbb", lw=0.9, ls="--", zorder=0)
-        axes.axhline(1 / times, color="#bbb", lw=0.9, ls="--", zorder=0)
-        axes.annotate(
-            f"{times} times fewer", (1, 1 / times), xycoords=("axes fraction", "data"), fontsize=8,
-            color=GREY, ha="right", va="bottom",
-        )  # fmt: skip
-        axes.annotate(
-            f"+{loss:.0%}", (1 + loss, 0), xycoords=("data", "axes fraction"), fontsize=8, color=GREY,
-            xytext=(2, 3), textcoords="offset points",
-        )  # fmt: skip
-    for curve, colour in colours.items():
-        points = [point for point in result["points"][1:] if point["curve"] == curve]
-        found = sorted(
-            ((_place(point[data], policy, slots), point) for point in points), key=lambda p: p[0][0]
+    points = [
+        Point("base, untouched", *_place(result["base"][data], policy, slots), BASE, "ring"),
+        Point("control", 1.0, 1.0, CONTROL, "square"),
+    ]
+    for point in result["points"][1:]:
+        measured = point[data]
+        ratios = (
+            measured["to_control"]["perplexity"],
+            entry_at(measured["to_control"]["loads"], policy, slots),
         )
-        line = [(1.0, 1.0), *(place for place, _ in found)]
-        axes.plot(*zip(*line, strict=True), color=colour, lw=1.2, alpha=0.7)
-        for position, (place, point) in enumerate(found):
-            _point(axes, place, point[data], policy, slots, colour, curve if position == 0 else None)
-    base = _place(result["base"][data], policy, slots)
-    axes.plot(*base, marker="D", ms=6, mfc="white", mec=GREY, ls="", label="base, untouched")
-    axes.plot(1, 1, marker="s", ms=7, color="black", ls="", label="control")
-    axes.set(
-        xlabel="perplexity / control", ylabel=f"expert loads per token / control ({policy}, {slots} slots)"
-    )
-    axes.set_ylim(0, None)
-    axes.set_xlim(min(0.986, axes.get_xlim()[0]), max(1.06, axes.get_xlim()[1]))
+        across, down = ((ratio["low"], ratio["high"]) for ratio in ratios if ratio is not None)
+        several = measured["seeds"] if len(measured["seeds"]) > 1 else ()
+        points.append(
+            Point(
+                point["name"],
+                *_place(measured, policy, slots),
+                colours[point["curve"]],
+                x_range=across,
+                y_range=down,
+                others=tuple(_place(seed, policy, slots) for seed in several),
+            )
+        )
+    return points
 
 
 def _place(measured: dict[str, Any], policy: str, slots: int) -> tuple[float, float]:
@@ -82,106 +72,90 @@ def _place(measured: dict[str, Any], policy: str, slots: int) -> tuple[float, fl
     return measured["to_control"]["perplexity"]["ratio"], loads["ratio"]
 
 
-def _point(
-    axes: Any,
-    place: tuple[float, float],
-    measured: dict[str, Any],
-    policy: str,
-    slots: int,
-    colour: str,
-    label: str | None,
-) -> None:
-    """The pooled point with its intervals, and each seed beside it."""
-    ratios = measured["to_control"]["perplexity"], entry_at(measured["to_control"]["loads"], policy, slots)
-    bars = [
-        [[max(0.0, ratio["ratio"] - ratio["low"])], [max(0.0, ratio["high"] - ratio["ratio"])]]
-        for ratio in ratios
-        if ratio is not None
-    ]
-    axes.errorbar(
-        *place, xerr=bars[0], yerr=bars[1], marker="o", ms=5.5, color=colour, lw=1.1, ls="", label=label
-    )
-    for seed in measured["seeds"] if len(measured["seeds"]) > 1 else ():
-        axes.plot(*_place(seed, policy, slots), marker="o", ms=3, color=colour, alpha=0.35, ls="")
-
-
-def _names(axes: Any, result: dict[str, Any], data: str) -> None:
-    """Names beside the points, each on the side where least stands already."""
+def _look(result: dict[str, Any], points: list[Point], left: float, right: float) -> dict[str, Any]:
     policy, slots = reference(result)
-    colours = _colours(result)
-    points = [(_place(point[data], policy, slots), point) for point in result["points"][1:]]
-    left, right = axes.get_xlim()
-    points = [(place, point) for place, point in points if left <= place[0] <= right]
-    taken = [axes.transData.transform(place) for place, _ in points]
-    for place, point in points:
-        x, y = axes.transData.transform(place)
-        side = 2.6 * len(point["name"])  # half of a name's width in points
-        sides = [(side + 8, 6), (-side - 8, -7), (side + 8, -7), (-side - 8, 7), (0, 12), (0, -13)]
+    highest = max(1.0, *(point.y for point in points if left <= point.x <= right)) * 1.12
+    said = "; ".join(f"{one.name}: perplexity {one.x:.3f}, loads {one.y:.2f}" for one in points)
+    drawn = {
+        name: scatter(
+            points,
+            "perplexity / control",
+            f"Expert loads ({policy}, {slots} slots) against perplexity, over the control's. {said}",
+            x=(left, right),
+            y=(0.0, highest),
+            x_form="{:g}",
+            y_form="{:g}",
+            start=(1.0, 1.0),
+            x_guides=[(1 + loss, f"+{loss:.0%}") for loss in LOSSES if left < 1 + loss < right],
+            y_guides=[(1 / times, f"{times} times fewer") for times in (2, 3)],
+            width=width,
+            height=height,
+        )
+        for name, width, height in (("broad", BROAD, 330), ("narrow", WIDTH, 260))
+    }
+    beyond = [point.name for point in points if not left <= point.x <= right]
+    return {**drawn, "beyond": beyond}
 
-        def room(offset: tuple[float, float], x: float = x, y: float = y) -> float:
-            return min(abs(a - x - offset[0]) / 4 + abs(b - y - offset[1]) for a, b in taken)
 
-        best = max(sides, key=lambda offset: min(room(offset), 11))  # the first of those with room enough
-        taken.append((x + best[0], y + best[1]))
-        axes.annotate(
-            point["name"], place, xytext=best, textcoords="offset points", fontsize=8, ha="center",
-            va="center", color=colours[point["curve"]],
-        )  # fmt: skip
-
-
-def budgets(result: dict[str, Any], data: str) -> str:
-    """Loads over the control's at every budget: what is tuned for one serves the others."""
+def budgets(result: dict[str, Any], data: str) -> list[tuple[str, Markup]]:
+    """For each policy, loads over the control's at every budget: what is tuned for one serves the others."""
     policies = list(dict.fromkeys(row["policy"] for row in result["points"][0][data]["loads"]))
-    height = max(3.4, 0.17 * len(result["points"]) + 1.6)
-    figure, drawn = new_axes(
-        4.6 * len(policies) + 0.6, height, columns=len(policies), sharey=True, squeeze=False
-    )
     colours = _colours(result)
-    sizes = result["settings"]["budgets"]
-    for axes, policy in zip(drawn[0], policies, strict=True):
-        ends = []
+    figures = []
+    for policy in policies:
+        lines, seen = [], set()
         for point in result["points"][1:]:
-            entries = [entry_at(point[data]["to_control"]["loads"], policy, size) for size in sizes]
-            ratios = [entry for entry in entries if entry is not None]
-            axes.plot(
-                range(len(ratios)), [ratio["ratio"] for ratio in ratios], marker="o", ms=3.5, lw=1.1,
-                color=colours[point["curve"]], alpha=0.85,
-            )  # fmt: skip
-            ends.append((ratios[-1]["ratio"], point))
-        lowest = 0.0
-        for ratio, point in sorted(ends, key=lambda end: end[0]):
-            lowest = max(ratio, lowest + NAME_HEIGHT / height)
-            axes.annotate(
-                point["name"], (len(sizes) - 1, ratio), xytext=(len(sizes) - 0.9, lowest), fontsize=8,
-                va="center", color=colours[point["curve"]],
-                arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#bbb"},
-            )  # fmt: skip
-        axes.axhline(1, color="black", lw=1)
-        axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-        axes.set_xlim(-0.2, len(sizes) - 0.1)
-        axes.set(title=policy, xlabel="slots per layer")
-    drawn[0][0].set(ylabel="loads per token / control", ylim=(0, None))
-    return svg(figure)
+            found = [
+                (size, entry)
+                for size in result["settings"]["budgets"]
+                if (entry := entry_at(point[data]["to_control"]["loads"], policy, size)) is not None
+            ]
+            again = point["curve"] in seen  # another point of a curve has its colour: it is dashed
+            seen.add(point["curve"])
+            sizes, ratios = [size for size, _ in found], [entry["ratio"] for _, entry in found]
+            lines.append(Curve(point["name"], sizes, ratios, colours[point["curve"]], dashed=again))
+        said = "; ".join(f"{one.name}: {one.y[0]:.2f} to {one.y[-1]:.2f}" for one in lines)
+        label = f"Loads over the control's under {policy} by slots per layer. {said}"
+        figures.append((policy, curves(lines, "slots per layer", label, top=None, rule=1.0, y_form="{:g}")))
+    return figures
 
 
-def sources(result: dict[str, Any], data: str) -> str:
+def sources(result: dict[str, Any], data: str) -> dict[str, Markup]:
     """Own against shared sets, and the balance of the load: is it locality or collapse?"""
     _, slots = reference(result)
-    rows = rows_of(result, data)[::-1]
-    figure, (left, right) = new_axes(10.4, 0.3 * len(rows) + 1.2, columns=2, sharey=True)
-    colours = _colours(result) | {"base": GREY, "control": "black"}
-    curves = {"base": "base"} | {point["name"]: point["curve"] for point in result["points"]}
-    for position, (name, row) in enumerate(rows):
-        colour = colours.get("control" if name == "control" else curves[name], GREY)
+    colours = {point["name"]: _colours(result).get(point["curve"], CONTROL) for point in result["points"]}
+    sets, balance = [], []
+    for name, row in rows_of(result, data):
+        colour = CONTROL if name == "control" else colours.get(name, BASE)
         static = next(entry for entry in row["static"] if entry["slots"] == slots)
-        left.plot([static["shared"], static["own"]], [position] * 2, color=colour, lw=2, alpha=0.5)
-        left.plot(static["own"], position, marker="o", ms=6, color=colour, ls="")
-        left.plot(static["shared"], position, marker="o", ms=6, mfc="white", mec=colour, ls="")
-        layers = row["load_entropy_layers"]
-        right.plot([min(layers), max(layers)], [position] * 2, color=colour, lw=2, alpha=0.4)
-        right.plot(row["load_entropy"], position, marker="o", ms=6, color=colour, ls="")
-    left.set_yticks(range(len(rows)), [name for name, _ in rows])
-    left.set(xlabel=f"share of requests that a fixed set of {slots} serves", xlim=(0, 1))
-    right.set(xlabel="entropy of the load over experts, share of its maximum")
-    right.set_xlim(min(0.5, right.get_xlim()[0]), 1.01)
-    return svg(figure)
+        own, shared, layers = static["own"], static["shared"], row["load_entropy_layers"]
+        one = {"name": name, "colour": colour}
+        sets.append({**one, "ring": shared, "dot": own, "text": f"{own:.0%} / {shared:.0%}"})
+        balance.append(
+            {**one, "dot": row["load_entropy"], "ends": (min(layers), max(layers)),
+             "text": f"{row['load_entropy']:.3f}"}
+        )  # fmt: skip
+    lowest = min(0.5, *(end for one in balance for end in one["ends"]))
+    said = [f"{one['name']}: {one['text']}" for one in sets], [f"{o['name']}: {o['text']}" for o in balance]
+    return {
+        "sets": spans(sets, f"Requests that a fixed set of {slots} experts serves. {'; '.join(said[0])}"),
+        "balance": spans(balance, f"Entropy of the load. {'; '.join(said[1])}", lowest, 1.0),
+    }
+
+
+def training(result: dict[str, Any], key: str, said: str) -> Markup | None:
+    """A curve of the first seed's tuning for each point, smoothed, the raw one faintly behind it."""
+    colours, lines, seen = _colours(result), [], set()
+    for point in result["points"]:
+        curve = point.get("curves")
+        if not curve or len(curve["step"]) < 2:
+            continue
+        again = point["curve"] in seen
+        seen.add(point["curve"])
+        colour = colours.get(point["curve"], CONTROL)
+        raw = curve[key]
+        lines.append(Curve(point["name"], curve["step"], smoothed(raw), colour, dashed=again, raw=raw))
+    if not lines:
+        return None
+    ends = "; ".join(f"{one.name}: {one.y[0]:.3g} to {one.y[-1]:.3g}" for one in lines)
+    return curves(lines, "step", f"{said}, smoothed. {ends}", top=None, y_form="{:g}", at_points=False)

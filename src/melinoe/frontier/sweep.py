@@ -10,7 +10,7 @@ A change of the code is not in the hash: such a run is named, and a new output f
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 from melinoe._version import __version__
 from melinoe.conversion.checkpoint import Checkpoint
-from melinoe.errors import MelinoeError, missing_extra
+from melinoe.errors import MelinoeError
 from melinoe.files import NEW, write_json
 from melinoe.frontier.held_out import held_out_only, hold_out, write_split
 from melinoe.frontier.measuring import Measuring
@@ -29,10 +29,11 @@ from melinoe.frontier.runs import IN_DOMAIN, OUT_OF_DOMAIN, Run, control_of, run
 from melinoe.frontier.sums import Sums, compare, pooled, summary
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.outputs import Kind, Output
-from melinoe.report.setting import machine
+from melinoe.report.setting import commit, machine
 from melinoe.verbs import Stages
 
 FORMAT, VERSION = "melinoe-frontier", "1"
+CURVE_POINTS = 150  # of a curve of tuning in result.json
 
 
 def sweep(
@@ -83,8 +84,6 @@ def sweep(
         MelinoeError: a bad sweep, settings, model or data, something else than a sweep at `output_dir`, or a
             point that failed; finished ones are kept.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_extra("matplotlib", "report")
     if not seeds or len(set(seeds)) != len(seeds):
         raise MelinoeError("sweep: seeds", got=list(seeds), allowed="one or more, each once")
     chosen, measure = read_sweep(points, common)
@@ -117,15 +116,18 @@ def sweep(
             "model": str(model),
             "data": [str(folder) for folder in _list(data)],
             "out_of_domain": None if out_of_domain is None else str(out_of_domain),
+            "points": str(points) if isinstance(points, str | Path) else None,
+            "common": common or {},
             "seeds": list(seeds),
             "hold_out_rows": hold_out_rows,
+            "limit": limit,
             "train_rows": len(split.train),
             "rows": {name: len(lines) for name, lines in tests.items()},
             "slots": chosen[0].tune_settings(0).capacity(shape["num_experts"], shape["experts_per_token"]),
             **shape,
             **measuring.as_dict(),
         },
-        "machine": machine() | {"melinoe": __version__},
+        "machine": machine() | {"melinoe": __version__, "commit": commit()},
         **_tables(runs, chosen, {name: origins[name] for name in held_out}),
         "seconds": stages.seconds,
     }
@@ -175,6 +177,7 @@ def _tables(runs: list[Run], points: list[Point], data: dict[str, list[str]]) ->
         row: dict[str, Any] = {"name": point.name, "curve": point.curve, "settings": point.settings}
         for key in ("tuned", "code", "predictor"):
             row[key] = [measured[run.folder].get(key) for run in mine]
+        row["curves"] = tuning_curves(mine[0].folder / "adapter" / "losses.jsonl")
         for name in data:
             own = [measured[run.folder]["data"][name] for run in mine]
             other = [measured[run.folder]["data"][name] for run in controls]
@@ -187,6 +190,22 @@ def _tables(runs: list[Run], points: list[Point], data: dict[str, list[str]]) ->
     untouched = measured[base.folder]["data"]
     pairs = {name: _pool([untouched[name]] * len(first), [one[name] for one in first]) for name in data}
     return {"base": pairs, "points": rows}
+
+
+def tuning_curves(log: Path) -> dict[str, list[float]]:
+    """Of a log of losses, means of a few steps each: {"step", "nll", "misses"}; {} where there is no log.
+
+    Steps that were skipped, whose losses were no numbers, are left out.
+    """
+    if not log.is_file():
+        return {}
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if not line.get("skipped")]
+    each = -(-len(lines) // CURVE_POINTS) or 1
+    groups = [lines[first : first + each] for first in range(0, len(lines), each)]
+    means: dict[str, list[float]] = {"step": [group[-1]["step"] for group in groups]}
+    for key in ("nll", "misses"):
+        means[key] = [round(sum(line[key] for line in group) / len(group), 6) for group in groups]
+    return means
 
 
 def _pool(

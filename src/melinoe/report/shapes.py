@@ -9,7 +9,6 @@ HTML: a long name wraps, and never lies over another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -23,7 +22,7 @@ _MEMORY = {
     "KV cache and work space": ("cache_bytes", "work_bytes", "staging_bytes"),
     "experts": ("slot_bytes",),
 }
-COLOURS = ("--one", "--two", "--three", "--four", "--five", "--six")
+COLOURS = ("--one", "--two", "--three", "--four", "--five", "--six", "--seven", "--eight")
 
 
 def bars(rows: list[dict[str, Any]], label: str) -> Markup:
@@ -59,59 +58,50 @@ def bars(rows: list[dict[str, Any]], label: str) -> Markup:
     )
 
 
-def _svg(body: str, height: float, label: str) -> Markup:
+def spans(rows: list[dict[str, Any]], label: str, low: float = 0.0, high: float = 1.0) -> Markup:
+    """Two ends on one scale with a line between them, a row for each name.
+
+    Args:
+        rows: {"name", "ring", "dot" (values of the open and of the filled mark), "text", "colour"; optional:
+            "ends" (of the line; else both marks)}.
+    """
+
+    def share(value: float) -> str:
+        return f"{100 * min(1.0, max(0.0, (value - low) / ((high - low) or 1.0))):.2f}%"
+
+    parts = []
+    for row in rows:
+        first, last = sorted(row.get("ends") or (row["ring"], row["dot"]))
+        width = f"calc({share(last)} - {share(first)})"
+        marks = Markup('<i class="span" style="left:{};width:{};background:var({})"></i>').format(
+            share(first), width, row["colour"]
+        )
+        for kind in ("ring", "dot"):
+            if row.get(kind) is not None:
+                marks += Markup('<i class="{}" style="left:{};--mark:var({})"></i>').format(
+                    kind, share(row[kind]), row["colour"]
+                )
+        parts.append(
+            Markup(
+                '<div class="bar"><span>{}</span><div class="track thin">{}</div><em>{}</em></div>'
+            ).format(row["name"], marks, row["text"])
+        )
+    return Markup('<div class="bars" role="img" aria-label="{}">{}</div>').format(
+        label, Markup("").join(parts)
+    )
+
+
+def drawn(body: str, height: float, label: str, width: float = WIDTH) -> Markup:
+    """The body of a figure as an element that says in words what it shows."""
     return Markup(
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label)}">'
         f"<title>{escape(label)}</title>{body}</svg>"
     )
 
 
-def _text(x: float, y: float, words: object, anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
-
-
-def lines(
-    series: Sequence[tuple[str, Sequence[float], Sequence[float], bool]],
-    x_label: str,
-    label: str,
-    mark: float | None = None,
-) -> Markup:
-    """Curves of shares between 0 and 1.
-
-    Args:
-        series: (name, x, y, dashed).
-        mark: an x that a vertical line stands at.
-    """
-    left, right, top, bottom = 34, 8, 8, 150
-    xs = [x for _, values, _, _ in series for x in values]
-    low, high = min(xs), max(xs)
-
-    def at(x: float) -> float:
-        return left + (x - low) / ((high - low) or 1) * (WIDTH - left - right)
-
-    body = ""
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = bottom - share * (bottom - top)
-        body += f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>'
-        body += _text(left - 5, y + 4, f"{share:.0%}", "end")
-    for x in sorted(set(xs)):
-        body += _text(at(x), bottom + 16, f"{x:g}", "middle")
-    if mark is not None and low <= mark <= high:
-        body += f'<path class="mark" d="M{at(mark):.1f} {top}V{bottom}"/>'
-    legend = ""
-    for number, (name, values, shares, dashed) in enumerate(series):
-        colour = COLOURS[number % len(COLOURS)]
-        points = " ".join(
-            f"{at(x):.1f},{bottom - y * (bottom - top):.1f}" for x, y in zip(values, shares, strict=True)
-        )
-        dash = ' stroke-dasharray="4 3"' if dashed else ""
-        body += f'<polyline points="{points}" fill="none" stroke="var({colour})" stroke-width="2"{dash}/>'
-        y = bottom + 52 + 17 * (number // 2)
-        x = left + (WIDTH - left) / 2 * (number % 2)
-        legend += f'<path d="M{x} {y - 4}h18" stroke="var({colour})" stroke-width="2"{dash}/>'
-        legend += _text(x + 24, y, name)
-    body += _text((left + WIDTH) / 2, bottom + 33, x_label, "middle")
-    return _svg(body + legend, bottom + 60 + 17 * ((len(series) - 1) // 2), label)
+def words(x: float, y: float, said: object, anchor: str = "start") -> str:
+    """A line of text in a figure."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(said)}</text>'
 
 
 def heat(rows: list[list[float]], label: str) -> Markup:
@@ -123,13 +113,21 @@ def heat(rows: list[list[float]], label: str) -> Markup:
         largest = max(values) or 1.0
         y = layer * tall
         if len(rows) <= 16 or layer % 8 == 0:
-            body += _text(24, y + min(tall, 11), layer, "end")
+            body += words(24, y + min(tall, 11), layer, "end")
         body += "".join(
             f'<rect x="{30 + expert * cell:.1f}" y="{y:.1f}" width="{cell:.2f}" height="{tall - 1:.1f}" '
             f'fill="var(--one)" fill-opacity="{value / largest:.2f}"/>'
             for expert, value in enumerate(sorted(values, reverse=True))
         )
-    return _svg(body, len(rows) * tall + 2, label)
+    return drawn(body, len(rows) * tall + 2, label)
+
+
+def map_of(name: str, layers: list[list[float]]) -> dict[str, Any]:
+    """A map of what decoding asks of each layer's experts: {"name", "figure", "share" (in words)}."""
+    top = [sum(sorted(layer, reverse=True)[: max(1, len(layer) // 4)]) for layer in layers]
+    share = f"{sum(top) / len(top):.0%}"
+    said = f"{name}: a quarter of the experts of a layer serves {share} of its requests"
+    return {"name": name, "figure": heat(layers, said), "share": share}
 
 
 def timeline(steps: list[dict[str, float]]) -> Markup:
@@ -142,7 +140,7 @@ def timeline(steps: list[dict[str, float]]) -> Markup:
     # one token that the machine was busy in must not flatten all others: it is cut off at the top
     tallest = min(totals[-1], 3 * totals[len(totals) * 3 // 4]) or 1.0
     width = (WIDTH - left) / len(steps)
-    body = _text(left - 5, 12, f"{1000 * tallest:.0f} ms", "end") + _text(left - 5, bottom, "0", "end")
+    body = words(left - 5, 12, f"{1000 * tallest:.0f} ms", "end") + words(left - 5, bottom, "0", "end")
     for number, step in enumerate(steps):
         x, y = left + number * width, float(bottom)
         for name, colour in (("computing", "--one"), ("waiting", "--two")):
@@ -157,13 +155,13 @@ def timeline(steps: list[dict[str, float]]) -> Markup:
             f'<rect x="{x:.1f}" y="{bottom - tall:.1f}" width="{max(width / 3, 0.5):.2f}" '
             f'height="{tall:.1f}" fill="var(--three)"/>'
         )
-    body += _text((left + WIDTH) / 2, bottom + 16, "tokens of one answer, one column each", "middle")
+    body += words((left + WIDTH) / 2, bottom + 16, "tokens of one answer, one column each", "middle")
     names = {"--one": "computing", "--two": "waiting for a read", "--three": "reading, hidden"}
     for number, (colour, name) in enumerate(names.items()):
         x = left + number * 118
         body += f'<rect x="{x}" y="{bottom + 27}" width="10" height="10" fill="var({colour})"/>'
-        body += _text(x + 14, bottom + 36, name)
-    return _svg(body, bottom + 44, label)
+        body += words(x + 14, bottom + 36, name)
+    return drawn(body, bottom + 44, label)
 
 
 def stacked(parts: list[tuple[str, float, str]], label: str) -> Markup:

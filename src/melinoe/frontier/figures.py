@@ -29,7 +29,7 @@ def frontier(result: dict[str, Any], data: str) -> list[dict[str, Any]]:
         (the same for a telephone), "beyond" (names of points that it has no place for)}.
     """
     points = _points(result, data)
-    ends = [end for point in points for end in (point.x_range or (point.x,))]
+    ends = [end for point in points for end in (point.x, *(point.x_range or ()))]
     farthest = max(point.x for point in points)
     near = min(max(*(end for end in ends if end <= NEAR), 1 + LOSSES[0]), NEAR)
     looks = [_look(result, points, min(0.995, *ends) - 0.002, near + 0.006)]

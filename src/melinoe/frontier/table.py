@@ -136,11 +136,15 @@ def best_within(result: dict[str, Any], data: str, loss: float) -> dict[str, Any
 
 
 def sentences(result: dict[str, Any], data: str) -> list[str]:
-    """What one and five percent of perplexity buy."""
+    """What one and five percent of perplexity buy; one sentence where they buy the same."""
     policy, slots = reference(result)
-    said = []
+    said: list[str] = []
+    before = None
     for loss in LOSSES:
         best = best_within(result, data, loss)
+        if best is not None and best == before:
+            continue  # what is said of less holds for more
+        before = best
         if best is None or best["loads"]["ratio"] >= 1:
             said.append(
                 f"At no more than {loss:.0%} higher perplexity no point needs fewer loads than the control."

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import re
 import shlex
+from html import escape
 from pathlib import Path
+from xml.etree import ElementTree
 
 from typer.testing import CliRunner
 
 from melinoe.cli.main import app
 from melinoe.tiny.workload import write_splits
+from readme_demo import BEGIN, END, ROWS, figure, written
+from test_pages import demonstration as demo_result
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDERS = {"M": "tiny", "D": "data", "allenai/OLMoE-1B-7B-0924": "tiny", "default": "points.yaml"}
@@ -75,3 +79,32 @@ def test_what_the_map_of_the_readme_names_is_there():
     assert len(named) > 15
     missing = [name for name in named if not (ROOT / "src" / "melinoe" / name).exists()]
     assert not missing
+
+
+def test_the_first_screen_says_what_docs_results_says():
+    """Five rows whose numbers stand in a table there, a figure of the same speeds, and what repeats it."""
+    page, results = (ROOT / "README.md").read_text(), (ROOT / "docs" / "results.md").read_text()
+    demo = results.split("## The demo")[1].split("\n## ")[0]
+    shown = page.split(BEGIN)[1].split(END)[0]
+    drawn = (ROOT / "docs" / "demo.svg").read_text()
+    assert page.index(END) < page.index("    make demo") < page.index("## Use")
+    for name, said in ROWS.items():
+        cells = next(line for line in shown.splitlines() if line.startswith(f"| {said} |")).split(" | ")[1:-1]
+        there = [line.split(" | ") for line in demo.splitlines() if line.startswith(f"| {name} |")]
+        assert any(set(cells) <= {cell.strip(" |") for cell in line} for line in there), name
+        assert f">{cells[0]}</text>" in drawn and escape(said) in drawn
+
+
+def test_the_first_screen_is_written_by_a_tool():
+    result = demo_result("tiny")
+    for name in ("resident base", "tuned + decay"):
+        result["rows"].append(result["rows"][0] | {"name": name, "kind": name.split()[0]})
+    for row in result["rows"]:
+        row["kind"] = {"tuned": "melinoe"}.get(row["kind"], row["kind"])
+    drawn = figure(result)
+    ElementTree.fromstring(drawn)
+    assert drawn.count('height="18"') == 2 * len(ROWS) and "prefers-color-scheme: dark" in drawn
+    page = written(f"before\n{BEGIN}old\n{END}after\n", result)
+    assert page.startswith("before\n") and page.endswith(f"{END}after\n") and "old" not in page
+    assert page.count("\n| ") == len(ROWS) + 1
+    assert "needs 2.0 times the expert loads" in page

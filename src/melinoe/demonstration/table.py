@@ -29,8 +29,14 @@ COLUMNS: list[tuple[str, str, str]] = [
 
 def cells(row: dict[str, Any]) -> list[str]:
     """One row as text."""
+    return cells_of(row, [heading for heading, _, _ in COLUMNS])
+
+
+def cells_of(row: dict[str, Any], headings: list[str]) -> list[str]:
+    """Some columns of one row, by their headings."""
+    columns = {heading: (key, form) for heading, key, form in COLUMNS}
     texts = []
-    for _, key, form in COLUMNS:
+    for key, form in map(columns.__getitem__, headings):
         value = row.get(key)
         if value is None:
             texts.append("-")

@@ -101,8 +101,8 @@ def table(result: dict[str, Any]) -> str:
     everything = "[all rows](docs/results.md#the-demo-speed-at-equal-bytes)"
     lines += [
         "",
-        f"The embedded model, {shape['slots']} of {shape['num_experts']} experts of each layer in memory, one "
-        f"thread ({processor}).",
+        f"The embedded model, {shape['slots']} of {shape['num_experts']} experts of each layer in memory, "
+        f"one thread ({processor}).",
         f"The control, the same fine-tune without our losses, needs {times};",
         f"its NLL is {quality['control']['nll']:.4f} ({everything}).",
     ]

@@ -76,7 +76,7 @@ def test_a_data_set_is_read_by_split(tmp_path, monkeypatch):
     assert [record for _, record in found] == [{"question": "1+1?", "answer": "2"}] * 2
     assert found[1][0] == "openai/gsm8k, row 2"
     assert len(list(hub_data.read("openai/gsm8k", "valid"))) == 3
-    with pytest.raises(MelinoeError, match="no split test; got train, validation"):
+    with pytest.raises(MelinoeError, match="no split test; allowed: train, validation"):
         list(hub_data.read("openai/gsm8k", "test"))
 
 
@@ -88,7 +88,7 @@ def test_folders_that_the_library_saved(tmp_path):
     data.save_to_disk(str(tmp_path / "whole"))
     assert len(read_rows(tmp_path / "parts", "valid")) == len(read_rows(tmp_path / "whole", "test")) == 3
     assert read_rows(tmp_path / "parts")[0].unused == ("id",)
-    with pytest.raises(MelinoeError, match="no split test; got train, validation"):
+    with pytest.raises(MelinoeError, match="no split test; allowed: train, validation"):
         read_rows(tmp_path / "parts", "test")
 
 
@@ -108,7 +108,7 @@ def test_parquet_is_read_whole_and_in_shards(tmp_path):
     assert rows[1].where.endswith("train-00001-of-00002.parquet, row 1") and rows[0].unused == ("score",)
     whole = (tmp_path / "data" / "train-00000-of-00002.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-20])
-    with pytest.raises(MelinoeError, match=r"cut\.parquet, after row 0: damaged"):
+    with pytest.raises(MelinoeError, match=r"cut\.parquet is damaged after row 0"):
         read_rows(tmp_path / "cut.parquet")
 
 
@@ -181,9 +181,9 @@ def test_a_table_holds_texts_and_nothing_is_guessed(tmp_path):
         ("a.json", b'{\n "data": []}', "line 1: not JSON.*one array of objects"),
         ("a.json", b'[{"prompt": "a", "completion": "b"}, 3]', "row 2: not a JSON object"),
         ("a.jsonl", gzip.compress(LINE.encode(), mtime=0)[:-9], "damaged"),
-        ("a.csv", b"prompt;completion\na;b\n", "line 1: one column; got prompt;completion"),
-        ("a.csv", b"prompt,prompt\na,b\n", "a name stands twice"),
-        ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: 1 cells; allowed: 2"),
+        ("a.csv", b"prompt;completion\na;b\n", "line 1: there is only one column; got prompt;completion"),
+        ("a.csv", b"prompt,prompt\na,b\n", "two columns have the same name"),
+        ("a.csv", b"prompt,completion\na,b\nc\n", "line 3: the line has 1 cells; allowed: 2"),
         ("a.csv", b'prompt,completion\na,"b" c\n', "not a csv line"),
         ("a.csv", b"prompt,completion\n", "has no rows"),
         ("a.parquet", b"nothing", "not a parquet file"),
@@ -220,7 +220,7 @@ def test_a_split_of_a_single_file_that_cannot_be(tmp_path):
     assert len(read_rows(file, "test")) == 1
     with pytest.raises(MelinoeError, match="is one file, which has no split nonsense"):
         read_rows(file, "nonsense")
-    with pytest.raises(MelinoeError, match="a split without a name"):
+    with pytest.raises(MelinoeError, match="the split has no name"):
         read_rows(file, " ")
 
 
@@ -319,10 +319,10 @@ def test_tool_calls_stay_tool_calls(tmp_path):
         ({"messages": [user([{"type": "image"}]), assistant("yo")]}, "a part of a message is of type image"),
         ({"messages": [user(3), assistant("yo")]}, "the content of a message is the number 3"),
         ({"messages": "hi"}, "messages is text, and no JSON"),
-        ({"conversations": [{"from": "alien", "value": "hi"}]}, "a message from 'alien'"),
+        ({"conversations": [{"from": "alien", "value": "hi"}]}, "a message is from 'alien'"),
         ({"question": "1+1?", "answer": 2}, "answer is not text; got the number 2"),
         ({"prompt": "a", "completion": {"b": 1}}, "completion is not text; got an object"),
-        ({"prompt": "a", "completion": "b", "history": ["x"]}, "history; got"),
+        ({"prompt": "a", "completion": "b", "history": ["x"]}, "the history has an unknown form; got"),
         ({"prompt": "a", "completion": "b", "tools": "clock"}, "tools is text, and no JSON"),
         (
             {"messages": [{"role": "system", "content": "a"}, user("b"), assistant("c")], "system": "d"},
@@ -335,7 +335,7 @@ def test_tool_calls_stay_tool_calls(tmp_path):
                     {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]},
                 ]
             },
-            "a tool call; got",
+            "a tool call has an unknown form; got",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "unknown row format; got keys chosen, prompt"),
     ],

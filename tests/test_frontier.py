@@ -114,7 +114,7 @@ def test_default_points_know_every_objective():
             [{"name": "a", "max_steps": "many"}],
             "point a: tune: max_steps: a value of the wrong kind; got 'many'",
         ),
-        ([{"name": "a"}, {"name": "a"}], "two points of one name; got a"),
+        ([{"name": "a"}, {"name": "a"}], "two points have the same name; got a"),
         ([{"lambda_cs": 1}], "point 1 has no name"),
         ([{"name": "a", "seed": 3}], "unknown settings; got seed"),
         (["a"], "not a sweep"),
@@ -363,7 +363,9 @@ def test_mistakes_of_a_sweep_are_one_line(olmoe, data, tmp_path):
     assert "no such sweep; got nowhere.yaml" in refused("--sweep", "nowhere.yaml", *out)
     assert "not a list of seeds; got a" in refused("--sweep", "default", "--seeds", "a", *out)
     assert "seeds; got [0, 0]" in refused("--sweep", "default", "--seeds", "0,0", *out)
-    assert "--seeds, --limit: only with --sweep" in refused("--seeds", "0,1", "--limit", "5", *out)
+    assert "--seeds, --limit can only be given with --sweep" in refused(
+        "--seeds", "0,1", "--limit", "5", *out
+    )
     assert "--overwrite" in refused("--sweep", "default", "--overwrite", *out)
     assert "without the points of a sweep" in refused(
         "--sweep", "default", "--output-dir", str(tmp_path / "other")

@@ -85,7 +85,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path):
         write_gguf(norm, tmp_path / "a.gguf")
     with pytest.raises(MelinoeError, match="not written as GGUF; got phimoe"):
         write_gguf(save(tmp_path / "b", "phimoe"), tmp_path / "b.gguf")
-    with pytest.raises(MelinoeError, match="not a precision of GGUF files; got q3"):
+    with pytest.raises(MelinoeError, match="unknown precision of a GGUF file; got q3"):
         write_gguf("tiny", tmp_path / "c.gguf", "q3")
     window = save(tmp_path / "e", "mixtral", sliding_window=16)
     with pytest.raises(MelinoeError, match="computes this family otherwise; got sliding_window 16"):

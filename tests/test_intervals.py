@@ -33,7 +33,7 @@ def test_intervals_are_paired():
     found = perplexity_ratio(2.0 + noise, np.full(400, 2.0), np.ones(400))
     half = 1.96 * noise.std() / math.sqrt(400)  # of the mean difference, in nats
     assert math.log(found["high"] / found["low"]) / 2 == pytest.approx(half, rel=0.1)
-    with pytest.raises(MelinoeError, match="not the same sequences"):
+    with pytest.raises(MelinoeError, match="are not the same sequences"):
         ratio_of_sums(loads, loads[:2])
 
 

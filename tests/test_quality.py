@@ -91,7 +91,7 @@ def test_a_filter_is_chosen_by_the_data_set():
     mixed = evaluate((model, tokenizer), [replace(marked[0], task="gsm8k"), *rows(2)], **settings)
     assert mixed["answers"] == {"strict": 1, "text": 2}
     with pytest.raises(
-        MelinoeError, match="unknown way to compare; got guess; allowed: text, strict, flexible"
+        MelinoeError, match="unknown way to compare answers; got guess; allowed: text, strict, flexible"
     ):
         evaluate((model, tokenizer), marked, answers="guess")
 

@@ -212,7 +212,7 @@ def test_some_sequences_alone_replay_as_they_did_among_others(seed):
 
 
 def test_traces_of_different_models_are_not_joined():
-    with pytest.raises(MelinoeError, match="traces of different models"):
+    with pytest.raises(MelinoeError, match="are of different models"):
         joined([random_trace(0), replace(random_trace(0), fingerprint="g" * 16)])
 
 

@@ -49,10 +49,10 @@ def test_a_machine_by_its_description():
     for text, message in (
         ("gpu=24GiB,ram=64GiB,read=7GB/s", "a machine needs bus="),
         ("ram=64GiB", "a machine needs read="),
-        ("ram=64GiB,read=7GB", "read is a rate; got 7GB; allowed: such as 7GB/s"),
-        ("ram=64GB/s,read=7GB/s", "ram is a size"),
-        ("disk=7GB/s", "not a part of a machine; got 'disk=7GB/s'"),
-        ("ram", "not a part of a machine"),
+        ("ram=64GiB,read=7GB", "read= takes a rate; got 7GB; allowed: such as 7GB/s"),
+        ("ram=64GB/s,read=7GB/s", "ram= takes a size"),
+        ("disk=7GB/s", "unknown part of a machine; got 'disk=7GB/s'"),
+        ("ram", "unknown part of a machine"),
     ):
         with pytest.raises(MelinoeError, match=message):
             parse_machine(text)

@@ -201,7 +201,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise MelinoeError("no such adapter folder", got=folder)
+        raise MelinoeError("no such adapter folder", got=folder, next_step="make one with: melinoe tune")
     try:
         card = json.loads((folder / CARD).read_text())
         config = json.loads((folder / CONFIG).read_text())

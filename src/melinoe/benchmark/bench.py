@@ -86,9 +86,11 @@ class Size:
     def __post_init__(self) -> None:
         for name in ("repeats", "prompts"):
             if getattr(self, name) < 1:
-                raise MelinoeError(f"bench: {name}", got=getattr(self, name), allowed="1 or more")
+                raise MelinoeError(
+                    f"bench: {name} is too small", got=getattr(self, name), allowed="1 or more"
+                )
         if self.new_tokens < 2:
-            raise MelinoeError("bench: new_tokens", got=self.new_tokens, allowed="2 or more")
+            raise MelinoeError("bench: new_tokens is too small", got=self.new_tokens, allowed="2 or more")
 
 
 def bench(

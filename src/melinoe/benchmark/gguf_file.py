@@ -76,7 +76,7 @@ def write_gguf(
     dense = dense or ("f32" if precision == "f32" else "bf16")
     for given in (precision, dense):
         if given not in PRECISIONS:
-            raise MelinoeError("not a precision of GGUF files", got=given, allowed=", ".join(PRECISIONS))
+            raise MelinoeError("unknown precision of a GGUF file", got=given, allowed=", ".join(PRECISIONS))
     gguf, checkpoint = _gguf(), Checkpoint.open(source)
     architecture = _architecture(gguf, checkpoint.model.config)
     tensors = list(_tensors(gguf, checkpoint, architecture, precision, dense))

@@ -89,4 +89,4 @@ def refuse_without_sweep(**options: Any) -> None:
     """
     names = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if names:
-        raise MelinoeError(f"{', '.join(names)}: only with --sweep")
+        raise MelinoeError(f"{', '.join(names)} can only be given with --sweep")

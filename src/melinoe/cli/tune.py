@@ -95,8 +95,8 @@ def tune(
     if sweep is not None:
         if resume or memory is not None or "eval_data" in chosen:
             raise MelinoeError(
-                "--resume, --eval-data, --memory: not with --sweep, which goes on and measures by itself,"
-                " in memory"
+                "--resume, --eval-data and --memory cannot be given with --sweep",
+                next_step="leave them out: a sweep goes on and measures by itself, and tunes in memory",
             )
         return run_sweep(sweep, chosen, output_dir, swept, overwrite, as_json, progress=not quiet)
     refuse_without_sweep(**swept)

@@ -179,7 +179,7 @@ class _Columns:
             return None
         if not isinstance(value, kind):
             allowed = "a list" if kind is list else "an object"
-            raise MelinoeError(f"{self.where}: {name}", got=_kind(value), allowed=allowed)
+            raise MelinoeError(f"{self.where}: {name} has an unknown form", got=_kind(value), allowed=allowed)
         return value
 
     def unused(self) -> tuple[str, ...]:
@@ -230,7 +230,9 @@ def _side(columns: _Columns, name: str) -> list[Message]:
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
         raise MelinoeError(
-            f"{columns.where}: {name}", got=_kind(value), allowed="text, or a list of messages"
+            f"{columns.where}: {name} has an unknown form",
+            got=_kind(value),
+            allowed="text, or a list of messages",
         )
     return [_message(message, columns.where) for message in value]
 
@@ -245,7 +247,7 @@ def _with_history(columns: _Columns, messages: list[Message]) -> tuple[list[Mess
             before.append(_message(turn, columns.where))
         else:
             raise MelinoeError(
-                f"{columns.where}: history",
+                f"{columns.where}: the history has an unknown form",
                 got=f"{json.dumps(turn, default=str)[:60]}",
                 allowed="pairs of question and answer, or messages",
             )
@@ -277,7 +279,7 @@ def _message(found: Any, where: str) -> Message:
     if message.get("tool_calls"):
         calls = message["tool_calls"]
         if not isinstance(calls, list):
-            raise MelinoeError(f"{where}: tool_calls", got=_kind(calls), allowed="a list")
+            raise MelinoeError(f"{where}: tool_calls has an unknown form", got=_kind(calls), allowed="a list")
         message["tool_calls"] = [_tool_call(call, where) for call in calls]
     elif "tool_calls" in message:
         del message["tool_calls"]
@@ -294,7 +296,7 @@ def _from_value(found: dict[str, Any], where: str) -> Message:
     """ShareGPT's form of a message."""
     role, value = ROLES.get(str(found["from"]).lower()), found.get("value")
     if role is None:
-        raise MelinoeError(f"{where}: a message from {found['from']!r}", allowed=", ".join(sorted(ROLES)))
+        raise MelinoeError(f"{where}: a message is from {found['from']!r}", allowed=", ".join(sorted(ROLES)))
     if role == "function_call":
         call = _tool_call({"function": _json_of(value)}, where)
         return {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -331,7 +333,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     arguments = _json_of(function.get("arguments", {})) if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or arguments is None:
         raise MelinoeError(
-            f"{where}: a tool call",
+            f"{where}: a tool call has an unknown form",
             got=json.dumps(call, default=str)[:80],
             allowed='{"function": {"name": ..., "arguments": {...}}}',
         )

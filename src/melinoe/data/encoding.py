@@ -174,10 +174,16 @@ def _contents(messages: Iterable[Message], row: Row | None) -> list[str]:
     found = []
     for message in messages:
         if message["role"] == "tool" or set(message) & {"tool_calls"}:
-            raise MelinoeError(f"{where}: tools need a chat template, and this tokenizer has none")
+            raise MelinoeError(
+                f"{where}: tools need a chat template, and this tokenizer has none",
+                next_step="use a model whose tokenizer has one, or leave out the rows with tools",
+            )
         found.append(message.get("content", ""))
     if row is not None and row.tools:
-        raise MelinoeError(f"{where}: tools need a chat template, and this tokenizer has none")
+        raise MelinoeError(
+            f"{where}: tools need a chat template, and this tokenizer has none",
+            next_step="use a model whose tokenizer has one, or leave out the rows with tools",
+        )
     return found
 
 

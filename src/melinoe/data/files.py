@@ -126,7 +126,7 @@ def lines(file: Path, opened: Iterable[bytes]) -> Iterator[str]:
             next_step=_convert_from("latin1", file) + " where it is latin-1, as most such files are",
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise MelinoeError(f"{file}, after line {number}: damaged", got=str(error)) from None
+        raise MelinoeError(f"{file} is damaged after line {number}", got=str(error)) from None
 
 
 def _convert_from(encoding: str, file: Path) -> str:
@@ -187,7 +187,7 @@ def _table(file: Path, opened: Iterable[bytes], delimiter: str) -> Iterator[Reco
                 names = _header(cells, where, delimiter)
             elif len(cells) != len(names):
                 raise MelinoeError(
-                    f"{where}: {len(cells)} cells", allowed=f"{len(names)}, as in the first line"
+                    f"{where}: the line has {len(cells)} cells", allowed=f"{len(names)}, as in the first line"
                 )
             else:
                 yield where, dict(zip(names, cells, strict=True))
@@ -198,9 +198,11 @@ def _table(file: Path, opened: Iterable[bytes], delimiter: str) -> Iterator[Reco
 def _header(names: list[str], where: str, delimiter: str) -> list[str]:
     names = [name.strip() for name in names]
     if len(names) == 1 and any(other in names[0] for other in ";\t|,"):
-        raise MelinoeError(f"{where}: one column", got=names[0], allowed=f"names parted by {delimiter!r}")
+        raise MelinoeError(
+            f"{where}: there is only one column", got=names[0], allowed=f"names parted by {delimiter!r}"
+        )
     if len(set(names)) < len(names):
-        raise MelinoeError(f"{where}: a name stands twice", got=", ".join(names))
+        raise MelinoeError(f"{where}: two columns have the same name", got=", ".join(names))
     return names
 
 
@@ -219,7 +221,7 @@ def _parquet(file: Path) -> Iterator[Record]:
                 position += 1
                 yield f"{file}, row {position}", without_nothing(record)
     except (ArrowException, OSError) as error:
-        raise MelinoeError(f"{file}, after row {position}: damaged", got=str(error)) from None
+        raise MelinoeError(f"{file} is damaged after row {position}", got=str(error)) from None
 
 
 def without_nothing(value: Any) -> Any:

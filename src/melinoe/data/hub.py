@@ -76,7 +76,7 @@ def _chosen(source: object, split: str, found: list[str]) -> str:
     names = (split, *SPLIT_NAMES.get(split_of(split), ()))
     chosen = next((name for name in names if name in found), None)
     if chosen is None:
-        raise MelinoeError(f"{source} has no split {split}", got=", ".join(found))
+        raise MelinoeError(f"{source} has no split {split}", allowed=", ".join(found))
     return chosen
 
 

@@ -37,7 +37,7 @@ def resolve_data(source: str | Path) -> str | Path:
 def read_records(path: str | Path, split: str = "train", limit: int | None = None) -> Iterator[files.Record]:
     """The records of a data set as they stand there, each with its place. Arguments as of `read_rows`."""
     if not str(split).strip():
-        raise MelinoeError("a split without a name", allowed=", ".join(SPLITS))
+        raise MelinoeError("the split has no name", allowed=", ".join(SPLITS))
     path = resolve_data(path)
     if not Path(path).exists() and hub_data.is_id(str(path)):
         return hub_data.read(str(path), split, limit)

@@ -118,14 +118,16 @@ def paged(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def same_work_apart(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The two rows of ours that read alike for each token and were yet furthest apart: what noise can do.
+    """The two rows of a kind that read alike for each token, and were yet furthest apart: the noise.
 
     Returns:
         {"fast", "slow" (rows), "times"}; None where no two rows read alike, or where they are within five
         percent.
     """
     found = None
-    for fast, slow in combinations(paged(result), 2):
+    for fast, slow in combinations(sorted(result["rows"], key=lambda row: -row[SPEED]), 2):
+        if fast["kind"] != slow["kind"]:
+            continue
         ours, theirs = (row.get("loads_per_token", 0.0) for row in (fast, slow))
         if abs(ours - theirs) > SAME_WORK * max(ours, theirs):
             continue

@@ -55,7 +55,7 @@ def hold_out(sources: list[str | Path], number: int, limit: int | None) -> Split
         test += [(line, str(name)) for line in own + rows[end:]]
     if not test:
         raise MelinoeError(
-            "no held-out rows",
+            "there are no held-out rows",
             allowed="a folder with test.jsonl",
             next_step="or set rows aside: --hold-out N",
         )

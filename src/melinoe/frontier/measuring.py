@@ -46,12 +46,14 @@ class Measuring:
         unknown = [name for name in self.policies if name not in (*POLICIES, *BOUNDS)]
         if unknown or not self.policies:
             raise MelinoeError(
-                "sweep: policies", got=list(self.policies), allowed=", ".join([*sorted(POLICIES), *BOUNDS])
+                "sweep: unknown policies",
+                got=list(self.policies),
+                allowed=", ".join([*sorted(POLICIES), *BOUNDS]),
             )
         for name in ("exact_rows", "predictor_rows"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 0:
-                raise MelinoeError(f"sweep: {name}", got=value, allowed="0 or more rows")
+                raise MelinoeError(f"sweep: {name} is too small", got=value, allowed="0 or more rows")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -87,7 +87,7 @@ def read_sweep(
     names = [point.name for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise MelinoeError("sweep: two points of one name", got=", ".join(twice))
+        raise MelinoeError("sweep: two points have the same name", got=", ".join(twice))
     for point in points:
         point.tune_settings(0)
     return points, measuring

@@ -85,7 +85,9 @@ def sweep(
             point that failed; finished ones are kept.
     """
     if not seeds or len(set(seeds)) != len(seeds):
-        raise MelinoeError("sweep: seeds", got=list(seeds), allowed="one or more, each once")
+        raise MelinoeError(
+            "sweep: not a list of different seeds", got=list(seeds), allowed="one or more, each once"
+        )
     chosen, measure = read_sweep(points, common)
     given = {"slots": slots, "policies": policies, "exact_rows": exact_rows, "predictor_rows": predictor_rows}
     measure |= {name: value for name, value in given.items() if value is not None}
@@ -162,7 +164,7 @@ def _budgets(slots: Any, shape: dict[str, int]) -> tuple[int, ...]:
     if slots is None:
         return tuple(sorted({max(top_k, num_experts // part) for part in (8, 4, 2)}))
     if not slots or not all(isinstance(size, int) and 1 <= size <= num_experts for size in slots):
-        raise MelinoeError("sweep: slots per layer", got=slots, allowed=f"1 .. {num_experts}")
+        raise MelinoeError("sweep: impossible slots per layer", got=slots, allowed=f"1 .. {num_experts}")
     return tuple(sorted(set(slots)))
 
 

@@ -69,5 +69,5 @@ def perplexity_ratio(
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
-        raise MelinoeError("not the same sequences", got=f"{a.shape} and {b.shape}")
+        raise MelinoeError("the two sides are not the same sequences", got=f"{a.shape} and {b.shape}")
     return a, b

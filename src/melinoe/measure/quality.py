@@ -188,7 +188,9 @@ def evaluate(
     """
     names, rows = _metrics(metrics), data_rows(data, split, limit)
     if answers not in (None, "text", *FILTER_NAMES):
-        raise MelinoeError("unknown way to compare", got=answers, allowed=", ".join(("text", *FILTER_NAMES)))
+        raise MelinoeError(
+            "unknown way to compare answers", got=answers, allowed=", ".join(("text", *FILTER_NAMES))
+        )
     generated = [name for name in names if name != "perplexity"]
     if generated and any(row.is_text for row in rows):
         raise MelinoeError(

@@ -58,7 +58,9 @@ def open_model(
         )
     if not (isinstance(model, tuple) and len(model) == 2):
         raise MelinoeError(
-            "a loaded model comes with its tokenizer", got=type(model).__name__, allowed="(model, tokenizer)"
+            "a loaded model is given together with its tokenizer",
+            got=type(model).__name__,
+            allowed="(model, tokenizer)",
         )
     if sticky is not None:
         settle_stickiness(model[0], sticky)

@@ -23,10 +23,16 @@ def data_folder(model: str, data: str | Path | None) -> Path:
     if data is not None:
         folder = Path(data)
         if not folder.is_dir():
-            raise MelinoeError("not a data folder", got=folder, allowed="train, valid and test.jsonl")
+            raise MelinoeError(
+                "there is no such data folder", got=folder, allowed="one with train, valid and test.jsonl"
+            )
         return folder
     if model != "tiny":
-        raise MelinoeError("--data is missing", allowed="a folder of train, valid and test.jsonl")
+        raise MelinoeError(
+            "--data is missing",
+            allowed="a folder of train, valid and test.jsonl",
+            next_step="give one, or --model tiny, which brings its own",
+        )
     from melinoe.tiny import data_path
 
     return data_path()

@@ -299,7 +299,9 @@ def joined(traces: Sequence[Trace]) -> Trace:
     first = traces[0]
     for other in traces[1:]:
         if (other.fingerprint, other.num_experts) != (first.fingerprint, first.num_experts):
-            raise MelinoeError("traces of different models", got=other.fingerprint, allowed=first.fingerprint)
+            raise MelinoeError(
+                "the traces are of different models", got=other.fingerprint, allowed=first.fingerprint
+            )
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ARRAYS
     }

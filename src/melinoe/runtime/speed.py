@@ -134,12 +134,12 @@ def parse_machine(text: str) -> Machine:
         name, _, value = (piece.strip() for piece in part.partition("="))
         if name not in ("gpu", "ram", "read", "bus", "memory") or not value:
             raise MelinoeError(
-                "not a part of a machine", got=repr(part), allowed="gpu=, ram=, read=, bus=, memory="
+                "unknown part of a machine", got=repr(part), allowed="gpu=, ram=, read=, bus=, memory="
             )
         rate = name in ("read", "bus", "memory")
         if rate != bool(re.search(r"/\s*s$", value)):
             raise MelinoeError(
-                f"{name} is {'a rate' if rate else 'a size'}",
+                f"{name}= takes {'a rate' if rate else 'a size'}",
                 got=value,
                 allowed="such as 7GB/s" if rate else "such as 24GiB",
             )

@@ -69,7 +69,11 @@ def _load(source: str | Path, dtype: torch.dtype | None, device: str, pages: Pag
 def _checkpoint_activations(model: Any) -> None:
     """Every decoder layer keeps its input alone and computes the rest again in the backward pass."""
     if not model.supports_gradient_checkpointing:
-        raise MelinoeError("this model knows no gradient checkpointing", got=type(model).__name__)
+        raise MelinoeError(
+            "this model knows no gradient checkpointing",
+            got=type(model).__name__,
+            next_step="leave out --gradient-checkpointing",
+        )
     # the reentrant kind gives router logits without a gradient, silently
     model.activation_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()  # only the reentrant kind needs them

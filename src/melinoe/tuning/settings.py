@@ -194,7 +194,7 @@ class TuneSettings:
         target, loss = self.target_hit_rate, self.max_quality_loss
         if target is not None and loss is not None:
             raise MelinoeError(
-                "tune: two aims for one weight",
+                "tune: two aims are given for one weight",
                 got=f"target_hit_rate {target} and max_quality_loss {loss}",
                 allowed="one of them",
             )

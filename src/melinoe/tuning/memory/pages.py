@@ -75,7 +75,7 @@ def paging(
         return None
     if settings.shard:
         raise MelinoeError(
-            "tune: weights are divided among processes, or paged by each",
+            "tune: weights cannot be both divided among processes and paged",
             got="--shard with --memory or a store",
         )
     if memory is not None:

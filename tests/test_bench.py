@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape
 
 import pytest
 
@@ -168,6 +169,8 @@ def test_the_page_stands_alone(measured):
         page.count("<svg") == page.count("<svg viewBox") == page.count("<title>") - 1
     )  # each says what it is
     assert all(f">{row['name']}<" in page for row in result["rows"])
+    assert escape(result["answers"]["base"], quote=False).splitlines()[-1] in page and "answer:" in page
+    assert "answer" not in ours(result)  # one for all rows of the same weights
     assert "Repeat it: <code>melinoe bench --model tiny" in page and "prefers-color-scheme: dark" in page
 
 

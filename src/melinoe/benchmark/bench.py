@@ -231,7 +231,7 @@ class _Bench:
         prompts = prompts_of(self.held_out, arena.checkpoints[BASE], self.size.prompts, self.seed)
         predicted = self._predicted(arena, limit_bytes, prompts)
         self.stages.start("quality of every precision")
-        known = self._quality(arena, rows)
+        known = self._quality(arena, rows, prompts[0])
         self.stages.start("published policies in the simulator")
         slots = self._slots(arena, limit_bytes)
         routed = self._routing(arena, slots)
@@ -253,6 +253,7 @@ class _Bench:
             "simulated": routed.get(BASE, {}).get("rows", []),
             "routing": {name: {**one, "rows": None} for name, one in routed.items()},
             "answers": self.answers,
+            "prompt": load_tokenizer(arena.checkpoints[BASE]).decode(prompts[0], skip_special_tokens=True),
             "timeline": self.timeline,
             "budget": self.budget,
             "skipped": arena.skipped,
@@ -299,7 +300,7 @@ class _Bench:
             write_json(file, rows, default=float)
         return json.loads(file.read_text())
 
-    def _quality(self, arena: Arena, rows: list[Entry]) -> dict[str, dict[str, Any]]:
+    def _quality(self, arena: Arena, rows: list[Entry], prompt: list[int]) -> dict[str, dict[str, Any]]:
         if self.held_out is None or not self.size.quality_rows:
             return {}
         known = {}
@@ -309,8 +310,11 @@ class _Bench:
             if key in known:
                 continue
             if not file.is_file():
-                write_json(file, quality(arena, row, self.held_out[: self.size.quality_rows]))
+                write_json(file, quality(arena, row, self.held_out[: self.size.quality_rows], prompt))
             known[key] = json.loads(file.read_text())
+            answer = known[key].pop("answer", "")
+            if answer and key == f"{row.weights} auto":
+                self.answers[row.weights] = answer
             self.stages.note(f"{key}: NLL {known[key]['nll']:.4f}, Rouge-L {known[key]['rouge_l']:.3f}")
         return known
 
@@ -360,7 +364,7 @@ class _Bench:
         tokenizer = load_tokenizer(arena.checkpoints[BASE])
         for row in own:
             if row["precision"] == "auto" and row["weights"] not in self.answers:
-                first = runs[row["name"]][0]["requests"][0]["tokens"]
+                first = runs[row["name"]][0]["requests"][0]["tokens"]  # nobody measured its quality
                 self.answers[row["weights"]] = tokenizer.decode(first, skip_special_tokens=True)
         if own:
             best = max(own, key=lambda row: row[SPEED])

@@ -16,9 +16,11 @@ from melinoe.benchmark.gguf_file import expand_experts
 from melinoe.benchmark.prepare import Arena
 from melinoe.data.rows import Row
 from melinoe.measure.quality import evaluate
+from melinoe.runtime.generation import stream_generate
 from melinoe.runtime.load import load, load_resident, load_tokenizer
 from melinoe.store.manifest import open_store
 
+ANSWER_TOKENS = 64  # of the answer that is shown
 COMPLETION_TOKENS = 32  # of a completion that is compared with its reference
 
 
@@ -28,8 +30,8 @@ def key_of(row: Entry) -> str:
     return f"{row.weights} {precision}"
 
 
-def quality(arena: Arena, row: Entry, rows: list[Row]) -> dict[str, Any]:
-    """{"nll", "rouge_l", "num_rows"} on the rows."""
+def quality(arena: Arena, row: Entry, rows: list[Row], prompt: list[int]) -> dict[str, Any]:
+    """{"nll", "rouge_l", "num_rows"} on the rows, and the "answer" to a prompt, which ends where it ends."""
     model: Any
     if row.kind == LLAMA_CPP and row.precision != "bf16":
         model, tokenizer = load_resident(arena.checkpoints[BASE])
@@ -47,6 +49,8 @@ def quality(arena: Arena, row: Entry, rows: list[Row]) -> dict[str, Any]:
             max_new_tokens=COMPLETION_TOKENS,
             progress=False,
         )
+        settings: dict[str, Any] = {"max_new_tokens": ANSWER_TOKENS, "temperature": 0.0}
+        answer = "".join(one.text for one in stream_generate(model, tokenizer, prompt, **settings))
     if hasattr(model, "melinoe_paged"):
         model.melinoe_paged.pager.close()
-    return {name: found[name] for name in ("nll", "rouge_l", "num_rows")}
+    return {name: found[name] for name in ("nll", "rouge_l", "num_rows")} | {"answer": answer.strip()}

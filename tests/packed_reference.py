@@ -1,7 +1,8 @@
 """Packed experts computed without our store, slots and expansion: what docs/store.md says, in plain terms.
 
-Codes are read weight by weight from the documented bytes. Few bfloat16 rows go through torch's own packer and
-kernel, everything else is multiplied with the expanded matrix.
+Codes are read weight by weight from the documented bytes. Few bfloat16 rows go through our compiled kernels
+(which test_packed_kernels.py compares with exact products), or torch's own packer and kernel where those are
+not; everything else is multiplied with the expanded matrix.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from melinoe.models import undecorated
 from melinoe.models.layers import experts_modules
 from melinoe.paging.expansion import PackedExpert
 from melinoe.runtime.load import align
+from melinoe.store import kernels, packed_rows
 from melinoe.store.layout import RecordLayout, per_expert
 from melinoe.store.packing import SCALE, Packing, packing_of
 
@@ -90,12 +92,27 @@ class ReferenceExpert(PackedExpert):
             return None
         codes, scale = codes_of(self.packed, key, self.name, self.packing.tile), self.packed[key + SCALE]
         rows = F.pad(rows, (0, codes.shape[1] - rows.shape[1]))
+        if kernels._ours(self.name):
+            size_out = self.packing.out_in(self._field(key))[0]
+            return packed_rows.product(self.name, rows, (self.packed[key], scale), size_out)
         if self.name == "int8":
             return torch.ops.aten._weight_int8pack_mm(rows, codes.to(torch.int8), scale)
         lain = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        field = next(field for field in self.packing.expanded.fields if field.name == key)
-        size_out, _ = self.packing.out_in(field)
+        size_out, _ = self.packing.out_in(self._field(key))
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, lain, 64, scale)[:, :size_out]
+
+    def gated(self, others, rows: torch.Tensor, up: str, down: str) -> torch.Tensor | None:
+        if not self.as_codes or rows.dtype != torch.bfloat16 or len(rows) > FEW[self.name]:
+            return None
+        inner = self.packing.out_in(self._field(up))[0] // 2
+        parts = [
+            kernels.gated(self.name, rows, [(one.matrix(up), one.matrix(down))], inner)
+            for one in (self, *others)
+        ]
+        return None if parts[0] is None else torch.cat(parts)
+
+    def _field(self, key: str):
+        return next(field for field in self.packing.expanded.fields if field.name == key)
 
 
 def reference_experts(module, hidden_states, top_k_index, top_k_weights):

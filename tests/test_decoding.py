@@ -25,6 +25,7 @@ from melinoe.decoding.recording import Call, Event, Slot
 from melinoe.experts import compiled, few_rows_linear, forward
 from melinoe.experts.low_rank import attach_low_rank
 from melinoe.models.layers import experts_modules
+from melinoe.store import packed_rows
 
 NEW_TOKENS = 14
 # why the steps of a family are not replayed; the others are
@@ -187,6 +188,7 @@ def test_paged_with_the_same_decisions(tmp_path, monkeypatch, compiled_rows):
 def test_experts_of_all_kinds_for_one_token(family, record_format, functions, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "_library", None)  # what it computes is not traced
     monkeypatch.setattr(compiled, "_asked", True)
+    monkeypatch.setattr(packed_rows, "_library", lambda: None)
     source = save_checkpoint(tmp_path / "model", family, torch.bfloat16)
     melinoe.convert(source, tmp_path / "store", progress=False, format=record_format)
     paged = melinoe.load(tmp_path / "store", slots=8)

@@ -14,7 +14,7 @@ import melinoe
 from families import batch, save_checkpoint
 from melinoe.conversion.convert import _Records
 from melinoe.paging.expansion import PackedExpert
-from melinoe.store import grouped, kernels, rounding
+from melinoe.store import grouped, kernels, packed_rows, rounding
 from melinoe.store.manifest import MANIFEST, open_store, sealed
 from melinoe.store.packing import SCALE, Packing
 from melinoe.store.record_file import layer_to_json, write_layer
@@ -45,6 +45,77 @@ def test_a_row_does_not_depend_on_its_company(name, size):
     exact = rows.double() @ back.double().T
     # against weights that were rounded to bfloat16 once more
     assert (together.double() - exact).norm() <= 2**-7 * exact.norm() + 1e-6
+
+
+needs_ours = pytest.mark.skipif(not packed_rows.there(), reason="no compiler, or not these instructions")
+OURS = [
+    ("int8", (64, 64)),
+    ("int8", (130, 192)),
+    ("int8", (7, 64)),
+    ("int4", (70, 128)),
+    ("int4", (256, 1024)),
+]
+
+
+@needs_ours
+@pytest.mark.parametrize(("name", "size"), OURS, ids=str)
+def test_ours_compute_what_torch_computes(name, size):
+    """An output is rounded once; before that an input is off by at most 2^-16 of the largest beside it."""
+    _, codes, scale = packed_matrix(name, *size)
+    exact_OI = torch.empty(size)
+    rounding.of(name)[1](codes, scale, exact_OI)
+    rows = torch.randn(5, size[1]) * 10.0 ** torch.arange(-2, 3)[:, None]
+    rows[:, 3] *= 300  # one input far above the others of its group
+    rows = rows.bfloat16()
+    ours = packed_rows.product(name, rows, (codes, scale), size[0]).double()
+    exact = rows.double() @ exact_OI.double().T
+    largest = rows.double().abs().amax(1, keepdim=True)
+    off = 2**-15 * largest * exact_OI.double().abs().sum(1)
+    assert ((ours - exact).abs() <= 2**-8 * exact.abs() + off).all()
+    theirs = kernels._torch_product(name, rows, codes, scale, size[0]).double()
+    assert (ours - theirs).norm() <= 2**-7 * exact.norm()
+
+
+@needs_ours
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_ours_know_what_is_no_number(name):
+    """An input that is infinite or no number is seen in every output; zeros and the smallest are fine."""
+    _, codes, scale = packed_matrix(name, 70, 128)
+    rows = torch.randn(6, 128).bfloat16()
+    rows[0, 5], rows[1, 70], rows[2, 0] = float("nan"), float("inf"), float("-inf")
+    rows[3], rows[4] = 0, 1e-38
+    found = packed_rows.product(name, rows, (codes, scale), 70)
+    assert not found[:3].isfinite().any()
+    assert not found[3].any() and found[4].abs().max() < 1e-30 and found[5].isfinite().all()
+    torch.testing.assert_close(
+        packed_rows.product(name, rows[5:], (codes, scale), 70), found[5:], rtol=0, atol=0
+    )
+
+
+@needs_ours
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_whole_experts_in_one_call(name, monkeypatch):
+    """One expert alone, several, one row, many, and on two threads: the same bits; silu as torch has it."""
+    inner, hidden = 72, 128
+    experts = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        up, down = packed_matrix(name, 2 * inner, hidden), packed_matrix(name, hidden, inner)
+        experts.append(((up[1], up[2] * (1 + seed)), (down[1], down[2])))
+    rows = torch.randn(7, hidden).bfloat16()
+    together = kernels.gated(name, rows, experts, inner).view(3, 7, hidden)
+    for expert, each in zip(experts, together, strict=True):
+        for row in range(7):
+            assert torch.equal(kernels.gated(name, rows[row : row + 1], [expert], inner), each[row : row + 1])
+        both = kernels.product(name, rows, *expert[0], 2 * inner)
+        act = torch.nn.functional.silu(both[:, :inner]) * both[:, inner:]
+        steps = kernels.product(name, act, *expert[1], hidden)
+        assert (steps.double() - each.double()).norm() <= 2**-8 * steps.double().norm()
+    one = kernels.product(name, rows, *experts[0][0], 2 * inner)
+    monkeypatch.setattr(packed_rows, "LARGE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert kernels.gated(name, rows, experts, inner) is None  # step by step, divided
+    assert torch.equal(kernels.product(name, rows, *experts[0][0], 2 * inner), one)
 
 
 def test_tiles_of_other_processors():

@@ -43,8 +43,8 @@ def expert_output(module: nn.Module, hidden: torch.Tensor, weights: Views, exper
     up = "gate_up_proj" if module.has_gate else "up_proj"
     packed = weights if isinstance(weights, PackedExpert) else None
     few = packed is None and not module.is_transposed and compiled.few(hidden)
-    if few and low_rank is None and compiled.is_gated_silu(module):
-        out = compiled.gated(hidden, [weights[up]], [weights["down_proj"]])
+    if low_rank is None and compiled.is_gated_silu(module):
+        out = _gated(hidden, [weights])
         if out is not None:
             return out
 
@@ -70,16 +70,21 @@ def experts_outputs(module: nn.Module, hidden_1H: torch.Tensor, experts: list[Vi
 
     Without low-rank additions.
     """
-    if (
-        compiled.is_gated_silu(module)
-        and compiled.few(hidden_1H)
-        and not isinstance(experts[0], PackedExpert)
-    ):
-        ups, downs = ([one[name] for one in experts] for name in ("gate_up_proj", "down_proj"))
-        found = compiled.gated(hidden_1H, ups, downs)
-        if found is not None:
-            return found
+    found = _gated(hidden_1H, experts) if compiled.is_gated_silu(module) else None
+    if found is not None:
+        return found
     return torch.cat([expert_output(module, hidden_1H, one, -1) for one in experts])
+
+
+def _gated(hidden_NH: torch.Tensor, experts: list[Views]) -> torch.Tensor | None:
+    """[E * N, H] of experts with silu on the same few rows, in one call; None: step by step."""
+    up, down = "gate_up_proj", "down_proj"
+    first, *others = experts
+    if isinstance(first, PackedExpert):
+        return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, up, down)
+    if not compiled.few(hidden_NH):
+        return None
+    return compiled.gated(hidden_NH, [one[up] for one in experts], [one[down] for one in experts])
 
 
 def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -91,7 +91,7 @@ class PackedExpert(Mapping[str, torch.Tensor]):
     They hold until the scratch record is used for another expert.
     """
 
-    def __init__(self, layer: ScratchLayer, packed: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, layer: _ScratchLayer, packed: Mapping[str, torch.Tensor]) -> None:
         self.layer, self.packed = layer, packed
         self._expanded: set[str] = set()
 
@@ -121,6 +121,29 @@ class PackedExpert(Mapping[str, torch.Tensor]):
             layer.packing.format, rows, packed[name], packed[name + SCALE], layer.out[name]
         )
 
+    def gated(
+        self, others: Sequence[PackedExpert], rows: torch.Tensor, up: str, down: str
+    ) -> torch.Tensor | None:
+        """This expert and others of its layer, with silu, on the same rows, from their records as they lie.
+
+        Args:
+            rows: [N, H].
+            up, down: names of the matrices [2 * I, H] and [H, I].
+
+        Returns:
+            [E * N, H], expert by expert; None where it is to be done step by step. Which of the two depends
+            on what `product` depends on, and on the number of threads.
+        """
+        layer = self.layer
+        if not 0 < len(rows) <= layer.few_rows or rows.dtype != kernels.DTYPE or rows.requires_grad:
+            return None
+        matrices = [(one.matrix(up), one.matrix(down)) for one in (self, *others)]
+        return kernels.gated(layer.packing.format, rows, matrices, layer.out[up] // 2)
+
+    def matrix(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes and the scales of a matrix."""
+        return self.packed[name], self.packed[name + SCALE]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.layer.views)
 
@@ -128,25 +151,22 @@ class PackedExpert(Mapping[str, torch.Tensor]):
         return len(self.layer.views)
 
 
-class ScratchLayer:
+class _ScratchLayer:
     """What the packed experts of one layer have in common.
 
     views: of the scratch record, as the module's own parameters. tile: of int4 codes in the slots.
     few_rows: up to which the kernel is used, 0 where there is none. out: of each matrix, its outputs.
     """
 
-    def __init__(self, packing: Packing, record: torch.Tensor, tile: int) -> None:
-        self.packing, self.tile = packing, tile
+    def __init__(self, stored: StoredLayer, record: torch.Tensor, tile: int) -> None:
+        assert stored.packing is not None
+        self.packing = packing = stored.packing
+        self.tile = tile
         self.fields = {field.name: field for field in packing.expanded.fields}
         self.views = {name: _scratch_view(record, field, packing) for name, field in self.fields.items()}
         computed = _computed(packing, record.device) and kernels.usable(packing.format, tile)
         self.few_rows = kernels.FEW_ROWS[packing.format] if computed else 0
         self.out = {name: packing.out_in(field)[0] for name, field in self.fields.items() if is_matrix(field)}
-
-
-def _packing(stored: StoredLayer) -> Packing:
-    assert stored.packing is not None
-    return stored.packing
 
 
 def _scratch_view(record: torch.Tensor, field: Field, packing: Packing) -> torch.Tensor:
@@ -171,7 +191,7 @@ class Scratch:
         layouts = [slot_layout(layer, False) for layer in store.layers]
         self.buffer = RecordBuffer(1, max(layout.record_bytes for layout in layouts), device)
         self._layers = [
-            ScratchLayer(_packing(layer), self.buffer.tensor[0, : layout.record_bytes], tile)
+            _ScratchLayer(layer, self.buffer.tensor[0, : layout.record_bytes], tile)
             for layer, layout, tile in zip(store.layers, layouts, tiles, strict=True)
         ]
 

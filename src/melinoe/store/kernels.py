@@ -1,5 +1,6 @@
-"""torch's packed kernels: which of them this machine has, and one product by each.
+"""Packed kernels: which of them this machine has, and what they compute.
 
+Ours (`packed_rows`) where this machine has them, else torch's, whatever the number of rows.
 They compute rows by a matrix of int8 or int4 codes as it lies, without weights of full size in between. Each
 row is summed in the same order however many rows there are, so a row's result does not depend on its company.
 What a machine has is found by asking the kernels, not by the processor's name: torch chooses among them when
@@ -13,7 +14,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from melinoe.store import rounding
+from melinoe.store import packed_rows, rounding
 
 # rows up to which a kernel is faster than expanding the matrix and multiplying; more are expanded. Fixed, and
 # not measured where it runs: which kernel computes a row may not depend on a clock (docs/decisions)
@@ -47,7 +48,7 @@ def _agrees(name: str, tile: int) -> bool:
     write(weight_OI, codes, scale)
     expand(codes, scale, expanded_OI)
     try:
-        found = product(name, torch.eye(64, dtype=DTYPE), codes, scale, 64)
+        found = _torch_product(name, torch.eye(64, dtype=DTYPE), codes, scale, 64)
     except (AttributeError, NotImplementedError, RuntimeError):  # this torch has no such kernel
         return False
     return torch.allclose(found.float(), expanded_OI.T, rtol=2**-7, atol=0)
@@ -61,8 +62,41 @@ def product(
     codes, scale: as `rounding` describes them, codes of int4 in the tiles of this machine; their shape is not
     looked at.
     """
+    rows = _filled_up(rows)
+    if _ours(name):
+        return packed_rows.product(name, rows, (codes, scale), size_out)
+    return _torch_product(name, rows, codes, scale, size_out)
+
+
+def _filled_up(rows: torch.Tensor) -> torch.Tensor:
     missing = rounding.padded(rows.shape[1]) - rows.shape[1]
-    rows = F.pad(rows, (0, missing)) if missing else rows.contiguous()
+    return F.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def _ours(name: str) -> bool:
+    """Whether our kernels compute a format here: int4 codes lie as torch wants them."""
+    return packed_rows.there() and (name == "int8" or machine_tile() == packed_rows.TILE)
+
+
+def gated(
+    name: str, rows: torch.Tensor, experts: list[tuple[packed_rows.Matrix, packed_rows.Matrix]], inner: int
+) -> torch.Tensor | None:
+    """Whole experts with silu on the same rows [N, hidden]; None where they are computed step by step.
+
+    experts: of each, up [2 * inner, hidden], the gate's half first, and down [hidden, inner].
+
+    Returns:
+        [E * N, hidden], expert by expert; the bits that one expert alone has.
+    """
+    hidden = rows.shape[1]
+    if not _ours(name) or packed_rows.divided(2 * inner * rounding.padded(hidden)):
+        return None
+    return packed_rows.gated(name, _filled_up(rows), experts, hidden, inner)
+
+
+def _torch_product(
+    name: str, rows: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, size_out: int
+) -> torch.Tensor:
     if name == "int8":
         return torch.ops.aten._weight_int8pack_mm(rows, codes, scale)
     out = torch.ops.aten._weight_int4pack_mm_for_cpu(

@@ -71,6 +71,7 @@ static inline __attribute__((always_inline)) void multiply_block(const float *ro
     floats sums[4][4] = {{{0}}};
     for (int64_t place = 0; place < whole; place += STEP)
         for (int output = 0; output < outputs; output++) {
+            __builtin_prefetch(weight + (output + 4) * in + place); /* the next block's: see packed_rows.c */
             const words both = pairs(weight + output * in + place);
             const floats even = (floats)(both << 16), odd = (floats)(both & 0xffff0000u);
             for (int row = 0; row < count; row++) {

@@ -1,0 +1,118 @@
+"""Few bfloat16 rows by int8 and int4 codes through native/packed_rows.c, where this machine can.
+
+It takes two thirds of the time of torch's packed kernels: it asks memory for what comes next, and multiplies
+four bytes at a time (docs/log.md). Whole experts are one call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+from melinoe.native import library
+from melinoe.store import rounding
+
+TILE = 64  # of int4 codes: the only order that it reads
+LARGE = 2**20  # weights from which on a matrix is divided among torch's number of threads
+Matrix = tuple[torch.Tensor, torch.Tensor]  # codes and scales, as `rounding` has them
+
+_BITS = {"int8": 8, "int4": 4}
+
+
+@cache
+def _library() -> Any:
+    """The compiled kernels; None: they cannot be had, this processor lacks the instructions, or they err."""
+    found: Any = library.opened("packed_rows.c")
+    if found is None or not found.melinoe_packed_there():
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    found.melinoe_packed_product.argtypes = [pointer] * 4 + [number] * 6
+    found.melinoe_packed_gated.argtypes = [pointer] * 3 + [number] * 6
+    return found if all(_agrees(found, name) for name in _BITS) else None
+
+
+def _agrees(found: Any, name: str) -> bool:
+    """Whether a small matrix gives what it stands for."""
+    generator = torch.Generator().manual_seed(0)
+    weight_OI, rows = torch.randn(70, 128, generator=generator), torch.randn(3, 128, generator=generator)
+    code_shape, scale_shape = rounding.shapes(name, 70, 128, TILE)
+    codes = torch.empty(code_shape, dtype=torch.int8 if name == "int8" else torch.uint8)
+    scale, expanded_OI = torch.empty(scale_shape, dtype=torch.bfloat16), torch.empty(weight_OI.shape)
+    write, expand = rounding.of(name)
+    write(weight_OI, codes, scale)
+    expand(codes, scale, expanded_OI)
+    rows = rows.bfloat16()
+    computed = _product(found, name, rows, (codes, scale), len(weight_OI)).double()
+    return torch.allclose(computed, rows.double() @ expanded_OI.double().T, rtol=2**-7, atol=2**-7)
+
+
+def there() -> bool:
+    """Whether this machine has the kernels; the first call compiles them. It holds for the process."""
+    return _library() is not None
+
+
+def product(name: str, rows: torch.Tensor, matrix: Matrix, size_out: int) -> torch.Tensor:
+    """rows [N, in filled up to 64] by a packed matrix -> [N, out]; all bfloat16, on the CPU, contiguous.
+
+    Where they are `there`. Raises MemoryError.
+    """
+    return _product(_library(), name, rows, matrix, size_out)
+
+
+def _product(found: Any, name: str, rows: torch.Tensor, matrix: Matrix, size_out: int) -> torch.Tensor:
+    out = rows.new_empty(len(rows), size_out)
+    tensors = rows, *matrix, out
+    given = *(tensor.data_ptr() for tensor in tensors), *rows.shape, size_out
+
+    def compute(first: int, last: int) -> int:
+        return int(found.melinoe_packed_product(*given, first, last, _BITS[name]))
+
+    if divided(rows.shape[1] * size_out):
+        failed = library.in_parts(compute, size_out, TILE, torch.get_num_threads())
+    else:
+        failed = compute(0, size_out)
+    return _whole(out, failed)
+
+
+def divided(weights: int) -> bool:
+    """Whether a matrix of so many weights is divided among torch's threads."""
+    return weights >= LARGE and torch.get_num_threads() > 1
+
+
+def gated(
+    name: str, rows: torch.Tensor, experts: list[tuple[Matrix, Matrix]], hidden: int, inner: int
+) -> torch.Tensor:
+    """Whole experts with silu on the same rows: down(silu(gate(x)) * up(x)).
+
+    Args:
+        rows: as for `product`.
+        experts: of each, up [2 * inner, hidden], the gate's half first, and down [hidden, inner].
+
+    Returns:
+        [E * N, hidden], expert by expert.
+
+    Raises:
+        MemoryError: no memory for a row.
+    """
+    out = rows.new_empty(len(experts) * len(rows), hidden)
+    weights = [tensor.data_ptr() for up, down in experts for tensor in (*up, *down)]
+    failed = _library().melinoe_packed_gated(
+        rows.data_ptr(),
+        (ctypes.c_void_p * len(weights))(*weights),
+        out.data_ptr(),
+        len(experts),
+        *rows.shape,
+        hidden,
+        inner,
+        _BITS[name],
+    )
+    return _whole(out, failed)
+
+
+def _whole(out: torch.Tensor, failed: int) -> torch.Tensor:
+    if failed:  # torch would do it with other roundings
+        raise MemoryError("no memory for a row of an expert")
+    return out

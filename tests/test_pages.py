@@ -288,7 +288,11 @@ def _page_of(figure):
 def test_pages_fit_a_telephone_and_two_sheets(browser, tmp_path, kind):
     if kind == "demo":
         write_report(full("a_model_with_quite_a_long_name" * 4), tmp_path / "page.html")
-    else:
-        write_frontier(swept(*[(1 + 0.01 * number, 0.5, 0.6) for number in range(6)]), tmp_path)
+    else:  # twelve points on two kinds of data
+        result = swept(*[(1 + 0.004 * number, 0.3 + 0.02 * number, 0.6) for number in range(12)])
+        curve = {"step": [1, 2, 3], "nll": [1.0, 2.0, 1.5], "misses": [2.0, 1.0, 0.5]}
+        for point in (result["base"], *result["points"]):
+            point |= {"out_of_domain": point["held_out"], "curves": curve}
+        write_frontier(result, tmp_path)
         (tmp_path / "frontier.html").rename(tmp_path / "page.html")
     check_page(browser, tmp_path / "page.html")

@@ -191,17 +191,26 @@ def scatter(
     axes.scales(ticks(*x, 5 if width <= WIDTH else 8), ticks(*y, 5), x_form, y_form, x_label)
     area = (axes.left + 2, axes.top - 6, axes.width - 1.0, axes.bottom - 1)
     taken: list[Box] = []
+    shown = [one for one in points if x[0] <= one.x <= x[1] and y[0] <= one.y <= y[1]]
     for value, said in x_guides:
         across, _ = axes.at(value, y[0])
         axes.line((value, value), y, 'class="mark"')
-        axes.body += words(across + 3, axes.bottom - 5, said)
-        taken.append((across, axes.bottom - 16, across + 4 + width_of(said), axes.bottom))
+        wide = width_of(said) + 4
+        left = across if across + wide <= axes.right else across - wide
+        axes.body += words(left + 3, axes.bottom - 5, said)
+        taken.append((left, axes.bottom - 16, left + wide, axes.bottom))
     for value, said in y_guides:
         _, down = axes.at(x[0], value)
         axes.line(x, (value, value), 'class="mark"')
-        axes.body += words(axes.right, down - 4, said, "end")
-        taken.append((axes.right - width_of(said), down - 16, axes.right, down))
-    shown = [one for one in points if x[0] <= one.x <= x[1] and y[0] <= one.y <= y[1]]
+        wide = width_of(said)
+        box = (axes.right - wide, down - 16, axes.right, down)
+        near = (box[0] - 6, box[1] - 12, box[2] + 6, box[3] + 12)
+        if any(_overlap(near, (x, y, x + 1, y + 1)) for x, y in (axes.at(one.x, one.y) for one in shown)):
+            box = (axes.left + 4, box[1], axes.left + 4 + wide, box[3])  # points stand there
+            axes.body += words(box[0], down - 4, said)
+        else:
+            axes.body += words(axes.right, down - 4, said, "end")
+        taken.append(box)
     if joined:
         _join(axes, shown, start)
     for one in shown:

@@ -232,6 +232,13 @@ def test_what_repeats_a_sweep_names_no_path():
     )
 
 
+def test_curves_of_one_colour_are_not_joined():
+    points = [Point(str(x), x, x, "--one", curve) for x, curve in ((0.2, "a"), (0.4, "b"), (0.6, "a"))]
+    axes = {"x": (0.0, 1.0), "y": (0.0, 1.0), "x_form": "{:g}", "y_form": "{:g}"}
+    drawn = re.findall(r'points="([^"]+)"[^>]*stroke-opacity="0.6"', scatter(points, "x", "two", **axes))
+    assert [line.count(",") for line in drawn] == [2, 1]
+
+
 def test_places_by_hand():
     area = (0.0, 0.0, 200.0, 100.0)
     first = place((100.0, 50.0), 40.0, area, [])

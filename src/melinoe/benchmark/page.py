@@ -148,7 +148,6 @@ def _frontier(rows: list[dict[str, Any]]) -> Markup | None:
         y=(0.0, 1.1 * max(row[SPEED] for row in rows)),
         x_form="{:.3g}",
         y_form="{:g}",
-        joined=False,
     )
 
 

@@ -189,7 +189,6 @@ def _frontier(result: dict[str, Any]) -> Markup:
         y=(0.0, 1.15 * max(point.y for point in points)),
         x_form="{:+g}",
         y_form="{:g}",
-        joined=False,
         height=190,
     )
 

@@ -42,8 +42,8 @@ def _points(result: dict[str, Any], data: str) -> list[Point]:
     policy, slots = reference(result)
     colours = _colours(result)
     points = [
-        Point("base, untouched", *_place(result["base"][data], policy, slots), BASE, "ring"),
-        Point("control", 1.0, 1.0, CONTROL, "square"),
+        Point("base, untouched", *_place(result["base"][data], policy, slots), BASE, mark="ring"),
+        Point("control", 1.0, 1.0, CONTROL, mark="square"),
     ]
     for point in result["points"][1:]:
         measured = point[data]
@@ -58,6 +58,7 @@ def _points(result: dict[str, Any], data: str) -> list[Point]:
                 point["name"],
                 *_place(measured, policy, slots),
                 colours[point["curve"]],
+                point["curve"],
                 x_range=across,
                 y_range=down,
                 others=tuple(_place(seed, policy, slots) for seed in several),

@@ -36,12 +36,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Point:
-    """A point with its name. x_range, y_range: an interval; others: faint points that belong to it."""
+    """A point with its name. x_range, y_range: an interval; others: faint points that belong to it.
+
+    Points of one curve are joined; colours are fewer than curves may be.
+    """
 
     name: str
     x: float
     y: float
     colour: str
+    curve: str = ""
     mark: str = "dot"  # or ring, square
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
@@ -175,13 +179,12 @@ def scatter(
     x_form: str,
     y_form: str,
     start: tuple[float, float] | None = None,
-    joined: bool = True,
     x_guides: Sequence[tuple[float, str]] = (),
     y_guides: Sequence[tuple[float, str]] = (),
     width: int = WIDTH,
     height: int = 250,
 ) -> Markup:
-    """Points with names beside them; those of one colour are joined, from `start` on, by a line.
+    """Points with names beside them; those of one curve are joined, from `start` on, by a line.
 
     Args:
         x, y: what the axes span; points outside are left out.
@@ -211,8 +214,7 @@ def scatter(
         else:
             axes.body += words(axes.right, down - 4, said, "end")
         taken.append(box)
-    if joined:
-        _join(axes, shown, start)
+    _join(axes, shown, start)
     for one in shown:
         taken += _point(axes, one)
     for one in sorted(shown, key=lambda one: (-one.x, one.y)):
@@ -221,8 +223,8 @@ def scatter(
 
 
 def _join(axes: _Axes, points: Sequence[Point], start: tuple[float, float] | None) -> None:
-    for colour in dict.fromkeys(one.colour for one in points if one.mark == "dot"):
-        line = sorted((one.x, one.y) for one in points if (one.colour, one.mark) == (colour, "dot"))
+    for colour, curve in dict.fromkeys((one.colour, one.curve) for one in points if one.curve):
+        line = sorted((one.x, one.y) for one in points if one.curve == curve)
         line = [start, *line] if start is not None else line
         axes.line([a for a, _ in line], [b for _, b in line], f'stroke="var({colour})" stroke-opacity="0.6"')
 

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from melinoe.benchmark.entries import ACCELERATE, BASE, CONTROL, LLAMA_CPP, OURS, RESIDENT, TUNED
-from melinoe.benchmark.summary import SPEED
+from melinoe.benchmark.summary import SPEED, told_apart
 from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
 from melinoe.config import format_bytes
 from melinoe.demonstration.watched import steps_of
@@ -74,11 +74,18 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     rival = max(alike, key=lambda row: row[SPEED])
     ratio = best[SPEED] / rival[SPEED]
     apart = best["rank"] != rival["rank"]
+    if "speeds" in best and "speeds" in rival:  # a shared rank may be for the sake of a third row
+        pair = best["speeds"], rival["speeds"]
+        apart = told_apart(*pair) or told_apart(*pair[::-1])
     numbers = [
         {
-            "value": f"{ratio:.1f}×" if ratio >= 1 or not apart else f"{1 / ratio:.1f}× slower",
+            "value": f"{ratio:.1f}×"
+            if ratio >= 1 and apart
+            else f"{1 / ratio:.1f}× slower"
+            if apart
+            else "even",
             "text": f"{best['name']} against {rival['name']}: {best[SPEED]:.1f} and {rival[SPEED]:.1f} tok/s"
-            + ("" if apart else "; too close to tell apart here"),
+            + ("" if apart else "; too close or too noisy to tell apart here"),
         }
     ]
     plain = next((row for row in result["rows"] if row["weights"] == BASE and _bits(row) == 16), None)

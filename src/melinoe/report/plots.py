@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from melinoe.report.shapes import COLOURS, WIDTH, drawn, words
 
 TALL = 7.5, 6.9  # pixels above and below the middle of a line of text, with some air
-LONGEST = 26  # characters of a name in a figure; the whole name is its title, and stands in the tables
+LONGEST = 30  # characters of a name in a figure; the whole name is its title, and stands in the tables
 DIRECTIONS = [math.radians(angle) for angle in (0, 180, 270, 90, 315, 45, 225, 135, 340, 20, 200, 160)]
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom

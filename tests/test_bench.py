@@ -48,6 +48,10 @@ def test_every_column_is_measured(measured, capsys):
     assert row["prefill_bytes_per_request"] > 0 and row["preload_bytes_per_request"] == 0
     assert row["decode_loads_per_token"] > 0 and 0 < row["hit_rate"] < 1
     assert row["answers_equal"] == 1.0 and row["nll"] < 5 and row["slots"] >= 1
+    low, high = row["predicted_range"]
+    assert 0 < low < row["predicted_tokens_per_second"] < high
+    assert row["prediction_error_at_hits"] > -1 and 0 < row["predicted_hit_rate"] <= 1
+    assert len(list((folder / "predicted").iterdir())) == 2  # before each repeat
     assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
     assert {"commit", "processor", "torch", "melinoe"} <= result["machine"].keys()
     assert {row["rank"] for row in result["rows"]} <= {1, 2}

@@ -17,7 +17,10 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import torch
 
 from melinoe._version import __version__
 from melinoe.benchmark.entries import (
@@ -51,6 +54,7 @@ from melinoe.report.setting import commit, data_folder, machine
 from melinoe.runtime.forecast import NO_CACHE
 from melinoe.runtime.load import load_tokenizer
 from melinoe.runtime.plan import plan
+from melinoe.runtime.speed import Rates, Shape, token_seconds
 from melinoe.verbs import Stages
 
 FORMAT, VERSION = "melinoe-bench", "1"
@@ -217,6 +221,7 @@ class _Bench:
         self.answers: dict[str, str] = {}
         self.timeline: dict[str, Any] = {}
         self.budget: dict[str, Any] = {}
+        self.predicted: list[dict[str, Any]] = []  # before each repeat
 
     def run(self, predictor: str | None, memory: int | str | None, record_bytes: int) -> dict[str, Any]:
         self.stages.start("preparing weights, stores and files")
@@ -229,7 +234,6 @@ class _Bench:
         shape = Checkpoint(arena.checkpoints[BASE]).shape
         limit_bytes = self._limit_bytes(arena, shape, memory)
         prompts = prompts_of(self.held_out, arena.checkpoints[BASE], self.size.prompts, self.seed)
-        predicted = self._predicted(arena, limit_bytes, prompts)
         self.stages.start("quality of every precision")
         known = self._quality(arena, rows, prompts[0])
         self.stages.start("published policies in the simulator")
@@ -244,7 +248,7 @@ class _Bench:
         finally:
             limit.close()
         for row in table:
-            row |= _prediction(row, predicted)
+            row |= _prediction(row, self.predicted)
             row |= known.get(row.pop("quality_key"), {})
         return {
             "format": FORMAT,
@@ -283,22 +287,26 @@ class _Bench:
         found = plan(arena.store.folder, self._budget(limit_bytes), measure_seconds=0)
         return int(found["budget"]["slots"])
 
-    def _predicted(
-        self, arena: Arena, limit_bytes: int, prompts: list[list[int]]
-    ) -> dict[str, dict[str, Any]]:
-        """What `melinoe plan` says beforehand, by format and policy."""
-        file = self.output / "predicted.json"
+    def _predict(self, arena: Arena, limit_bytes: int, prompts: list[list[int]], repeat: int) -> None:
+        """What `melinoe plan` says before a repeat, by format and policy: what else the machine does meets
+        its probes as it meets the rows."""
+        file = self.output / "predicted" / f"{repeat}.json"
         if not file.is_file():
-            found = plan(
-                arena.checkpoints[BASE],
-                self._budget(limit_bytes),
-                context=max(map(len, prompts)) + self.size.new_tokens,
-                measure_seconds=0,
-                speeds=True,
-            )
+            before = torch.get_num_threads()
+            torch.set_num_threads(self.threads)
+            try:
+                found = plan(
+                    arena.store.folder,
+                    self._budget(limit_bytes),
+                    context=max(map(len, prompts)) + self.size.new_tokens,
+                    measure_seconds=0,
+                    speeds=True,
+                )
+            finally:
+                torch.set_num_threads(before)
             rows = {f"{row['format']} {row['policy']}": row for row in found["speeds"]}
             write_json(file, rows, default=float)
-        return json.loads(file.read_text())
+        self.predicted.append(json.loads(file.read_text()))
 
     def _quality(self, arena: Arena, rows: list[Entry], prompt: list[int]) -> dict[str, dict[str, Any]]:
         if self.held_out is None or not self.size.quality_rows:
@@ -339,6 +347,8 @@ class _Bench:
         runs: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
         failed: dict[str, str] = {}
         for repeat in range(self.size.repeats):
+            if any(row.kind == OURS for row in rows):
+                self._predict(arena, limit.limit_bytes, prompts, repeat)
             for row in rows if repeat % 2 == 0 else rows[::-1]:
                 if row.name in failed:
                     continue
@@ -451,17 +461,26 @@ def _agreement(row: Entry, runs: dict[str, list[dict[str, Any]]], rows: list[Ent
     return {"answers_equal": equal / len(own)}
 
 
-def _prediction(row: dict[str, Any], predicted: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What was predicted for a row of ours on the base's weights: nobody told the plan of a tuning."""
-    policy = NO_CACHE if row["slots"] == 0 else row["policy"]
-    found = predicted.get(f"{row['precision']} {policy}")
-    if row["kind"] != OURS or row["weights"] != BASE or row["predicted"] or found is None:
+def _prediction(row: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was predicted for a row of ours on the base's weights: nobody told the plan of a tuning.
+
+    The error has two causes, so it is given without the one of them, too: at the hits that came.
+    """
+    name = f"{row['precision']} {NO_CACHE if row['slots'] == 0 else row['policy']}"
+    found = [one[name] for one in predicted if name in one]
+    if row["kind"] != OURS or row["weights"] != BASE or row["predicted"] or not found:
         return {}
-    speed = found["tokens_per_second"]
+    speed = median(one["tokens_per_second"] for one in found)
+    at_hits = median(
+        1 / token_seconds(Shape(**one["shape"]), Rates(**one["rates"]), row["hit_rate"] or 0.0)
+        for one in found
+    )
     return {
         "predicted_tokens_per_second": speed,
-        "predicted_range": [found["low"], found["high"]],
+        "predicted_range": [median(one[end] for one in found) for end in ("low", "high")],
+        "predicted_hit_rate": found[0]["hit_rate"],
         "prediction_error": speed / row[SPEED] - 1,
+        "prediction_error_at_hits": at_hits / row[SPEED] - 1,
     }
 
 

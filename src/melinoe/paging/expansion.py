@@ -91,7 +91,7 @@ class PackedExpert(Mapping[str, torch.Tensor]):
     They hold until the scratch record is used for another expert.
     """
 
-    def __init__(self, layer: _ScratchLayer, packed: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, layer: ScratchLayer, packed: Mapping[str, torch.Tensor]) -> None:
         self.layer, self.packed = layer, packed
         self._expanded: set[str] = set()
 
@@ -151,22 +151,25 @@ class PackedExpert(Mapping[str, torch.Tensor]):
         return len(self.layer.views)
 
 
-class _ScratchLayer:
+class ScratchLayer:
     """What the packed experts of one layer have in common.
 
     views: of the scratch record, as the module's own parameters. tile: of int4 codes in the slots.
     few_rows: up to which the kernel is used, 0 where there is none. out: of each matrix, its outputs.
     """
 
-    def __init__(self, stored: StoredLayer, record: torch.Tensor, tile: int) -> None:
-        assert stored.packing is not None
-        self.packing = packing = stored.packing
-        self.tile = tile
+    def __init__(self, packing: Packing, record: torch.Tensor, tile: int) -> None:
+        self.packing, self.tile = packing, tile
         self.fields = {field.name: field for field in packing.expanded.fields}
         self.views = {name: _scratch_view(record, field, packing) for name, field in self.fields.items()}
         computed = _computed(packing, record.device) and kernels.usable(packing.format, tile)
         self.few_rows = kernels.FEW_ROWS[packing.format] if computed else 0
         self.out = {name: packing.out_in(field)[0] for name, field in self.fields.items() if is_matrix(field)}
+
+
+def _packing(stored: StoredLayer) -> Packing:
+    assert stored.packing is not None
+    return stored.packing
 
 
 def _scratch_view(record: torch.Tensor, field: Field, packing: Packing) -> torch.Tensor:
@@ -191,7 +194,7 @@ class Scratch:
         layouts = [slot_layout(layer, False) for layer in store.layers]
         self.buffer = RecordBuffer(1, max(layout.record_bytes for layout in layouts), device)
         self._layers = [
-            _ScratchLayer(layer, self.buffer.tensor[0, : layout.record_bytes], tile)
+            ScratchLayer(_packing(layer), self.buffer.tensor[0, : layout.record_bytes], tile)
             for layer, layout, tile in zip(store.layers, layouts, tiles, strict=True)
         ]
 

@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from melinoe.errors import MelinoeError
+from melinoe.experts.low_rank import projection_size
 from melinoe.models.layers import MoeLayer, experts_per_token
+from melinoe.models.undecorated import has_flat_experts
 from melinoe.runtime import probe
-from melinoe.runtime.speed import Machine, Rates, Shape, hit_rate, predict
+from melinoe.runtime.speed import Machine, Rates, Shape, predict
 from melinoe.store.layout import RecordLayout
 from melinoe.store.packing import FORMATS, packing_of
 
@@ -27,25 +29,34 @@ LITTLE = 1.1  # times faster than no cache, up to which a cache does not pay
 
 @dataclass(frozen=True)
 class Records:
-    """The experts of a model, before they are taken out of it. layouts: of each layer, in its own dtype."""
+    """The experts of a model, before they are taken out of it.
+
+    layouts: of each layer, in its own dtype. module: of the first layer. hidden_size: of its inputs.
+    """
 
     layouts: tuple[RecordLayout, ...]
     num_experts: tuple[int, ...]
-    transposed: bool
+    module: Any
+    hidden_size: int
 
     @classmethod
-    def of(cls, layers: list[MoeLayer]) -> Records:
+    def of(cls, model: Any, layers: list[MoeLayer]) -> Records:
+        first = layers[0].experts
+        hidden_size = model.config.get_text_config().hidden_size
+        if not has_flat_experts(model):
+            hidden_size, _ = projection_size(first, "up")
         return cls(
             tuple(RecordLayout.of(layer.experts) for layer in layers),
             tuple(layer.num_experts for layer in layers),
-            bool(layers[0].experts.is_transposed),
+            first,
+            int(hidden_size),
         )
 
     def in_format(self, format: str) -> list[tuple[int, int]]:
         """(experts, bytes of a record) of each layer in a store format."""
         sizes = []
         for layout in self.layouts:
-            packing = packing_of(format, layout, self.transposed)
+            packing = packing_of(format, layout, bool(self.module.is_transposed))
             sizes.append((layout if packing is None else packing.record_layout()).record_bytes)
         return list(zip(self.num_experts, sizes, strict=True))
 
@@ -68,6 +79,8 @@ def forecast(
 ) -> list[dict[str, Any]]:
     """Rows {"format", "policy", "slots", "hit_rate", "tokens_per_second", "low", "high"}, fastest first.
 
+    Each has "shape" and "rates" too, what it was made of.
+
     Args:
         model: without its experts, on the meta device.
         files: of the model, to measure reading with; none: nothing can be said of this machine.
@@ -77,47 +90,36 @@ def forecast(
     shape = Shape(
         len(records.layouts), max(records.num_experts), experts_per_token(model), dense_bytes(model)
     )
-    rows = []
+    rows, bookkeeping = [], None
     for format in FORMATS:
         sizes = records.in_format(format)
         try:
             slots = slots_of(sizes)
         except MelinoeError:  # not one slot in every layer
             slots = 0
-        rates = _rates(model, records, sizes, format, files, shape, slots, machine)
-        if rates is None:
-            return []
+        largest = max(size for _, size in sizes)
+        if machine is not None:
+            rates = machine.rates(largest, sum(count * size for count, size in sizes), shape.top_k)
+        else:
+            read = probe.group_seconds(files, largest, sorted({1, shape.top_k}))
+            if read is None:
+                return []
+            bookkeeping = bookkeeping or probe.bookkeeping()
+            rates = Rates(*bookkeeping, *_arithmetic(model, records, format, shape.top_k), read)
         policies = [(NO_CACHE, 0), *((policy, slots) for policy in POLICIES if slots)]
         for policy, held in policies:
             found = predict(shape, rates, "lru" if policy == NO_CACHE else policy, held)
-            rows.append({"format": format, "policy": policy, "slots": held, **vars(found)})
+            made_of = {"shape": vars(shape), "rates": vars(rates)}
+            rows.append({"format": format, "policy": policy, "slots": held, **vars(found), **made_of})
     return sorted(rows, key=lambda row: -row["tokens_per_second"])
 
 
-def _rates(
-    model: nn.Module,
-    records: Records,
-    sizes: list[tuple[int, int]],
-    format: str,
-    files: list[Path],
-    shape: Shape,
-    slots: int,
-    machine: Machine | None,
-) -> Rates | None:
-    largest = max(size for _, size in sizes)
-    if machine is not None:
-        return machine.rates(largest, sum(count * size for count, size in sizes))
-    misses = round(shape.top_k * (1 - hit_rate("decay", slots, shape.num_experts)))
-    read = probe.record_seconds(files, largest, max(1, misses))
-    if read is None:
-        return None
+def _arithmetic(model: nn.Module, records: Records, format: str, top_k: int) -> tuple[float, float]:
+    """(bytes a second of weights by one row, seconds of one expert) on this machine."""
     hidden = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
-    return Rates(
-        probe.layer_seconds(),
-        probe.dense_bytes_per_second(hidden, hidden, next(model.parameters()).dtype),
-        probe.expert_seconds(records.layouts[0], records.transposed, format),
-        read,
-    )
+    dense = probe.dense_bytes_per_second(hidden, hidden, next(model.parameters()).dtype)
+    expert = probe.expert_seconds(records.module, records.layouts[0], records.hidden_size, top_k, format)
+    return dense, expert
 
 
 def advice(rows: list[dict[str, Any]], num_experts: int) -> list[str]:

@@ -74,7 +74,7 @@ def plan(
         memory = there.budget_bytes if memory is None and slots is None else memory
     place = usable_device(device)
     checkpoint = Checkpoint.open(source, weights=False)
-    model, experts = checkpoint.model, Records.of(checkpoint.layers)
+    model, experts = checkpoint.model, Records.of(checkpoint.model, checkpoint.layers)
     with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
         store, not_measured = _store_of(checkpoint, Path(scratch) / "index")
         bandwidth = None

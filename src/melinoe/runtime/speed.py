@@ -2,14 +2,18 @@
 
 Seconds of one token = layers x (bookkeeping + what of the experts takes longer: reading the misses, or
 computing the hits meanwhile; and the last miss computed behind it) + the weights that every token multiplies.
+A layer misses now one expert and now several: what it takes is a mean over the numbers that a hit rate makes
+likely, and no layer's is that of the mean number.
 
-What the shape cannot say is how a model routes. The share of requests that a cache of a share x of the
-experts serves lies between x (even routing) and nearly all of them; trained models that we measured stand
-near x ** 0.45 under our policy (docs/log.md). So a prediction has a band, and its ends are those two.
+What the shape cannot say is how a model routes. Of the share of requests that a cache of a share x of the
+experts serves, the odds are a multiple of the odds of x, nearly the same one at an eighth and at three
+quarters of the experts (docs/log.md): 2.3 to 4 in trained models that we measured under our policy, 1 with
+even routing, 10 and more where an answer repeats itself. So a prediction has a band, and its ends are those.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +21,11 @@ from typing import Any
 from melinoe.config import parse_bytes
 from melinoe.errors import MelinoeError
 
-HIT_EXPONENT = {"decay": 0.45, "lfu": 0.5, "lru": 0.55}  # of the share of experts that are held
-EVEN, NARROW = 1.0, 0.2  # exponents of the ends of the band: even routing, routing that keeps to few
+HIT_ODDS = {"decay": 3.3, "lfu": 3.0, "lru": 2.7}  # over the odds of the share of experts that are held
+EVEN, NARROW = 1.0, 12.0  # the same at the ends of the band: even routing, routing that keeps to few
 MARGIN = 0.15  # of the rates themselves
 # where a machine is described and not measured: bytes a second of weights in memory, and seconds per layer
-HOST_MEMORY, DEVICE_MEMORY, LAYER_SECONDS = 20e9, 600e9, 3e-4
+HOST_MEMORY, DEVICE_MEMORY, LAYER_SECONDS, MISSED_SECONDS = 20e9, 600e9, 3e-4, 6e-4
 
 
 @dataclass(frozen=True)
@@ -38,14 +42,17 @@ class Shape:
 class Rates:
     """A machine, for experts in one format.
 
-    layer_seconds: bookkeeping of one layer. dense_bytes_per_second: weights by one row.
-    expert_seconds: one expert on one row. record_seconds: one record fetched, as many at once as are missed.
+    layer_seconds: bookkeeping of one layer whose experts are all at hand. missed_seconds: what is added where
+    none is, reading apart; half of it comes with the first miss. dense_bytes_per_second: weights by one row.
+    expert_seconds: one expert on one row. group_seconds: in which 1, 2, ... records are fetched that are
+    asked for together, as many as a token has experts.
     """
 
     layer_seconds: float
+    missed_seconds: float
     dense_bytes_per_second: float
     expert_seconds: float
-    record_seconds: float
+    group_seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -58,22 +65,34 @@ class Speed:
     hit_rate: float
 
 
-def hit_rate(policy: str, slots: int, num_experts: int, exponent: float | None = None) -> float:
-    """The share of a token's experts that are at hand, as trained models route, or by another exponent."""
+def hit_rate(policy: str, slots: int, num_experts: int, odds: float | None = None) -> float:
+    """The share of a token's experts that are at hand, as trained models route, or by other odds."""
     if slots >= num_experts:
         return 1.0
-    return (slots / num_experts) ** (HIT_EXPONENT[policy] if exponent is None else exponent)
+    times = HIT_ODDS[policy] if odds is None else odds
+    return times * slots / (times * slots + num_experts - slots)
+
+
+def layer_seconds(rates: Rates, top_k: int, missed: int) -> float:
+    """Of a layer that misses so many of a token's experts."""
+    each = rates.expert_seconds
+    if not missed:
+        return rates.layer_seconds + top_k * each
+    read = rates.group_seconds[missed - 1]
+    # what is at hand is computed while others are read, and of these all but the last
+    experts = max(max(read, (top_k - missed) * each) + each, top_k * each)
+    return rates.layer_seconds + rates.missed_seconds * (1 + missed / top_k) / 2 + experts
 
 
 def token_seconds(shape: Shape, rates: Rates, hits: float) -> float:
-    """Of one decoded token."""
-    wanted, missed = shape.top_k * hits, shape.top_k * (1 - hits)
-    behind = rates.expert_seconds * min(1.0, missed)
-    experts = max(missed * rates.record_seconds, wanted * rates.expert_seconds) + behind
-    if missed:  # whoever is not computed while others are read is computed then
-        experts = max(experts, shape.top_k * rates.expert_seconds)
-    dense = shape.dense_bytes / rates.dense_bytes_per_second
-    return shape.num_layers * (rates.layer_seconds + experts) + dense
+    """Of one decoded token whose experts are at hand with probability `hits`, each for itself."""
+    top_k = shape.top_k
+    layer = sum(
+        math.comb(top_k, missed) * (1 - hits) ** missed * hits ** (top_k - missed)
+        * layer_seconds(rates, top_k, missed)
+        for missed in range(top_k + 1)
+    )  # fmt: skip
+    return shape.num_layers * layer + shape.dense_bytes / rates.dense_bytes_per_second
 
 
 def predict(shape: Shape, rates: Rates, policy: str, slots: int) -> Speed:
@@ -113,13 +132,15 @@ class Machine:
             return self.bus
         return min(self.read, self.bus) if self.gpu else self.read
 
-    def rates(self, record_bytes: int, expert_bytes: int) -> Rates:
-        """Of experts in records of so many bytes, all together so many."""
+    def rates(self, record_bytes: int, expert_bytes: int, top_k: int) -> Rates:
+        """Of experts in records of so many bytes, all together so many; a token asks for top_k of a layer."""
+        record = record_bytes / self.record_rate(expert_bytes)
         return Rates(
             LAYER_SECONDS,
+            MISSED_SECONDS,
             self.memory,
             record_bytes / self.memory,
-            record_bytes / self.record_rate(expert_bytes),
+            tuple(record * count for count in range(1, top_k + 1)),
         )
 
 

@@ -103,8 +103,8 @@ def test_accumulated_parts_are_one_large_batch(tmp_path, base, data, monkeypatch
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
-def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
+@pytest.mark.parametrize("weights", ["whole", "sharded", "paged"])
+def test_two_processes_are_one_large_batch(tmp_path, base, data, weights):
     """Through `accelerate launch`, which calls torchrun, over gloo; its --cpu would start one alone."""
     alone = tune(base, data, tmp_path / "one", accumulate=4, eval_steps=3, **SHORT, **EVERYTHING)
     settings = {
@@ -121,7 +121,11 @@ def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
     start += ["--dynamo_backend", "no", "--main_process_port", "0", "-m"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *start, "melinoe", "tune"]
     command += ["--recipe", "recipe.yaml", "--output-dir", "two", "--device", "cpu", "--json"]
-    command += ["--shard", "--gradient-checkpointing"] if shard else []
+    command += {
+        "whole": [],
+        "sharded": ["--shard", "--gradient-checkpointing"],
+        "paged": ["--memory", "20%"],  # of what is free, which both must take for the same
+    }[weights]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
@@ -130,8 +134,11 @@ def test_two_processes_are_one_large_batch(tmp_path, base, data, shard):
     (printed,) = [line for line in done.stdout.splitlines() if line.strip()]  # the first process alone
     result = json.loads(printed)
     assert result["processes"] == 2
-    # what is trained is whole everywhere, what is frozen is halved
-    assert (result["weight_bytes"] < 0.8 * alone["weight_bytes"]) == shard
+    # what is trained is whole everywhere, what is frozen is halved, or on disk
+    assert (result["weight_bytes"] < 0.8 * alone["weight_bytes"]) == (weights != "whole")
+    assert ("paged" in result) == (weights == "paged")
+    if weights == "paged":
+        assert result["paged"]["parts"] == 1  # of two: there is room
     assert done.stderr.count("rows of prompt + completion") == 1
     assert_same_run(tmp_path / "one", tmp_path / "two")
     for mine, theirs in zip(

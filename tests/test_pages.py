@@ -17,7 +17,7 @@ from melinoe.frontier.sums import FixedSets, Replay, Sums
 from melinoe.frontier.sweep import _pool
 from melinoe.frontier.table import escaped
 from melinoe.report.page import write_page
-from melinoe.report.plots import TALL, Point, place, scatter, smoothed, ticks
+from melinoe.report.plots import TALL, Curve, Point, curves, place, scatter, smoothed, ticks
 from melinoe.report.setting import name_of
 from melinoe.verbs import Stages
 
@@ -215,6 +215,12 @@ def test_the_two_numbers_of_a_sweep():
         assert only["value"] == "no gain"
 
 
+def test_a_sweep_of_the_control_alone_has_a_page(tmp_path):
+    write_frontier(swept(), tmp_path)
+    page = (tmp_path / "frontier.html").read_text()
+    assert "no gain" in page and "<h3>Other numbers of slots" not in page
+
+
 def test_only_the_point_of_the_numbers_is_highlighted(tmp_path):
     write_frontier(swept((1.004, 0.5, 0.6), (1.03, 0.2, 0.3)), tmp_path)
     page = (tmp_path / "frontier.html").read_text()
@@ -248,6 +254,7 @@ def test_places_by_hand():
     assert place((100.0, 50.0), 300.0, area, []) is None
     assert ticks(0.0, 1.0, 5) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(0.994, 1.013, 5) == pytest.approx([0.995, 1.0, 1.005, 1.01])
+    assert curves([Curve("alone", [8], [0.5])], "slots", "one budget").count("<circle") == 1
     assert smoothed([1.0] * 40) == [1.0] * 40 and smoothed([0.0, 3.0, 0.0])[1] == 1.0
 
 

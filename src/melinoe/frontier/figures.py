@@ -100,6 +100,8 @@ def _look(result: dict[str, Any], points: list[Point], left: float, right: float
 
 def budgets(result: dict[str, Any], data: str) -> list[tuple[str, Markup]]:
     """For each policy, loads over the control's at every budget: what is tuned for one serves the others."""
+    if len(result["points"]) == 1:
+        return []  # a control alone
     policies = list(dict.fromkeys(row["policy"] for row in result["points"][0][data]["loads"]))
     colours = _colours(result)
     figures = []

@@ -144,6 +144,9 @@ def curves(
         if one.raw:
             axes.line(one.x, one.raw, f'stroke="var({colour})" stroke-width="1" stroke-opacity="0.3"')
         axes.line(one.x, one.y, f'stroke="var({colour})" stroke-width="2"{dash}')
+        for x, y in zip(one.x, one.y, strict=True) if at_points else ():  # there may be one alone
+            across, down = axes.at(x, y)
+            axes.body += f'<circle cx="{across:.1f}" cy="{down:.1f}" r="2.5" fill="var({colour})"/>'
         style = "dashed" if one.dashed else "solid"
         legend += Markup('<span><i class="stroke" style="border-top:2px {} var({})"></i>{}</span>').format(
             style, colour, one.name

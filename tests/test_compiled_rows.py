@@ -160,6 +160,20 @@ def test_threads_change_no_bit(threads, size):
         assert torch.equal(compiled.product(rows, weight), alone)
 
 
+@needs_compiler
+def test_threads_share_experts_without_another_bit(threads):
+    """Several experts, or one whose matrices are divided; silu in between has the same roundings in both."""
+    ups, downs = ([matrix(*size, seed) for seed in range(5)] for size in ((96, 70), (70, 48)))
+    rows = matrix(3, 70, 9)
+    threads(1)
+    alone = compiled.gated(rows, ups, downs)
+    for count in (2, 3, 5):
+        threads(count)
+        assert torch.equal(compiled.gated(rows, ups, downs), alone)
+        single = [compiled.gated(rows, [up], [down]) for up, down in zip(ups, downs, strict=True)]
+        assert torch.equal(torch.cat(single), alone)
+
+
 @pytest.fixture
 def every_linear(monkeypatch):
     monkeypatch.setattr(few_rows_linear, "LARGE", 1)

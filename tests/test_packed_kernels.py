@@ -114,7 +114,9 @@ def test_whole_experts_in_one_call(name, monkeypatch):
     one = kernels.product(name, rows, *experts[0][0], 2 * inner)
     monkeypatch.setattr(packed_rows, "LARGE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert kernels.gated(name, rows, experts, inner) is None  # step by step, divided
+    assert torch.equal(kernels.gated(name, rows, experts, inner).view(3, 7, hidden), together)
+    for expert, each in zip(experts, together, strict=True):  # too few to be shared: each matrix is divided
+        assert torch.equal(kernels.gated(name, rows, [expert], inner), each)
     assert torch.equal(kernels.product(name, rows, *experts[0][0], 2 * inner), one)
 
 

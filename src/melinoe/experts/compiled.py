@@ -46,6 +46,7 @@ def _found() -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.melinoe_product.argtypes = [pointer] * 3 + [number] * 5
     found.melinoe_gated.argtypes = [pointer] * 4 + [number] * 4
+    found.melinoe_gate.argtypes = [pointer] * 2 + [number] * 2
     rows, weight = torch.randn(2, 3, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
     out = torch.empty(3, 3, dtype=torch.bfloat16)
     found.melinoe_product(rows.data_ptr(), weight.data_ptr(), out.data_ptr(), 3, 70, 3, 0, 3)
@@ -108,22 +109,31 @@ def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]
     Returns:
         [E * N, H], expert by expert.
     """
-    if not all(_fits(rows, weight) for weight in (*ups, *downs)) or _divided(ups[0]):
+    if not all(_fits(rows, weight) for weight in (*ups, *downs)):
         return None
+    threads = torch.get_num_threads() if _divided(ups[0]) else 1
+    if len(ups) < threads:  # each matrix is divided, with the same bits
+        return torch.cat([_one_gated(rows, *each) for each in zip(ups, downs, strict=True)])
     (count, hidden), inner, experts = rows.shape, downs[0].shape[1], len(ups)
     out = rows.new_empty(experts * count, hidden)
-    pointers = ctypes.c_void_p * experts
-    failed = _library.melinoe_gated(
-        rows.data_ptr(),
-        pointers(*(up.data_ptr() for up in ups)),
-        pointers(*(down.data_ptr() for down in downs)),
-        out.data_ptr(),
-        experts,
-        count,
-        hidden,
-        inner,
-    )
-    return _whole(out, failed)
+    up, down = ([weight.data_ptr() for weight in weights] for weights in (ups, downs))
+
+    def compute(first: int, last: int) -> int:
+        pointers, into = ctypes.c_void_p * (last - first), out[first * count :]
+        these = pointers(*up[first:last]), pointers(*down[first:last])
+        given = rows.data_ptr(), *these, into.data_ptr(), last - first, count, hidden, inner
+        return int(_library.melinoe_gated(*given))
+
+    return _whole(out, library.in_parts(compute, experts, 1, threads))
+
+
+def _one_gated(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    both, act = product(rows, up), rows.new_empty(len(rows), down.shape[1])
+    assert both is not None
+    _library.melinoe_gate(both.data_ptr(), act.data_ptr(), *act.shape)
+    out = product(act, down)
+    assert out is not None
+    return out
 
 
 def _whole(out: torch.Tensor, failed: int) -> torch.Tensor:

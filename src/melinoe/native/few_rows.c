@@ -133,17 +133,18 @@ int melinoe_product(const uint16_t *rows, const uint16_t *weight, uint16_t *out,
     return 0;
 }
 
-/* silu(gate) * up of both [count, 2 * inner], each step rounded as torch does one by one, in the order of
-   place_of. */
+/* silu(gate) * up of one row of both [2 * inner] at a place, each step rounded as torch does one by one. */
+static inline float gated(const uint16_t *both, int64_t place, int64_t inner) {
+    const float value = wide(both[place]);
+    const float silu = wide(narrow(value / (1.0f + expf(-value))));
+    return wide(narrow(silu * wide(both[inner + place])));
+}
+
+/* The same of all rows [count, 2 * inner], in the order of place_of. */
 static void gate(const uint16_t *both, float *act, int64_t count, int64_t inner) {
-    for (int64_t row = 0; row < count; row++) {
-        const uint16_t *from = both + row * 2 * inner;
-        for (int64_t place = 0; place < inner; place++) {
-            const float value = wide(from[place]);
-            const float silu = wide(narrow(value / (1.0f + expf(-value))));
-            act[row * inner + place_of(place, inner)] = wide(narrow(silu * wide(from[inner + place])));
-        }
-    }
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t place = 0; place < inner; place++)
+            act[row * inner + place_of(place, inner)] = gated(both + row * 2 * inner, place, inner);
 }
 
 /* Experts, each down(silu(gate(rows)) * up(rows)) of the same rows. rows [count, hidden]; of each expert, up
@@ -161,4 +162,11 @@ int melinoe_gated(const uint16_t *rows, const uint16_t *const *ups, const uint16
     }
     free(x), free(act), free(both);
     return failed;
+}
+
+/* silu(gate) * up of both [count, 2 * inner] into act [count, inner], with the roundings of melinoe_gated. */
+void melinoe_gate(const uint16_t *both, uint16_t *act, int64_t count, int64_t inner) {
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t place = 0; place < inner; place++)
+            act[row * inner + place] = narrow(gated(both + row * 2 * inner, place, inner));
 }

@@ -91,11 +91,13 @@ def _processor() -> str:
 
 
 def in_parts(compute: Callable[[int, int], int], size_out: int, multiple: int, threads: int) -> int:
-    """Computes the outputs of a matrix on some threads; how many calls failed.
+    """Computes the outputs of a matrix, or some experts, on some threads; how many calls failed.
 
     compute: (first output, the one behind the last) -> 0, or 1 where it failed. multiple: of outputs that are
     computed together, so that parts have the sums that the whole would have.
     """
+    if threads == 1:
+        return compute(0, size_out)
     step = -(-size_out // (multiple * threads)) * multiple
     rest = [
         _pool(threads - 1, os.getpid()).submit(partial(compute, at, min(at + step, size_out)))

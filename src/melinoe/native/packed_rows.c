@@ -252,7 +252,7 @@ int melinoe_packed_product(const uint16_t *rows, const void *codes, const uint16
 }
 
 /* silu(gate) * up of both [count, 2 * inner], each step rounded as torch does one by one, into act [count, padded]. */
-static void gate(const uint16_t *both, uint16_t *act, int64_t count, int64_t inner, int64_t padded) {
+void melinoe_packed_gate(const uint16_t *both, uint16_t *act, int64_t count, int64_t inner, int64_t padded) {
     for (int64_t row = 0; row < count; row++) {
         const uint16_t *from = both + row * 2 * inner;
         for (int64_t place = 0; place < inner; place++) {
@@ -276,7 +276,7 @@ int melinoe_packed_gated(const uint16_t *rows, const void *const *weights, uint1
     for (int64_t expert = 0; expert < experts && !failed; expert++, weights += 4) {
         const matrix up = {weights[0], weights[1]}, down = {weights[2], weights[3]};
         product(x, up, both, count, in, 2 * inner, 2 * inner, 0, 2 * inner, bits);
-        gate(both, act, count, inner, padded);
+        melinoe_packed_gate(both, act, count, inner, padded);
         group_of_inputs *y = prepared(act, count, padded);
         failed = !y;
         if (!failed)

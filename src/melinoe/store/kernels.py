@@ -23,7 +23,8 @@ DTYPE = torch.bfloat16  # of rows and scales: the kernels want them alike
 
 
 def usable(name: str, tile: int) -> bool:
-    """Whether this machine's torch computes codes of a format in this order."""
+    """Whether this machine computes codes of a format in this order; it compiles our kernels, if it can."""
+    packed_rows.there()
     return _computes_int8() if name == "int8" else tile == machine_tile()
 
 
@@ -88,10 +89,9 @@ def gated(
     Returns:
         [E * N, hidden], expert by expert; the bits that one expert alone has.
     """
-    hidden = rows.shape[1]
-    if not _ours(name) or packed_rows.divided(2 * inner * rounding.padded(hidden)):
+    if not _ours(name):
         return None
-    return packed_rows.gated(name, _filled_up(rows), experts, hidden, inner)
+    return packed_rows.gated(name, _filled_up(rows), experts, rows.shape[1], inner)
 
 
 def _torch_product(

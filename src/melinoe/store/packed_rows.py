@@ -31,6 +31,7 @@ def _library() -> Any:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.melinoe_packed_product.argtypes = [pointer] * 4 + [number] * 6
     found.melinoe_packed_gated.argtypes = [pointer] * 3 + [number] * 6
+    found.melinoe_packed_gate.argtypes = [pointer] * 2 + [number] * 3
     return found if all(_agrees(found, name) for name in _BITS) else None
 
 
@@ -70,11 +71,8 @@ def _product(found: Any, name: str, rows: torch.Tensor, matrix: Matrix, size_out
     def compute(first: int, last: int) -> int:
         return int(found.melinoe_packed_product(*given, first, last, _BITS[name]))
 
-    if divided(rows.shape[1] * size_out):
-        failed = library.in_parts(compute, size_out, TILE, torch.get_num_threads())
-    else:
-        failed = compute(0, size_out)
-    return _whole(out, failed)
+    threads = torch.get_num_threads() if divided(rows.shape[1] * size_out) else 1
+    return _whole(out, library.in_parts(compute, size_out, TILE, threads))
 
 
 def divided(weights: int) -> bool:
@@ -87,6 +85,8 @@ def gated(
 ) -> torch.Tensor:
     """Whole experts with silu on the same rows: down(silu(gate(x)) * up(x)).
 
+    Several threads share the experts, or each matrix where there are too few.
+
     Args:
         rows: as for `product`.
         experts: of each, up [2 * inner, hidden], the gate's half first, and down [hidden, inner].
@@ -97,19 +97,27 @@ def gated(
     Raises:
         MemoryError: no memory for a row.
     """
-    out = rows.new_empty(len(experts) * len(rows), hidden)
-    weights = [tensor.data_ptr() for up, down in experts for tensor in (*up, *down)]
-    failed = _library().melinoe_packed_gated(
-        rows.data_ptr(),
-        (ctypes.c_void_p * len(weights))(*weights),
-        out.data_ptr(),
-        len(experts),
-        *rows.shape,
-        hidden,
-        inner,
-        _BITS[name],
-    )
-    return _whole(out, failed)
+    threads = torch.get_num_threads() if divided(2 * inner * rows.shape[1]) else 1
+    if len(experts) < threads:  # each matrix is divided, with the same bits
+        return torch.cat([_one_gated(name, rows, *each, hidden, inner) for each in experts])
+    out, count = rows.new_empty(len(experts) * len(rows), hidden), len(rows)
+    weights = [[tensor.data_ptr() for tensor in (*up, *down)] for up, down in experts]
+
+    def compute(first: int, last: int) -> int:
+        these = [pointer for each in weights[first:last] for pointer in each]
+        given = rows.data_ptr(), (ctypes.c_void_p * len(these))(*these), out[first * count :].data_ptr()
+        shape = last - first, *rows.shape, hidden, inner, _BITS[name]
+        return int(_library().melinoe_packed_gated(*given, *shape))
+
+    return _whole(out, library.in_parts(compute, len(experts), 1, threads))
+
+
+def _one_gated(
+    name: str, rows: torch.Tensor, up: Matrix, down: Matrix, hidden: int, inner: int
+) -> torch.Tensor:
+    both, act = product(name, rows, up, 2 * inner), rows.new_zeros(len(rows), rounding.padded(inner))
+    _library().melinoe_packed_gate(both.data_ptr(), act.data_ptr(), len(rows), inner, act.shape[1])
+    return product(name, act, down, hidden)
 
 
 def _whole(out: torch.Tensor, failed: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from melinoe.benchmark.summary import SPEED, told_apart
 from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
 from melinoe.config import format_bytes
 from melinoe.demonstration.watched import steps_of
-from melinoe.report.page import write_page
+from melinoe.report.page import times, write_page
 from melinoe.report.plots import Curve, Point, curves, scatter
 from melinoe.report.setting import name_of
 from melinoe.report.shapes import bars, map_of, memory, timeline
@@ -79,11 +79,7 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
         apart = told_apart(*pair) or told_apart(*pair[::-1])
     numbers = [
         {
-            "value": f"{ratio:.1f}×"
-            if ratio >= 1 and apart
-            else f"{1 / ratio:.1f}× slower"
-            if apart
-            else "even",
+            "value": times(ratio, apart),
             "text": f"{best['name']} against {rival['name']}: {best[SPEED]:.1f} and {rival[SPEED]:.1f} tok/s"
             + ("" if apart else "; too close or too noisy to tell apart here"),
         }

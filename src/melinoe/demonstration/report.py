@@ -11,7 +11,7 @@ from markupsafe import Markup
 from melinoe.config import format_bytes
 from melinoe.demonstration.table import COLUMNS, cells
 from melinoe.demonstration.watched import steps_of
-from melinoe.report.page import write_page
+from melinoe.report.page import times, write_page
 from melinoe.report.plots import Curve, Point, curves, scatter, smoothed
 from melinoe.report.setting import name_of
 from melinoe.report.shapes import bars, map_of, memory, timeline
@@ -93,16 +93,17 @@ def numbers(result: dict[str, Any]) -> list[dict[str, str]]:
     found = headline(result)
     ratio, noise = found["over_lru"], same_work_apart(result)
     too_near = noise is not None and max(ratio, 1 / ratio) < noise["times"]
+    how = "as fast as" if ratio >= 1 else "than"
+    if too_near:
+        how = f"({ratio:.1f} times, too noisy to rank) with"
     quality = result["quality"]
     exact = [quality[name].get("exact_match") for name in ("tuned", "base")]
     judged = "" if None in exact else f"; exact answers {exact[0]:.1%} against {exact[1]:.1%}"
     return [
         {
-            "value": f"{ratio:.1f}×" if ratio >= 1 else f"{1 / ratio:.1f}× slower",
-            "text": ("as fast as" if ratio >= 1 else "than")
-            + " an LRU cache of the same bytes on the model as it was, and "
-            f"{found['over_peer']:.0f} times the speed of accelerate's disk_offload"
-            + (". This run was too noisy to rank the two" if too_near else ""),
+            "value": times(ratio, not too_near),
+            "text": f"{how} an LRU cache of the same bytes on the model as it was, and "
+            f"{found['over_peer']:.0f} times the speed of accelerate's disk_offload",
         },
         {
             "value": f"{100 * found['nll_to_base']:+.1f} %",

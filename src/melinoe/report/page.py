@@ -32,3 +32,10 @@ def write_page(template: str, path: Path, **values: Any) -> None:
         keep_trailing_newline=True,
     )
     write_text(path, pages.get_template(template).render(**values))
+
+
+def times(ratio: float, apart: bool) -> str:
+    """A page's first number: how many times as fast; slower is said to be slower, and noise to be no gain."""
+    if not apart:
+        return "even"
+    return f"{ratio:.1f}×" if ratio >= 1 else f"{1 / ratio:.1f}× slower"

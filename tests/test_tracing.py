@@ -131,7 +131,7 @@ def test_long_rows_are_left_out_and_counted():
 
 def test_mistakes_are_named(tmp_path):
     model, _ = model_and_tokenizer()
-    with pytest.raises(MelinoeError, match="comes with its tokenizer"):
+    with pytest.raises(MelinoeError, match="together with its tokenizer"):
         trace(model, rows(), progress=False)
     with pytest.raises(MelinoeError, match="an adapter needs a model path"):
         trace(model_and_tokenizer(), rows(), adapter=tmp_path, progress=False)

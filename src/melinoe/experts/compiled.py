@@ -84,8 +84,8 @@ def _fits(rows: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _divided(weight: torch.Tensor) -> bool:
-    return weight.numel() >= LARGE and torch.get_num_threads() > 1
+def _threads(weight: torch.Tensor) -> int:
+    return torch.get_num_threads() if weight.numel() >= LARGE else 1
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
@@ -95,10 +95,8 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     (count, size_in), size_out = rows.shape, len(weight)
     out = rows.new_empty(count, size_out)
     given = rows.data_ptr(), weight.data_ptr(), out.data_ptr(), count, size_in, size_out
-    if not _divided(weight):
-        return _whole(out, _library.melinoe_product(*given, 0, size_out))
-    compute = partial(_library.melinoe_product, *given)
-    return _whole(out, library.in_parts(compute, size_out, 4, torch.get_num_threads()))
+    library.in_parts(partial(_library.melinoe_product, *given), size_out, 4, _threads(weight))
+    return out
 
 
 def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]) -> torch.Tensor | None:
@@ -111,7 +109,7 @@ def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]
     """
     if not all(_fits(rows, weight) for weight in (*ups, *downs)):
         return None
-    threads = torch.get_num_threads() if _divided(ups[0]) else 1
+    threads = _threads(ups[0])
     if len(ups) < threads:  # each matrix is divided, with the same bits
         return torch.cat([_one_gated(rows, *each) for each in zip(ups, downs, strict=True)])
     (count, hidden), inner, experts = rows.shape, downs[0].shape[1], len(ups)
@@ -124,7 +122,8 @@ def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]
         given = rows.data_ptr(), *these, into.data_ptr(), last - first, count, hidden, inner
         return int(_library.melinoe_gated(*given))
 
-    return _whole(out, library.in_parts(compute, experts, 1, threads))
+    library.in_parts(compute, experts, 1, threads)
+    return out
 
 
 def _one_gated(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
@@ -133,12 +132,6 @@ def _one_gated(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torc
     _library.melinoe_gate(both.data_ptr(), act.data_ptr(), *act.shape)
     out = product(act, down)
     assert out is not None
-    return out
-
-
-def _whole(out: torch.Tensor, failed: int) -> torch.Tensor:
-    if failed:  # torch would do it with other roundings
-        raise MemoryError("no memory for a row of an expert")
     return out
 
 

@@ -7,10 +7,9 @@ up to four outputs and four rows are computed at a time, so that an input is rea
 four products, and weights come from memory once. Vectors are the compiler's own (gcc, clang), so that it runs
 on whatever processor they know. */
 
-#include <math.h>
-#include <stdint.h>
+#include "bfloat16.h"
+
 #include <stdlib.h>
-#include <string.h>
 
 #define LANES 16
 #define STEP (2 * LANES) /* inputs at a time: in 16 words, the first of a pair is the low half */
@@ -29,21 +28,6 @@ static inline words pairs(const uint16_t *from) {
     words found;
     memcpy(&found, from, sizeof found);
     return found;
-}
-
-static inline float wide(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float found;
-    memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-static inline uint16_t narrow(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return 0x7fc0; /* not a number */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 static inline float added(floats sums) {
@@ -133,14 +117,7 @@ int melinoe_product(const uint16_t *rows, const uint16_t *weight, uint16_t *out,
     return 0;
 }
 
-/* silu(gate) * up of one row of both [2 * inner] at a place, each step rounded as torch does one by one. */
-static inline float gated(const uint16_t *both, int64_t place, int64_t inner) {
-    const float value = wide(both[place]);
-    const float silu = wide(narrow(value / (1.0f + expf(-value))));
-    return wide(narrow(silu * wide(both[inner + place])));
-}
-
-/* The same of all rows [count, 2 * inner], in the order of place_of. */
+/* `gated` of all rows of both [count, 2 * inner], in the order of place_of. */
 static void gate(const uint16_t *both, float *act, int64_t count, int64_t inner) {
     for (int64_t row = 0; row < count; row++)
         for (int64_t place = 0; place < inner; place++)

@@ -47,7 +47,8 @@ def _built(compiler: str, source_file: Path) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be compiled or written.
     """
-    source, program = source_file.read_bytes(), Path(compiler).resolve()
+    header = source_file.with_name("bfloat16.h")
+    source, program = header.read_bytes() + source_file.read_bytes(), Path(compiler).resolve()
     stamp = f"{program} {program.stat().st_mtime_ns} {_FLAGS} {_processor()}"
     name = hashlib.sha256(source + stamp.encode()).hexdigest()[:24]
     folder = home() / "kernels"
@@ -90,21 +91,23 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.libc_ver()} {known or lines}"
 
 
-def in_parts(compute: Callable[[int, int], int], size_out: int, multiple: int, threads: int) -> int:
-    """Computes the outputs of a matrix, or some experts, on some threads; how many calls failed.
+def in_parts(compute: Callable[[int, int], int], size_out: int, multiple: int, threads: int) -> None:
+    """Computes the outputs of a matrix, or some experts, on some threads.
 
     compute: (first output, the one behind the last) -> 0, or 1 where it failed. multiple: of outputs that are
     computed together, so that parts have the sums that the whole would have.
+
+    Raises:
+        MemoryError: a call failed. Nothing else may compute it then: torch has other roundings.
     """
-    if threads == 1:
-        return compute(0, size_out)
     step = -(-size_out // (multiple * threads)) * multiple
     rest = [
         _pool(threads - 1, os.getpid()).submit(partial(compute, at, min(at + step, size_out)))
         for at in range(step, size_out, step)
     ]
     failed = compute(0, min(step, size_out))
-    return failed + sum(part.result() for part in rest)
+    if failed + sum(part.result() for part in rest):
+        raise MemoryError("no memory for a row of an expert")
 
 
 @cache

@@ -7,10 +7,9 @@ bytes of an input are multiplied apart, because processors multiply bytes four a
 are added in float, one after the other, so a row has the same sum whatever the number of rows. An output is
 rounded once, ties to even. On processors without these instructions torch's kernels do it. */
 
-#include <math.h>
-#include <stdint.h>
+#include "bfloat16.h"
+
 #include <stdlib.h>
-#include <string.h>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -35,21 +34,6 @@ typedef struct {
 } group_of_inputs;
 
 int melinoe_packed_there(void) { return 1; }
-
-static inline float wide(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float found;
-    memcpy(&found, &bits, sizeof found);
-    return found;
-}
-
-static inline uint16_t narrow(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return 0x7fc0; /* not a number */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 /* rows [count, in], in a multiple of GROUP, as integers [count, in / GROUP]; NULL where there is no memory. */
 static group_of_inputs *prepared(const uint16_t *rows, int64_t count, int64_t in) {
@@ -253,14 +237,9 @@ int melinoe_packed_product(const uint16_t *rows, const void *codes, const uint16
 
 /* silu(gate) * up of both [count, 2 * inner], each step rounded as torch does one by one, into act [count, padded]. */
 void melinoe_packed_gate(const uint16_t *both, uint16_t *act, int64_t count, int64_t inner, int64_t padded) {
-    for (int64_t row = 0; row < count; row++) {
-        const uint16_t *from = both + row * 2 * inner;
-        for (int64_t place = 0; place < inner; place++) {
-            const float value = wide(from[place]);
-            const float silu = wide(narrow(value / (1.0f + expf(-value))));
-            act[row * padded + place] = narrow(silu * wide(from[inner + place]));
-        }
-    }
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t place = 0; place < inner; place++)
+            act[row * padded + place] = narrow(gated(both + row * 2 * inner, place, inner));
 }
 
 /* Experts, each down(silu(gate(rows)) * up(rows)) of the same rows [count, in], in a multiple of 64. weights: of

@@ -71,13 +71,13 @@ def _product(found: Any, name: str, rows: torch.Tensor, matrix: Matrix, size_out
     def compute(first: int, last: int) -> int:
         return int(found.melinoe_packed_product(*given, first, last, _BITS[name]))
 
-    threads = torch.get_num_threads() if divided(rows.shape[1] * size_out) else 1
-    return _whole(out, library.in_parts(compute, size_out, TILE, threads))
+    library.in_parts(compute, size_out, TILE, _threads(rows.shape[1] * size_out))
+    return out
 
 
-def divided(weights: int) -> bool:
-    """Whether a matrix of so many weights is divided among torch's threads."""
-    return weights >= LARGE and torch.get_num_threads() > 1
+def _threads(weights: int) -> int:
+    """How many share a matrix of so many weights."""
+    return torch.get_num_threads() if weights >= LARGE else 1
 
 
 def gated(
@@ -97,7 +97,7 @@ def gated(
     Raises:
         MemoryError: no memory for a row.
     """
-    threads = torch.get_num_threads() if divided(2 * inner * rows.shape[1]) else 1
+    threads = _threads(2 * inner * rows.shape[1])
     if len(experts) < threads:  # each matrix is divided, with the same bits
         return torch.cat([_one_gated(name, rows, *each, hidden, inner) for each in experts])
     out, count = rows.new_empty(len(experts) * len(rows), hidden), len(rows)
@@ -109,7 +109,8 @@ def gated(
         shape = last - first, *rows.shape, hidden, inner, _BITS[name]
         return int(_library().melinoe_packed_gated(*given, *shape))
 
-    return _whole(out, library.in_parts(compute, len(experts), 1, threads))
+    library.in_parts(compute, len(experts), 1, threads)
+    return out
 
 
 def _one_gated(
@@ -118,9 +119,3 @@ def _one_gated(
     both, act = product(name, rows, up, 2 * inner), rows.new_zeros(len(rows), rounding.padded(inner))
     _library().melinoe_packed_gate(both.data_ptr(), act.data_ptr(), len(rows), inner, act.shape[1])
     return product(name, act, down, hidden)
-
-
-def _whole(out: torch.Tensor, failed: int) -> torch.Tensor:
-    if failed:  # torch would do it with other roundings
-        raise MemoryError("no memory for a row of an expert")
-    return out

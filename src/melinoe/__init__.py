@@ -20,6 +20,7 @@ _PUBLIC = {
     "plan": "melinoe.runtime.plan",
     "generate": "melinoe.runtime.generation",
     "stream_generate": "melinoe.runtime.generation",
+    "stickiness_table": "melinoe.measure.stickiness",
     "tune": "melinoe.tuning.tune",
     "merge": "melinoe.adapters.merge",
     "trace": "melinoe.measure.trace",

@@ -50,6 +50,7 @@ from melinoe.cli.options import (
 )
 from melinoe.cli.order import EXAMPLES
 from melinoe.cli.serve import serve
+from melinoe.cli.sticky import sticky
 from melinoe.cli.stopped import saying_what_is_kept
 from melinoe.cli.tune import tune
 from melinoe.config import DEFAULT_POLICY
@@ -302,6 +303,7 @@ def plan(
 
 app.command(short_help="Talk to a model in the terminal.")(chat)
 app.command(short_help="Serve a model over HTTP.")(serve)
+app.command(short_help="Find a strength of sticky routing.")(sticky)
 app.command(short_help="Fine-tune towards few experts.")(tune)
 
 
@@ -368,7 +370,8 @@ def demo(
     sticky: Annotated[
         float | None,
         typer.Option(
-            help="How sticky the model is tuned to be (docs/sticky.md). [default: 0.12 where it can be]",
+            help="How sticky the model is tuned to be (docs/sticky.md). [default: 0.12 for tiny, measured for"
+            " others]",
             min=0,
             max=1,
         ),

@@ -9,6 +9,7 @@ EXAMPLES = {
     "chat": "melinoe chat --model M --memory 8GiB",
     "serve": "melinoe serve --model M --memory 8GiB --port 8000",
     "bench": "melinoe bench --model M --memory 8GiB",
+    "sticky": "melinoe sticky --model M --data rows.jsonl",
     "tune": "melinoe tune --model M --data rows.jsonl --output-dir adapter",
     "evaluate": "melinoe evaluate --model M --adapter adapter --data rows.jsonl",
     "merge": "melinoe merge --model M --adapter adapter --output-dir tuned",

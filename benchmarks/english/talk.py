@@ -2,10 +2,10 @@
 
     python benchmarks/english/talk.py FOLDER --rows 1000
 
-Given the beginning of a user's turn a chat model writes a user's question, and given the question it answers it
-(Magpie, arXiv:2406.08464). So the mixture sees the kind of text on which the dense model is asked to be itself,
-which tasks alone do not show it. Reads FOLDER/dense (make.py writes it), writes FOLDER/talk/train.jsonl; a run
-that was interrupted goes on, and asking for more rows adds them.
+Given the beginning of a user's turn a chat model writes a user's question, and given the question it answers
+it (Magpie, arXiv:2406.08464). So the mixture sees the kind of text on which the dense model is asked to be
+itself, which tasks alone do not show it. Reads FOLDER/dense (make.py writes it), writes
+FOLDER/talk/train.jsonl; a run that was interrupted goes on, and asking for more rows adds them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def conversations(model: Any, tokenizer: Any, seed: int) -> list[dict[str, str]]
 
 def _say(model: Any, tokenizer: Any, texts: list[str], asks: bool) -> list[tuple[str, bool]]:
     """For each text what the model says next, and whether it came to an end."""
-    given = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    )
+    given = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     said = model.generate(
         **given,
         do_sample=True,

@@ -21,27 +21,31 @@ from pathlib import Path
 from melinoe.config import home
 
 _COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-w")
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-w")
 _SECONDS = 60  # after which a compiler is given up
 
 
-def opened(name: str) -> ctypes.CDLL | None:
+def opened(name: str, contract: bool = True) -> ctypes.CDLL | None:
     """The library of a source beside this file, such as few_rows.c; None where it cannot be had.
 
     Its functions release the lock of the interpreter while they compute.
+
+    Args:
+        contract: a product and the sum it goes into may be rounded once, as processors do it fastest.
     """
     if os.environ.get("MELINOE_COMPILED", "1") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         return None
+    flags = (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}")
     try:
-        return ctypes.CDLL(str(_built(compiler, Path(__file__).with_name(name))))
+        return ctypes.CDLL(str(_built(compiler, Path(__file__).with_name(name), flags)))
     except (OSError, subprocess.SubprocessError):  # a compiler that cannot, a full disk, ...
         return None
 
 
-def _built(compiler: str, source_file: Path) -> Path:
+def _built(compiler: str, source_file: Path, flags: tuple[str, ...]) -> Path:
     """The shared library, compiled unless this compiler has compiled this source on this processor before.
 
     Raises:
@@ -49,7 +53,7 @@ def _built(compiler: str, source_file: Path) -> Path:
     """
     header = source_file.with_name("bfloat16.h")
     source, program = header.read_bytes() + source_file.read_bytes(), Path(compiler).resolve()
-    stamp = f"{program} {program.stat().st_mtime_ns} {_FLAGS} {_processor()}"
+    stamp = f"{program} {program.stat().st_mtime_ns} {flags} {_processor()}"
     name = hashlib.sha256(source + stamp.encode()).hexdigest()[:24]
     folder = home() / "kernels"
     target = folder / f"{name}.so"
@@ -60,7 +64,7 @@ def _built(compiler: str, source_file: Path) -> Path:
     os.close(handle)
     try:
         for native in (["-march=native"], ["-mcpu=native"], []):  # not every compiler knows its own machine
-            command = [compiler, *_FLAGS, *native, str(source_file), "-o", partial, "-lm"]
+            command = [compiler, *flags, *native, str(source_file), "-o", partial, "-lm"]
             done = subprocess.run(command, capture_output=True, timeout=_SECONDS)
             if done.returncode == 0:
                 os.chmod(partial, 0o700)

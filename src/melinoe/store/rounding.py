@@ -24,6 +24,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from melinoe.store.fitting import fitted_tile
+
 GROUP = 64  # inputs that share a scale and a zero (int4)
 TILES = (64, 32)  # outputs side by side
 _BLOCK = 2**18  # weights expanded at a time: they stay in the processor's cache on their way
@@ -73,13 +75,20 @@ def round_int4(weight_OI: torch.Tensor, codes: torch.Tensor, scale_GO2: torch.Te
     size_in = weight_OI.shape[1]
     tile = codes.shape[2] * 2
     for index in range(len(codes)):
-        rows = weight_OI[index * tile : (index + 1) * tile].float()
+        outputs = slice(index * tile, (index + 1) * tile)
+        rows = weight_OI[outputs].float()
         rows = F.pad(rows, (0, padded(size_in) - size_in, 0, tile - rows.shape[0]))
-        code_OGI, scale_OG, zero_OG = _fitted(rows.unflatten(1, (-1, GROUP)))
-        scale_GO2[:, index * tile : (index + 1) * tile, 0] = scale_OG.T
-        scale_GO2[:, index * tile : (index + 1) * tile, 1] = zero_OG.T
-        code_IO = code_OGI.flatten(1).T.to(torch.uint8)
-        torch.bitwise_or(code_IO[:, : tile // 2], code_IO[:, tile // 2 :] << 4, out=codes[index])
+        scales = scale_GO2[:, outputs]
+        if not fitted_tile(rows, codes[index], scales, fit_tile):
+            fit_tile(rows, codes[index], scales)
+
+
+def fit_tile(rows: torch.Tensor, codes: torch.Tensor, scale_GO2: torch.Tensor) -> None:
+    """Writes one tile: codes [in, outputs / 2] and scales [groups, outputs, 2] of rows [outputs, in]."""
+    code_OGI, scale_OG, zero_OG = _fitted(rows.unflatten(1, (-1, GROUP)))
+    scale_GO2[..., 0], scale_GO2[..., 1] = scale_OG.T, zero_OG.T
+    code_IO, half = code_OGI.flatten(1).T.to(torch.uint8), len(rows) // 2
+    torch.bitwise_or(code_IO[:, :half], code_IO[:, half:] << 4, out=codes)
 
 
 def expand_int4(codes: torch.Tensor, scale_GO2: torch.Tensor, weight_OI: torch.Tensor) -> None:

@@ -68,8 +68,11 @@ def gathered(items: list[Call | Read | Write]) -> list[Call | Read | Write]:
 
 def _writes(item: Call | Read | Write, known: set[Slot]) -> bool:
     """Whether a call may change a tensor that was there before it."""
-    if not isinstance(item, Call):
-        return False
-    name = getattr(item.function, "__name__", "_")
+    return isinstance(item, Call) and (writes_by_name(item) or bool(known & set(item.results)))
+
+
+def writes_by_name(call: Call) -> bool:
+    """Whether a call is one of those that write into what they are given."""
+    name = getattr(call.function, "__name__", "_")
     in_place = name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and name[-2:] != "__")
-    return in_place or "out" in item.kwargs or bool(known & set(item.results))
+    return in_place or "out" in call.kwargs

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.recording import only_about, tensors_of
-from melinoe.decoding.replay import torchscript
+from melinoe.decoding.segment import torchscript
 from melinoe.experts import forward
 from melinoe.paging.expansion import PackedExpert
 from melinoe.paging.served_call import Views

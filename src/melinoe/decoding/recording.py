@@ -42,7 +42,8 @@ _ABOUT = frozenset(
     )
 )  # fmt: skip
 # what may be done with a growing tensor inside of a call that is looked into
-_GROWING = {"update": ("cat", "__getitem__"), "attention": ("scaled_dot_product_attention",)}
+GROWING = {"update": ("cat", "__getitem__"), "attention": ("scaled_dot_product_attention",)}
+GROWING_RESULTS = ("mask", "update", "expand")  # kinds of events
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
@@ -122,6 +123,12 @@ class Recording:
     constants: dict[Slot, torch.Tensor] = field(default_factory=dict)
     values: dict[Slot, torch.Tensor] = field(default_factory=dict)
     output: Slot = Slot(-1)
+
+    def constant(self, tensor: torch.Tensor) -> Slot:
+        """A new slot for a weight that torch's functions were not seen to use."""
+        slot = Slot(1 + max(slot.number for slot in (*self.values, *self.constants)))
+        self.constants[slot] = tensor.detach()
+        return slot
 
     @property
     def signature(self) -> str:
@@ -249,7 +256,7 @@ class Recorder(TorchFunctionMode):
         try:
             result = function(*args, **kwargs)
             event = Event(function, noted[0], noted[1], kind=kind)
-            self._note(result, event, growing=kind in ("mask", "update", "expand"))
+            self._note(result, event, growing=kind in GROWING_RESULTS)
             event.returned = map_tensors(result, self.known)
         finally:
             self._paused = False
@@ -329,7 +336,7 @@ class Recorder(TorchFunctionMode):
         about = only_about(func)
         noted = self._noted((args, kwargs), name)
         growing = any(slot in self._growing for slot in tensors_of(noted))
-        if growing and not (self._inside and (about or name in _GROWING[self._inside])):
+        if growing and not (self._inside and (about or name in GROWING[self._inside])):
             self.refuse(f"looks at a tensor that grows with the text ({name})")
         elif name == "__set__":
             self.refuse("sets a property of a tensor")

@@ -99,6 +99,12 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     return out
 
 
+def product_function(rows: torch.Tensor, weights: list[torch.Tensor]) -> Any:
+    """The library's function that computes `product` of these; None where it is torch's or is divided."""
+    here = few(rows) and all(_fits(rows, weight) and _threads(weight) == 1 for weight in weights)
+    return _library.melinoe_product if here else None
+
+
 def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]) -> torch.Tensor | None:
     """Whole experts with silu on the same rows [N, H], for which `few` is true; None: step by step.
 

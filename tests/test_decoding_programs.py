@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from families import batch, resident
 from family_configs import config
 from melinoe.decoding import decoder, loop
+from melinoe.decoding.compiled_experts import CompiledExperts
 from melinoe.decoding.decoder import decoder_of
 from melinoe.decoding.groups import growing_slots, written_slots
 from melinoe.decoding.operators import native, operators
@@ -291,3 +292,12 @@ def test_values_clamped_in_place_are_left_to_torch():
         ids = batch(6, seed)["input_ids"][:1]
         assert torch.equal(loop.generate(one, ids, **SETTINGS), one.generate(ids, **SETTINGS))
     assert decoder_of(one).replays == 1
+
+
+@pytest.mark.parametrize("hidden", [16, 40, 64, 192, 200, 512, 1088, 2048])
+def test_experts_are_added_up_in_torchs_order(hidden):
+    for top_k in (1, 2, 3, 4, 6, 8, 10, 15):
+        for dtype in (HALF, FLOAT):
+            outputs = torch.empty(top_k, hidden, dtype=HALF)
+            one = CompiledExperts(lambda *_: 0, None, [], [], outputs, dtype)
+            assert one._adds_as_torch(), (top_k, dtype)

@@ -1,9 +1,10 @@
-"""The experts of one token, where all of them are in slots: one function of TorchScript for the layer.
+"""The experts of one token, where all of them are in slots: two calls of C, or one function of TorchScript.
 
-It is made from `expert_output` and `combine`, so it computes what `melinoe_experts` does, and is compared
-with it, bit for bit, on the first token that it could compute. Where an expert has to be read, and for
-experts that are not computed from their slots alone (low-rank additions, packed records that are expanded,
-ways of their own), `melinoe_experts` is called.
+C is for experts that the compiled kernels compute (compiled_experts.py). A function of TorchScript is made
+from `expert_output` and `combine`. Either computes what `melinoe_experts` does, and is compared with it, bit
+for bit, on the first token that it could compute. Where an expert has to be read, and for experts that are
+not computed from their slots alone (low-rank additions, packed records that are expanded, ways of their own),
+`melinoe_experts` is called.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from melinoe.decoding.bits import same_bits
+from melinoe.decoding.compiled_experts import CompiledExperts
 from melinoe.decoding.recording import only_about, tensors_of
 from melinoe.decoding.segment import torchscript
 from melinoe.experts import forward
@@ -40,21 +42,23 @@ class OneToken:
         self._paged: Any = module.melinoe_paged
         self._layer = int(module.melinoe_layer)  # type: ignore[arg-type]
         self._function: Callable[..., Any] | None = None  # once it was made
-        self._eager = False  # it cannot be made
+        self._compiled: CompiledExperts | None = None  # in its place
+        self._eager = False  # neither can be made
 
     def __call__(self, hidden_1H: torch.Tensor, index_1K: torch.Tensor, weights_1K: torch.Tensor) -> Any:
         call = self._paged.call(index_1K.numpy())
         if call.phase == DECODE and len(call.indices) == 1:
             found = self._paged.pager.serve_hits(
-                self._layer, call, lambda views: self._compute(hidden_1H, weights_1K, views)
+                self._layer, call, lambda slots: self._compute(hidden_1H, weights_1K, slots)
             )
             if found is not None:
                 return found
         return forward.compute_experts(self._module, hidden_1H, index_1K, weights_1K)
 
-    def _compute(
-        self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, experts: list[Views]
-    ) -> torch.Tensor:
+    def _compute(self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor, slots: list[int]) -> torch.Tensor:
+        if self._compiled is not None and self._compiled.fits(hidden_1H, weights_1K):
+            return self._compiled(hidden_1H, weights_1K, slots)
+        experts = [self._paged.pager.slot_views(self._layer, slot) for slot in slots]
         if self._function is not None:
             tensors = [tensor for views in experts for tensor in _stored(views).values()]
             return self._function(hidden_1H, weights_1K, *tensors)
@@ -62,7 +66,13 @@ class OneToken:
             return self._eagerly(hidden_1H, weights_1K, experts)
         with _Watch() as watch:
             expected = self._eagerly(hidden_1H, weights_1K, experts)
-        self._eager = watch.beyond_torch or not self._made(hidden_1H, weights_1K, experts, expected)
+        self._eager = True
+        self._compiled = CompiledExperts.made(self._module, self._paged.pager, hidden_1H, weights_1K, slots)
+        if self._compiled is not None:
+            if not same_bits(self._compiled(hidden_1H, weights_1K, slots), expected):
+                self._compiled = None
+        elif not watch.beyond_torch:
+            self._eager = not self._made(hidden_1H, weights_1K, experts, expected)
         return expected
 
     def _eagerly(

@@ -84,16 +84,10 @@ def native() -> Any:
     """The interpreter, or None: no compiler."""
     found: Any = library.opened("program.c")
     if found is not None:
-        for one in (found, in_one_go(found)):
-            one.melinoe_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        found.melinoe_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
+        found.melinoe_combine.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
         found.melinoe_program_has.argtypes = [ctypes.c_int64] * 4
     return found
-
-
-@cache
-def in_one_go(found: ctypes.CDLL) -> ctypes.PyDLL:
-    """The same library, but no other thread of Python runs meanwhile: for what takes microseconds."""
-    return ctypes.PyDLL(found._name)
 
 
 @cache

@@ -10,10 +10,11 @@ import torch
 
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.linears import Linears
-from melinoe.decoding.operators import DIMS, DTYPES, Code, Operator, Part, in_one_go, merged, native
+from melinoe.decoding.operators import DIMS, DTYPES, Code, Operator, Part, merged, native
 from melinoe.decoding.recording import Call, Slot, map_tensors, tensors_of
+from melinoe.native import library
 
-_BRIEF = 2**19  # weights of a program's matrices, up to which no other thread needs to run meanwhile
+BRIEF = 2**19  # weights up to which no other thread of Python needs to run meanwhile
 _ALIGNED = 64  # bytes
 _SEEDS = 3  # what was recorded, and other inputs
 
@@ -158,8 +159,8 @@ class Program:
         numbers = [number for one in operators for number in self._numbers(one, places)]
         self._program = (ctypes.c_int64 * len(numbers))(*numbers)
         weights = sum(one.sizes[1] * one.sizes[2] for one in operators if one.code == Code.PRODUCT)
-        library: Any = in_one_go(native()) if weights <= _BRIEF else native()
-        self._run: Callable[[int, int, int], int] = library.melinoe_program
+        function = native().melinoe_program
+        self._run: Callable[[int, int, int], int] = library.brief(function) if weights <= BRIEF else function
         self._whole = ctypes.addressof(self._program), len(operators)
 
     def _numbers(self, one: Operator, places: Places) -> list[int]:

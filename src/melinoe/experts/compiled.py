@@ -36,6 +36,7 @@ def prepare() -> bool:
     global _library, _asked
     if not _asked:
         _library, _asked = _found(), True
+        library.opened("program.c")  # of recorded steps, compiled with the others
     return _library is not None
 
 
@@ -103,6 +104,12 @@ def product_function(rows: torch.Tensor, weights: list[torch.Tensor]) -> Any:
     """The library's function that computes `product` of these; None where it is torch's or is divided."""
     here = few(rows) and all(_fits(rows, weight) and _threads(weight) == 1 for weight in weights)
     return _library.melinoe_product if here else None
+
+
+def gated_function(rows: torch.Tensor, weights: list[torch.Tensor]) -> Any:
+    """The library's function that computes `gated` of these; None where it is torch's or is divided."""
+    here = few(rows) and all(_fits(rows, weight) for weight in weights) and _threads(weights[0]) == 1
+    return _library.melinoe_gated if here else None
 
 
 def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]) -> torch.Tensor | None:

@@ -193,3 +193,39 @@ int melinoe_program(const operation *program, int64_t count, char *const *pointe
     }
     return 0;
 }
+
+/* Some of one expert's outputs times its weight: float, or rounded where weights are bfloat16 as outputs are. A
+   function of its own, so that no compiler joins product and sum to one operation without a rounding between. */
+static __attribute__((noinline)) void weighted(float *restrict terms, const uint16_t *outputs, float weight,
+                                               int64_t count, int64_t dtype) {
+    if (dtype == FLOAT)
+        for (int64_t at = 0; at < count; at++)
+            terms[at] = wide(outputs[at]) * weight;
+    else
+        for (int64_t at = 0; at < count; at++)
+            terms[at] = wide(narrow(wide(outputs[at]) * weight));
+}
+
+enum { COLUMNS = 256 };
+
+/* outputs [top_k, hidden] by weights [top_k], added up into out [hidden] in the order of torch's kernel on vectors of
+   so many lanes, for less than 16 experts: one after the other where four vectors of columns are left, else four
+   partial sums, of every fourth expert. */
+void melinoe_combine(const uint16_t *outputs, const void *weights, uint16_t *out, int64_t top_k, int64_t hidden,
+                     int64_t lanes, int64_t dtype) {
+    const int64_t blocks = hidden / (PARTIAL * lanes) * (PARTIAL * lanes), fours = top_k / PARTIAL * PARTIAL;
+    int64_t count;
+    for (int64_t at = 0; at < hidden; at += count) {
+        const int64_t end = at < blocks ? blocks : hidden;
+        count = end - at < COLUMNS ? end - at : COLUMNS;
+        float sums[PARTIAL][COLUMNS] = {{0}}, terms[COLUMNS];
+        for (int64_t expert = 0; expert < top_k; expert++) {
+            weighted(terms, outputs + expert * hidden + at, get(weights, expert, (int)dtype), count, dtype);
+            float *into = sums[at >= blocks && expert < fours ? expert % PARTIAL : 0];
+            for (int64_t place = 0; place < count; place++)
+                into[place] += terms[place];
+        }
+        for (int64_t place = 0; place < count; place++)
+            out[at + place] = narrow(((sums[0][place] + sums[1][place]) + sums[2][place]) + sums[3][place]);
+    }
+}

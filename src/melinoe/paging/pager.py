@@ -151,36 +151,42 @@ class ExpertPager:
                 self._inside = False
 
     def serve_hits(
-        self, layer: int, call: Call, compute: Callable[[list[Views]], torch.Tensor]
+        self, layer: int, call: Call, compute: Callable[[list[int]], torch.Tensor]
     ) -> torch.Tensor | None:
-        """`compute` of the tensors of a decoded token's experts, in the order in which they are asked for.
+        """`compute` of the slots of a decoded token's experts, in the order in which they are asked for.
 
         The same decisions as `serve`, with less in between. None, and nothing decided, where an expert is to
         be read or still arriving, and where it takes `serve` to say what is wrong.
         """
         asked, bank = call.indices[0].tolist(), self.banks[layer]
         with self._lock:
-            if (
-                self._inside
-                or self._unfinished
-                or os.getpid() != self._process
-                or len(set(asked)) < len(asked)
-            ):
+            if self._inside or self._unfinished or os.getpid() != self._process:
                 return None
-            slots, pending = bank.slot_of, bank.pending
-            if any(expert not in slots or expert in pending for expert in asked):
+            try:
+                slots = [bank.slot_of[expert] for expert in asked]
+            except KeyError:
+                return None
+            if len(set(slots)) < len(slots) or not bank.pending.keys().isdisjoint(asked):
                 return None
             self._inside = self._unfinished = True
             try:
-                self._decide(layer, call)
-                views: list[Views] = [bank.views(expert) for expert in asked]
-                if self._scratch is not None:
-                    views = [self._scratch.expert(layer, one) for one in views]
-                found = compute(views)
+                decision = self.policy.request_resident(layer, call, sorted(asked))
+                if decision is None:
+                    self._decide(layer, call)
+                else:
+                    self.statistics.count_hits(len(asked))
+                    if self.watcher is not None:
+                        self.watcher(layer, decision)
+                found = compute(slots)
                 self._unfinished = False
                 return found
             finally:
                 self._inside = False
+
+    def slot_views(self, layer: int, slot: int) -> Views:
+        """The expert that stands in a slot; what it gives holds until the next call."""
+        views = self.banks[layer].slot_views(slot)
+        return views if self._scratch is None else self._scratch.expert(layer, views)
 
     def _decide(self, layer: int, call: Call, training: bool = False) -> Decision:
         decision = self.policy.request(layer, call)

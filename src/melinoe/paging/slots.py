@@ -72,7 +72,15 @@ class SlotBank:
 
     def views(self, expert: int) -> dict[str, torch.Tensor]:
         """The tensors of an expert that stands in a slot."""
-        return self._views[self.slot_of[expert]]
+        return self.slot_views(self.slot_of[expert])
+
+    def slot_views(self, slot: int) -> dict[str, torch.Tensor]:
+        """The tensors of the expert that stands in this slot."""
+        return self._views[slot]
+
+    def addresses(self, names: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """Where the tensors of these names lie, slot by slot."""
+        return [tuple(views[name].data_ptr() for name in names) for views in self._views]
 
 
 class Staging:

@@ -53,6 +53,11 @@ class Statistics:
         self.preload_bytes += preloads * record_bytes
         self.evictions += sum(load.victim is not None for load in [*decision.loads, *decision.preloads])
 
+    def count_hits(self, requests: int) -> None:
+        """Adds a decision on a decoded token all of whose experts are there."""
+        self.decode_requests += requests
+        self.decode_hits += requests
+
     def _add(self, phase: str, hits: int, loads: int, record_bytes: int) -> None:
         for name, value in (
             ("requests", hits + loads),

@@ -120,6 +120,13 @@ class Policy:
             loads, preloads = self._replace(layer, asked, misses), []
         return Decision(hits, loads, preloads)
 
+    def request_resident(self, layer: int, call: Call, asked: list[int]) -> Decision | None:
+        """`request` of a decoded token whose experts, ascending, are resident; None: ask `request`."""
+        if type(self).request is not Policy.request or not self.resident[layer].issuperset(asked):
+            return None
+        self.observe(layer, call, asked)
+        return Decision(asked, [])
+
     def _replace(self, layer: int, asked: list[int], misses: list[int]) -> list[Load]:
         """Decode: one victim for each miss that is worth it."""
         if not misses:

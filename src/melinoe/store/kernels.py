@@ -10,6 +10,7 @@ it starts (ATEN_CPU_CAPABILITY), and the order of int4 codes changes with its ch
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,12 @@ def gated(
     if not _ours(name):
         return None
     return packed_rows.gated(name, _filled_up(rows), experts, rows.shape[1], inner)
+
+
+def gated_function(name: str, hidden: int, inner: int) -> tuple[Any, int] | None:
+    """The library's function that computes `gated`, and the bits of a code, where one thread does."""
+    found = packed_rows.gated_function(hidden, inner) if _ours(name) else None
+    return None if found is None else (found, packed_rows.BITS[name])
 
 
 def _torch_product(

@@ -19,7 +19,7 @@ TILE = 64  # of int4 codes: the only order that it reads
 LARGE = 2**20  # weights from which on a matrix is divided among torch's number of threads
 Matrix = tuple[torch.Tensor, torch.Tensor]  # codes and scales, as `rounding` has them
 
-_BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4}
 
 
 @cache
@@ -32,7 +32,7 @@ def _library() -> Any:
     found.melinoe_packed_product.argtypes = [pointer] * 4 + [number] * 6
     found.melinoe_packed_gated.argtypes = [pointer] * 3 + [number] * 6
     found.melinoe_packed_gate.argtypes = [pointer] * 2 + [number] * 3
-    return found if all(_agrees(found, name) for name in _BITS) else None
+    return found if all(_agrees(found, name) for name in BITS) else None
 
 
 def _agrees(found: Any, name: str) -> bool:
@@ -69,7 +69,7 @@ def _product(found: Any, name: str, rows: torch.Tensor, matrix: Matrix, size_out
     given = *(tensor.data_ptr() for tensor in tensors), *rows.shape, size_out
 
     def compute(first: int, last: int) -> int:
-        return int(found.melinoe_packed_product(*given, first, last, _BITS[name]))
+        return int(found.melinoe_packed_product(*given, first, last, BITS[name]))
 
     library.in_parts(compute, size_out, TILE, _threads(rows.shape[1] * size_out))
     return out
@@ -78,6 +78,12 @@ def _product(found: Any, name: str, rows: torch.Tensor, matrix: Matrix, size_out
 def _threads(weights: int) -> int:
     """How many share a matrix of so many weights."""
     return torch.get_num_threads() if weights >= LARGE else 1
+
+
+def gated_function(hidden: int, inner: int) -> Any:
+    """The library's function that computes `gated`; None where several threads share it, or fill rows up."""
+    alone = hidden == rounding.padded(hidden) and _threads(2 * inner * hidden) == 1
+    return _library().melinoe_packed_gated if there() and alone else None
 
 
 def gated(
@@ -106,7 +112,7 @@ def gated(
     def compute(first: int, last: int) -> int:
         these = [pointer for each in weights[first:last] for pointer in each]
         given = rows.data_ptr(), (ctypes.c_void_p * len(these))(*these), out[first * count :].data_ptr()
-        shape = last - first, *rows.shape, hidden, inner, _BITS[name]
+        shape = last - first, *rows.shape, hidden, inner, BITS[name]
         return int(_library().melinoe_packed_gated(*given, *shape))
 
     library.in_parts(compute, len(experts), 1, threads)

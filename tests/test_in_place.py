@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import gc
 import json
 import os
 import shutil
@@ -19,12 +21,13 @@ from transformers.core_model_loading import Chunk, Concatenate, Interleave, Tran
 from typer.testing import CliRunner
 
 import melinoe
-from families import FAMILIES, batch, save_checkpoint
+from families import FAMILIES, batch, config, save_checkpoint
 from melinoe.cli.main import app
 from melinoe.conversion.first_use import store_of
 from melinoe.conversion.in_place import NotInPlaceError, _order, index_in_place, is_in_place
 from melinoe.conversion.parameter import ExpertParameter
 from melinoe.conversion.verify import Verification, verify
+from melinoe.errors import MelinoeError
 from melinoe.models.pretrained import skeleton
 from melinoe.store.layout import per_expert
 from melinoe.store.manifest import MANIFEST, RESIDENT, open_store, sealed
@@ -488,3 +491,35 @@ def test_damaged_manifest_and_wrong_bytes(shards):
     manifest["shards"][shard]["ctime_ns"] = file.stat().st_ctime_ns  # as if the disk had flipped it
     (store / MANIFEST).write_text(json.dumps(sealed(manifest)))
     assert verify(open_store(store)) == Verification(("expert 5 of model.layers.1.mlp.experts",), True)
+
+
+def test_indexing_parses_a_tensor_once_and_looks_a_parameter_up_once(tmp_path):
+    """What opening a checkpoint of 60 layers by 256 experts takes is what is done for each tensor."""
+
+    def calls(num_experts: int) -> dict[str, int]:
+        folder, theirs = tmp_path / f"{num_experts}", config("qwen3_moe")
+        theirs.num_experts = num_experts
+        model = AutoModelForCausalLM.from_config(theirs)
+        model.save_pretrained(folder, max_shard_size="60KB")
+        files = list(folder.glob("*.safetensors"))
+        found = {"files": len(files), "tensors": sum(len(load_file(file)) for file in files)}
+        profile = cProfile.Profile()
+        profile.runcall(index_in_place, folder, tmp_path / f"store-{num_experts}")
+        for entry in profile.getstats():
+            if not isinstance(entry.code, str):
+                found[entry.code.co_name] = found.get(entry.code.co_name, 0) + entry.callcount
+        return found
+
+    few, more = calls(8), calls(16)
+    for found in (few, more):
+        assert found["read_header"] == found["files"] > 2
+        assert found["_entry"] == found["tensors"]
+    assert few["get_parameter"] == more["get_parameter"]
+
+
+def test_garbage_is_collected_again_after_indexing(sharded, tmp_path):
+    index_in_place(sharded, tmp_path / "store")
+    assert gc.isenabled()
+    with pytest.raises(MelinoeError):
+        index_in_place(sharded, sharded)
+    assert gc.isenabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,21 @@ def return_freed_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, RETURNED_BYTES)
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Leaves out the search for circles of garbage, where many objects are made and all of them stay.
+
+    It goes through all that is there again and again: a quarter of the time of an import or an index.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def makes_kernels(device: torch.device, dtype: torch.dtype) -> bool:

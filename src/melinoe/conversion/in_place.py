@@ -24,6 +24,7 @@ from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.parameter import ExpertParameter, separable
 from melinoe.errors import MelinoeError
 from melinoe.files import empty, partial_folder, write_json
+from melinoe.machine import uncollected
 from melinoe.models.layers import MoeLayer
 from melinoe.outputs import Kind, Output
 from melinoe.store.layout import RecordLayout, torch_dtype
@@ -36,6 +37,7 @@ class NotInPlaceError(MelinoeError):
     """The checkpoint's bytes are not those of the records; it must be converted."""
 
 
+@uncollected()
 def index_in_place(source: str | Path | Checkpoint, target: str | Path) -> Store:
     """Makes an in-place store of a checkpoint: seconds, and no copy of any weight.
 
@@ -149,9 +151,10 @@ def _pieces(parameter: ExpertParameter) -> list[list[tuple[Path, int, int]]]:
     """(file, byte offset, bytes) of the pieces of every expert, in the parameter's order."""
     parameter.check_counts()
     groups, entries = list(parameter.sources.values()), parameter.entries()
+    dtype = parameter.dtype  # looked up in the model each time it is asked for
     for entry, name in ((e, n) for es, ns in zip(entries, groups) for e, n in zip(es, ns)):
-        if entry.dtype != parameter.dtype:
-            raise _not(f"{name} is {entry.dtype}, the model computes in {parameter.dtype}")
+        if entry.dtype != dtype:
+            raise _not(f"{name} is {entry.dtype}, the model computes in {dtype}")
     if parameter.converter is None:
         [fused] = entries
         if fused[0].shape != parameter.shape:

@@ -15,7 +15,7 @@ from melinoe.config import format_bytes, parse_bytes
 from melinoe.errors import MelinoeError
 from melinoe.machine import KERNEL_BYTES, free_memory, kept_kernels, makes_kernels, total_memory
 from melinoe.paging.slots import STAGING_RECORDS
-from melinoe.runtime.work_space import twin, work_space
+from melinoe.runtime.kept_counts import kept_work_space
 
 DEFAULT_CONTEXT = 2048  # tokens of KV cache that a budget sets aside
 PREFILL_CHUNK = 2048  # tokens of one call that the work space is sized for
@@ -133,7 +133,7 @@ def derive(
     context = context or min(
         DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     )
-    needed = work_space(twin(model), batch, min(context, PREFILL_CHUNK), context)
+    needed = kept_work_space(model, batch, min(context, PREFILL_CHUNK), context)
     cache = batch * (needed.cache_bytes + context * needed.cache_bytes_per_token)
     work = needed.num_bytes + cache // config.num_hidden_layers  # a layer's cache grows by being copied
     staging = STAGING_RECORDS * max(size for _, size in records) + buffer_bytes

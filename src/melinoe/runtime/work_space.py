@@ -52,9 +52,6 @@ class WorkSpace:
     cache_bytes_per_token: int
 
 
-_known: dict[tuple[Any, ...], WorkSpace] = {}  # counting takes a second or two for a large model
-
-
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make, as long as they live. `peak` is the most there was.
 
@@ -114,9 +111,6 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
         context: tokens of each that are in the cache then, these included.
     """
     config, dtype = skeleton.config.get_text_config(), skeleton.dtype
-    asked = (skeleton.config.to_json_string(), config._attn_implementation, dtype, rows, length, context)
-    if asked in _known:
-        return _known[asked]
     experts_products = _use_stand_in(skeleton)
     few, more = (_run(skeleton, 1, tokens, use_cache=True) for tokens in _FEW)
     between = _FEW[1] - _FEW[0]
@@ -138,14 +132,13 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
     ):  # it keeps scores; those of this pass alone were counted
         heads = config.num_attention_heads
         beside += rows * length * (context - length) * heads * (4 + 2 * dtype.itemsize)
-    _known[asked] = WorkSpace(
+    return WorkSpace(
         int(KERNELS * (peak + beside)) + rows * config.vocab_size * 4 * LOGITS_COPIES,
         # all but the experts' are computed for a prompt and for a token, and the output layer was not run
         2 * (len(live.products) + 1) + experts_products * row_counts(rows * length),
         few.cache_bytes - _FEW[0] * per_token,
         per_token,
     )
-    return _known[asked]
 
 
 def _bytes(part: Any) -> int:

@@ -500,7 +500,7 @@ def test_indexing_parses_a_tensor_once_and_looks_a_parameter_up_once(tmp_path):
         folder, theirs = tmp_path / f"{num_experts}", config("qwen3_moe")
         theirs.num_experts = num_experts
         model = AutoModelForCausalLM.from_config(theirs)
-        model.save_pretrained(folder, max_shard_size="60KB")
+        model.save_pretrained(folder, max_shard_size="20KB")
         files = list(folder.glob("*.safetensors"))
         found = {"files": len(files), "tensors": sum(len(load_file(file)) for file in files)}
         profile = cProfile.Profile()

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -21,6 +22,7 @@ from family_configs import config
 from melinoe.decoding import groups, loop
 from melinoe.decoding.decoder import decoder_of
 from melinoe.decoding.linears import Linears, gathered
+from melinoe.decoding.processors import Processors
 from melinoe.decoding.recording import Call, Event, Slot
 from melinoe.experts import compiled, few_rows_linear, forward
 from melinoe.experts.low_rank import attach_low_rank
@@ -239,6 +241,27 @@ def test_low_rank_additions_of_an_adapter(olmoe, olmoe_store):
     expected, tokens = both(paged, prompt(), do_sample=False)
     assert torch.equal(tokens, expected)
     assert decoder_of(paged).replays == 1 and decoder_of(paged).functions == 0
+
+
+def test_processors_are_those_of_the_list():
+    class Doubles(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores * 2 + input_ids[0, -1]
+
+    class WantsMore(LogitsProcessor):
+        def __call__(self, input_ids, scores, beams):
+            return scores
+
+    class Mine(LogitsProcessorList):
+        pass
+
+    ids, scores = torch.tensor([[1, 5]]), torch.randn(1, 7)
+    plain = LogitsProcessorList([Doubles(), MinPLogitsWarper(0.1), Doubles()])
+    ours = Processors.of(plain)
+    assert type(ours) is Processors and list(ours) == list(plain)
+    assert torch.equal(ours(ids, scores), plain(ids, scores))
+    for other in (LogitsProcessorList([Doubles(), WantsMore()]), Mine([Doubles()])):
+        assert Processors.of(other) is other
 
 
 def test_who_stops_it_is_asked_after_every_token(model):

@@ -16,7 +16,7 @@ from melinoe.decoding import decoder, loop
 from melinoe.decoding.compiled_experts import CompiledExperts
 from melinoe.decoding.decoder import decoder_of
 from melinoe.decoding.groups import growing_slots, written_slots
-from melinoe.decoding.operators import native, operators
+from melinoe.decoding.operators import native, operators, tiled
 from melinoe.decoding.program import Places, Program, Room
 from melinoe.decoding.recording import Call, Read, Slot, map_tensors, tensors_of
 
@@ -110,6 +110,34 @@ def test_the_mean_of_a_row(size):
         compare([(torch.Tensor.mean, Slot(0), (2,), False)], rows[:, 1:3])
         sizes = 10.0 ** torch.arange(size).remainder(9)
         compare([(torch.Tensor.mean, Slot(0), -1, True)], (rows[:1, :1] * sizes))
+
+
+@pytest.mark.parametrize("shape", [(1, 192, 32), (1, 256, 60), (2, 1024, 64), (1, 2048, 128)])
+def test_a_router_in_the_order_of_tiles(shape):
+    count, size_in, size_out = shape
+    if not tiled(*shape, torch.get_num_threads(), torch._C._get_mkldnn_enabled()):
+        pytest.skip("torch's kernel has another order here")
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        rows, weight = (torch.randn(n, size_in, generator=generator) for n in (count, size_out))
+        scale = 10.0 ** torch.randint(-3, 3, (size_in,), generator=generator)
+        rows, weight = (rows * scale).to(HALF), (weight / scale).to(HALF)
+        compare([(torch.nn.functional.linear, Slot(0), Slot(1))], rows, weight)
+        compare([(torch.nn.functional.linear, Slot(0), Slot(1))], rows, (weight * 1e-38).to(HALF))
+
+
+def test_a_router_with_another_order_stays_with_torch(monkeypatch):
+    call = Call(torch.nn.functional.linear, (Slot(0), Slot(1)), {}, [Slot(2)])
+    real = {Slot(0): torch.randn(1, 64).to(HALF), Slot(1): torch.randn(8, 64).to(HALF)}
+    expected = tiled(1, 64, 8, torch.get_num_threads(), torch._C._get_mkldnn_enabled())
+    assert (operators(call, dict(real)) is not None) == expected
+    tiled.cache_clear()
+    in_float = torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda rows, weight: in_float(rows.float(), weight.float()).to(HALF)
+    )
+    assert not tiled(1, 192, 32, 1, True)
+    tiled.cache_clear()
 
 
 def test_views_are_addresses_and_layouts_are_kept():

@@ -23,6 +23,7 @@ from melinoe.decoding.recording import Call, Slot, map_tensors, tensors_of
 from melinoe.native import library
 
 DIMS = 4
+_ROWS, _TILE, _SMALL = 4, 32, 2**20  # of a linear layer: rows at most, inputs a multiple of, weights at most
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -39,8 +40,10 @@ class Code(IntEnum):
     MUL_SCALAR = 7
     MEAN = 8
     PRODUCT = 9
+    TILED = 10
 
 
+MATRICES = (Code.PRODUCT, Code.TILED)
 _UNARY = {"neg": Code.NEG, "__neg__": Code.NEG, "rsqrt": Code.RSQRT, "square": Code.SQUARE}
 _BINARY = {
     **dict.fromkeys(("add", "__add__", "__radd__"), (Code.ADD, Code.ADD_SCALAR)),
@@ -51,7 +54,7 @@ _VIEWS = (
     "view", "reshape", "transpose", "unsqueeze", "squeeze", "__getitem__", "chunk", "split", "permute",
     "expand", "flatten", "unflatten", "narrow", "select", "view_as", "expand_as",
 )  # fmt: skip
-_KNOWN = frozenset((*_UNARY, *_BINARY, *_COPIES, *_VIEWS, "pow", "__pow__", "mean", "cat"))
+_KNOWN = frozenset((*_UNARY, *_BINARY, *_COPIES, *_VIEWS, "pow", "__pow__", "mean", "cat", "linear"))
 SAME = frozenset((*_COPIES, *_VIEWS, "dropout"))  # may return what they are given
 _CHECKED_SIZES = (64, 65, 192, 1000, 2048, 9999)
 
@@ -153,6 +156,8 @@ def operators(call: Call, real: dict[Slot, torch.Tensor]) -> list[Operator] | No
 
 def _there(one: Operator) -> bool:
     """Whether the interpreter has it."""
+    if one.code == Code.TILED:
+        return True
     parts = [one.out, one.a, one.b or one.out if one.code in (Code.ADD, Code.MUL) else None]
     dtypes = [0 if part is None else DTYPES[part.tensor.dtype] for part in parts]
     if not native().melinoe_program_has(one.code, *dtypes):
@@ -166,6 +171,8 @@ def _computing(call: Call, out: Part, real: dict[Slot, torch.Tensor]) -> list[Op
     sizes = tuple(out.tensor.shape)
     if name == "cat":
         return _cat(call, out, real)
+    if name == "linear":
+        return _linear(call, out, real)
     if not args or not isinstance(args[0], Slot):
         return None
     one = Part(args[0], real[args[0]])
@@ -232,6 +239,51 @@ def _mean(call: Call, out: Part, one: Part) -> list[Operator] | None:
         return None
     into = out.tensor if out.tensor.dim() == given.dim() else out.tensor.unsqueeze(-1)
     return [Operator(Code.MEAN, lanes(), tuple(given.shape), Part(out.slot, into), one)]
+
+
+def _linear(call: Call, out: Part, real: dict[Slot, torch.Tensor]) -> list[Operator] | None:
+    """Of few bfloat16 rows by a small matrix without a bias, where we know the order of torch's kernel."""
+    given = [*call.args, *call.kwargs.values()]
+    if len(given) not in (2, 3) or given[2:] not in ([], [None]) or set(call.kwargs) - {"weight", "bias"}:
+        return None
+    rows, weight = (Part(slot, real[slot]) for slot in given[:2])
+    half = all(part.tensor.dtype == torch.bfloat16 and part.tensor.is_contiguous() for part in (rows, weight))
+    size_out, size_in = weight.tensor.shape if weight.tensor.dim() == 2 else (0, 1)
+    count = rows.tensor.numel() // size_in
+    if not half or not 0 < count <= _ROWS or size_in % _TILE or not 0 < weight.tensor.numel() <= _SMALL:
+        return None
+    if not tiled(count, size_in, size_out, torch.get_num_threads(), torch._C._get_mkldnn_enabled()):
+        return None
+    return [Operator(Code.TILED, 0, (count, size_in, size_out), out, rows, weight)]
+
+
+@cache
+def tiled(count: int, size_in: int, size_out: int, _threads: int, _onednn: bool) -> bool:
+    """Whether torch's linear layer of such rows adds up in tiles of 32 inputs, as matrix instructions do.
+
+    What is asked are sums that nearly cancel: any other order has other bits in most of them.
+    """
+    generator = torch.Generator().manual_seed(size_in)
+    for size in (1.0, 1e-3, 1e4, 1e-19):  # the last: with results that are no normal numbers
+        rows, weight = torch.randn(count, size_in, generator=generator), torch.randn(
+            size_out, size_in, generator=generator
+        )  # fmt: skip
+        order = torch.randperm(size_in, generator=generator)
+        one, other = order[: size_in // 2], order[size_in // 2 :]
+        rows[:, other], weight[:, other] = rows[:, one], -weight[:, one]
+        weight[:, order[:2]] += 1e-4 * torch.randn(size_out, 2, generator=generator)
+        rows, weight = (rows * size).bfloat16(), (weight * size).bfloat16()
+        found = torch.empty(count, size_out, dtype=torch.bfloat16)
+        numbers = Code.TILED, 0, count, size_in, size_out, 1
+        program = (ctypes.c_int64 * RECORD)(
+            *numbers, *(0, 0, 1, 0, 0, 0, 0), *(1, 0, 1, 0, 0, 0, 0), *(2, 0, 1, 0, 0, 0, 0)
+        )
+        pointers = (ctypes.c_void_p * 3)(*(one.data_ptr() for one in (found, rows, weight)))
+        native().melinoe_program(ctypes.addressof(program), 1, ctypes.addressof(pointers))
+        with torch.no_grad():
+            if not same_bits(found, torch.nn.functional.linear(rows, weight)):
+                return False
+    return True
 
 
 def product(out: Part, rows: Part, weight: Part, function: Callable[..., Any]) -> Operator:

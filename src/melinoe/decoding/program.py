@@ -10,7 +10,7 @@ import torch
 
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.linears import Linears
-from melinoe.decoding.operators import DIMS, DTYPES, Code, Operator, Part, merged, native
+from melinoe.decoding.operators import DIMS, DTYPES, MATRICES, Code, Operator, Part, merged, native
 from melinoe.decoding.recording import Call, Slot, map_tensors, tensors_of
 from melinoe.native import library
 
@@ -158,21 +158,21 @@ class Program:
         self.inner_bytes = sum(_span(places.real[slot]) for slot in self._inner)
         numbers = [number for one in operators for number in self._numbers(one, places)]
         self._program = (ctypes.c_int64 * len(numbers))(*numbers)
-        weights = sum(one.sizes[1] * one.sizes[2] for one in operators if one.code == Code.PRODUCT)
+        weights = sum(one.sizes[1] * one.sizes[2] for one in operators if one.code in MATRICES)
         function = native().melinoe_program
         self._run: Callable[[int, int, int], int] = library.brief(function) if weights <= BRIEF else function
         self._whole = ctypes.addressof(self._program), len(operators)
 
     def _numbers(self, one: Operator, places: Places) -> list[int]:
         parts = _parts(one)
-        if one.code == Code.PRODUCT:
+        if one.code in MATRICES:
             sizes, strides = list(one.sizes), [[0] * DIMS for _ in parts]
         elif one.code == Code.MEAN:
             sizes, strides = list(one.sizes), [list(part.tensor.stride()) for part in parts]
         else:
             sizes, strides = merged(one.sizes, [part.tensor.stride() for part in parts])
         ones = [1] * (DIMS - len(sizes))
-        if one.code == Code.PRODUCT:
+        if one.code in MATRICES:
             sizes = [*sizes, *ones]
         else:
             sizes, strides = [*ones, *sizes], [[*(0 for _ in ones), *of] for of in strides]

@@ -149,6 +149,9 @@ def _kept(recording: Recording) -> set[Slot]:
 def _event(event: Event, function: Any) -> Callable[[list[Any], Any], None]:
     kind, nest = event.kind, _nest(event.returned)
     given, results = (event.args, event.kwargs), [slot.number for slot in event.results]
+    plain = not event.kwargs and all(isinstance(one, Slot) for one in (*event.args, event.returned))
+    if kind == "experts" and plain:
+        return _Plain(function, [one.number for one in event.args], event.returned.number)
 
     def run(values: list[Any], cache: Any) -> None:
         args, kwargs = map_tensors(given, lambda one: values[one.number] if isinstance(one, Slot) else cache)
@@ -159,6 +162,16 @@ def _event(event: Event, function: Any) -> Callable[[list[Any], Any], None]:
             values[number] = tensor
 
     return run
+
+
+class _Plain:
+    """Calls a function of tensors that returns one."""
+
+    def __init__(self, function: Any, given: list[int], result: int) -> None:
+        self._function, self._given, self._result = function, given, result
+
+    def __call__(self, values: list[Any], _cache: Any) -> None:
+        values[self._result] = self._function(*[values[number] for number in self._given])
 
 
 def _always_none(event: Event) -> bool:

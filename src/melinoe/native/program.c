@@ -6,7 +6,11 @@ strides; views have no operator. */
 
 #include "bfloat16.h"
 
-enum { COPY, NEG, SQUARE, RSQRT, ADD, MUL, ADD_SCALAR, MUL_SCALAR, MEAN, PRODUCT };
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
+enum { COPY, NEG, SQUARE, RSQRT, ADD, MUL, ADD_SCALAR, MUL_SCALAR, MEAN, PRODUCT, TILED };
 enum { FLOAT, BFLOAT16 };
 enum { DIMS = 4, LEVELS = 4, PARTIAL = 4 };
 
@@ -100,7 +104,7 @@ static const rows ROWS_OF[MEAN][8] = {
 
 /* Whether there is such an operator. */
 int melinoe_program_has(int64_t code, int64_t out, int64_t a, int64_t b) {
-    return code < MEAN ? ROWS_OF[code][out * 4 + a * 2 + b] != 0 : out == (code == PRODUCT) && a == out && b == out;
+    return code < MEAN ? ROWS_OF[code][out * 4 + a * 2 + b] != 0 : out == (code > MEAN) && a == out && b == out;
 }
 
 static int64_t ceil_log2(int64_t value) {
@@ -159,6 +163,50 @@ static int64_t ceil_log2(int64_t value) {
 TOTAL(total_16, 16)
 TOTAL(total_8, 8)
 
+enum { TILE = 32, OUTPUTS = 16 }; /* inputs at a time; outputs side by side */
+typedef float floats __attribute__((vector_size(4 * OUTPUTS)));
+typedef uint32_t words __attribute__((vector_size(4 * OUTPUTS)));
+
+/* rows [count, in] by weight [size_out, in] in the order of tiles of matrix instructions (AMX), which is torch's where
+   oneDNN uses them: 32 inputs at a time, the even and the odd ones apart, one after the other, then their sum is
+   added. Products are exact. Those instructions have no subnormal numbers. in: a multiple of 32. */
+static void tiled(const uint16_t *rows, const uint16_t *weight, uint16_t *out, int64_t count, int64_t in,
+                  int64_t size_out) {
+#ifdef __SSE2__
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040);
+#endif
+    for (int64_t first = 0; first < size_out; first += OUTPUTS) {
+        const int64_t outputs = size_out - first < OUTPUTS ? size_out - first : OUTPUTS;
+        for (int64_t row = 0; row < count; row++) {
+            floats total = {0};
+            for (int64_t at = 0; at < in; at += TILE) {
+                uint32_t pairs[TILE / 2][OUTPUTS] = {{0}};
+                for (int64_t output = 0; output < outputs; output++) {
+                    uint32_t some[TILE / 2];
+                    memcpy(some, weight + (first + output) * in + at, sizeof some);
+                    for (int pair = 0; pair < TILE / 2; pair++)
+                        pairs[pair][output] = some[pair];
+                }
+                floats even = {0}, odd = {0};
+                for (int pair = 0; pair < TILE / 2; pair++) {
+                    words both;
+                    memcpy(&both, pairs[pair], sizeof both);
+                    const uint16_t *inputs = rows + row * in + at + 2 * pair;
+                    even += (floats)(both << 16) * wide(inputs[0]);
+                    odd += (floats)(both & 0xffff0000u) * wide(inputs[1]);
+                }
+                total += even + odd;
+            }
+            for (int64_t output = 0; output < outputs; output++)
+                out[row * size_out + first + output] = narrow(total[output]);
+        }
+    }
+#ifdef __SSE2__
+    _mm_setcsr(before);
+#endif
+}
+
 /* pointers: of the tensors, by number. Returns 0, or 1 where a product had no memory. */
 int melinoe_program(const operation *program, int64_t count, char *const *pointers) {
     for (const operation *op = program; op < program + count; op++) {
@@ -172,6 +220,10 @@ int melinoe_program(const operation *program, int64_t count, char *const *pointe
             if (((product)(intptr_t)op->extra)((const uint16_t *)a, (const uint16_t *)b, (uint16_t *)out, sizes[0],
                                                sizes[1], sizes[2], 0, sizes[2]))
                 return 1;
+            continue;
+        }
+        if (op->code == TILED) {
+            tiled((const uint16_t *)a, (const uint16_t *)b, (uint16_t *)out, sizes[0], sizes[1], sizes[2]);
             continue;
         }
         const rows compute = op->code < MEAN ? ROWS_OF[op->code][op->out.dtype * 4 + op->a.dtype * 2 + op->b.dtype] : 0;

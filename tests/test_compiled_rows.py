@@ -216,6 +216,20 @@ def test_linear_layers_of_paged_and_resident(family, count, every_linear, thread
         assert decoder_of(paged).replays == 1, decoder_of(paged).why_eager
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "resident"])
+def test_the_head_of_a_batch_of_prompts_is_one_product(paged, dtype, tmp_path):
+    """torch would take hundreds of times as long for rows cut out of [B, S, H] by a frozen matrix."""
+    source = save_checkpoint(tmp_path / "model", "olmoe", dtype)
+    model = melinoe.load(source, slots=2) if paged else resident(source)
+    ids, seen = batch(6)["input_ids"], []
+    assert len(ids) > 1 and not model.lm_head.weight.requires_grad
+    model.lm_head.register_forward_hook(lambda _module, args, _found: seen.append(args[0].is_contiguous()))
+    with torch.no_grad():
+        model(input_ids=ids, logits_to_keep=1)
+    assert seen == [True]
+
+
 @needs_compiler
 def test_peft_wraps_them_and_saves_as_before(every_linear, tmp_path):
     peft = pytest.importorskip("peft")

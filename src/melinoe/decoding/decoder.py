@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from melinoe.decoding.one_token import Functions, one_token
 from melinoe.decoding.recording import record
 from melinoe.decoding.replay import Different, OtherStep, Replay
-from melinoe.experts.few_rows_linear import few_rows_linears
+from melinoe.experts.few_rows_linear import adjacent, few_rows_linears
 from melinoe.models.layers import experts_modules
 
 _TENSORS = ("input_ids", "position_ids")
@@ -203,6 +203,7 @@ def _cannot(model: Any, inputs: dict[str, Any]) -> str:
             before, after = ([h for h in hooks if not sticky.owns(h)] for hooks in (before, after))
         if module is model:  # ours are called for each step; they look and change nothing
             before = [hook for hook in before if not hook.__module__.startswith("melinoe.")]
+        before = [hook for hook in before if hook is not adjacent]  # nor does it: a step has one row
         if before or after or "_hf_hook" in vars(module):
             return f"has a hook on its {type(module).__name__}"
     return ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -36,6 +38,25 @@ def use_few_rows_linears(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear and module.bias is None and module.weight.numel() >= LARGE:
             module.__class__ = FewRowsLinear
+
+
+def use_adjacent_outputs(model: nn.Module) -> None:
+    """Makes the output layer see rows that lie behind each other.
+
+    Behind a batch of prompts a model cuts the last hidden state of each out of [B, S, H]. torch does not fold
+    such an input into rows where the weight asks for no gradient: bfloat16 goes through a loop that takes
+    hundreds of times as long (11 s for 8 rows by 50,304 outputs); float32 is rounded differently.
+    """
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if layer is not None and adjacent not in layer._forward_pre_hooks.values():
+        layer.register_forward_pre_hook(adjacent)
+
+
+def adjacent(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The pre-hook of `use_adjacent_outputs`."""
+    if not args or args[0].is_contiguous():
+        return None
+    return args[0].contiguous(), *args[1:]
 
 
 def few_rows_linears(model: nn.Module) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.errors import MelinoeError
 from melinoe.experts import compiled
-from melinoe.experts.few_rows_linear import use_few_rows_linears
+from melinoe.experts.few_rows_linear import use_adjacent_outputs, use_few_rows_linears
 from melinoe.experts.row_counts import pad
 from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
@@ -237,6 +237,7 @@ def use_melinoe_experts(model: Any) -> None:
     """Switches a transformers model, paged or resident, to melinoe's experts function and kernels."""
     if model.device.type == "cpu" and model.dtype == torch.bfloat16 and compiled.prepare():
         use_few_rows_linears(model)
+    use_adjacent_outputs(model)
     if not undecorated.take_over(model, melinoe_experts):
         model.set_experts_implementation(NAME)
 

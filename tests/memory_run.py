@@ -25,5 +25,6 @@ model = load(folder, memory=memory, context=prompt + new, batch=rows)
 ids = torch.randint(3, 60, (rows, prompt), generator=torch.Generator().manual_seed(0))
 mask = torch.ones_like(ids)
 mask[:1, : prompt // 3] = 0  # padding: with it attention needs a mask
-model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+pieces = {"prefill_chunk_size": model.melinoe_budget.pass_tokens} if rows == 1 else {}
+model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **pieces)
 print(json.dumps({"taken": peak_memory() - before, "slots": model.melinoe_budget.slots}))

@@ -29,30 +29,38 @@ from melinoe.runtime.work_space import LiveBytes, twin, work_space
 RUN = Path(__file__).with_name("memory_run.py")
 
 
-@pytest.fixture(scope="module")
-def large_records(tmp_path_factory):
+def store_of_large_records(folder, hidden, inner):
     """A store whose 32 records have 3 MiB each."""
     torch.manual_seed(0)
     config = OlmoeConfig(
         vocab_size=64,
-        hidden_size=128,
-        intermediate_size=4096,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=hidden // 64 if hidden > 256 else 4,
+        num_key_value_heads=hidden // 64 if hidden > 256 else 4,
         num_experts=16,
         num_experts_per_tok=4,
-        max_position_embeddings=1024,
+        max_position_embeddings=8192,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
     )
-    folder = tmp_path_factory.mktemp("large")
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     save_tokenizer(folder / "model")
     store = melinoe.convert(folder / "model", folder / "store", progress=False)
     assert store.max_record_bytes == 3 * 2**20
     return store.folder
+
+
+@pytest.fixture(scope="module")
+def large_records(tmp_path_factory):
+    return store_of_large_records(tmp_path_factory.mktemp("large"), 128, 4096)
+
+
+@pytest.fixture(scope="module")
+def large_activations(tmp_path_factory):
+    return store_of_large_records(tmp_path_factory.mktemp("wide"), 1024, 512)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +69,20 @@ def large_records(tmp_path_factory):
     ids=["short", "long prompt", "batch"],
 )
 def test_a_budget_holds(large_records, rows, prompt, new):
+    hold(large_records, rows, prompt, new)
+
+
+@pytest.mark.parametrize("prompt", [1500, 6144], ids=["one pass", "three passes"])
+def test_a_budget_holds_where_activations_are_large(large_activations, prompt):
+    """Attention lays keys and values out anew, and the C library keeps holes between what a pass drops."""
+    hold(large_activations, 1, prompt, 2)
+
+
+def hold(store, rows, prompt, new):
     """Under a cgroup limit of what the process began with and the budget."""
-    memory = enough_for(large_records, 3, context=prompt + new, batch=rows)
+    memory = enough_for(store, 3, context=prompt + new, batch=rows)
     limit = MemoryLimit(2**40)
-    command = [str(limit._limit) if limit.available else "-", large_records, memory, rows, prompt, new]
+    command = [str(limit._limit) if limit.available else "-", store, memory, rows, prompt, new]
     try:
         done = subprocess.run(
             [sys.executable, str(RUN), *map(str, command)],

@@ -113,6 +113,12 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+def return_holes() -> None:
+    """Makes the C library give back what has been freed, also between what is in use."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def makes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch computes matrix products there with oneDNN, which writes code for every shape."""
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)

@@ -16,11 +16,14 @@ import torch
 from torch import nn
 
 from melinoe.errors import MelinoeError
+from melinoe.machine import return_holes
 from melinoe.models.forward_inputs import given_tokens, input_ids, past_length, real_tokens
 from melinoe.models.token_ids import refuse_unknown_ids
 from melinoe.paging.pager import ExpertPager
 from melinoe.prediction.predictor import Prediction, Predictor, mean_prediction
 from melinoe.routing.policies import DECODE, PREFILL, Call
+
+MANY_TOKENS = 512  # of a pass, from which on what it takes is worth giving back
 
 
 class _Note(threading.local):
@@ -132,6 +135,8 @@ class PagedExperts:
         # is the verification of guessed tokens)
         note = self._note
         note.phase = PREFILL if past == 0 or (length > 1 and note.phase == PREFILL) else DECODE
+        if self.limits is not None and batch * length >= MANY_TOKENS:
+            return_holes()  # what the last one has left would come on top of what this one takes
         note.decoding = None
         after = valid[:, ::-1].cumsum(1)[:, ::-1]
         note.ages, note.valid = np.maximum(after - 1, 0).ravel(), valid.ravel()

@@ -56,8 +56,10 @@ class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations make, as long as they live. `peak` is the most there was.
 
     products: the shapes of matrix products that were computed. operations: how many there were. cache_bytes:
-    of the cache that a run has left.
+    of the cache that a run has left. attention: what was seen of it.
     """
+
+    attention: _NoScores
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,11 +94,22 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _NoScores(TorchFunctionMode):
-    """Attention by torch's own kernels: an output as large as the queries, and no scores."""
+    """Attention by torch's own kernels: an output as large as the queries, and no scores.
+
+    layers: how often it was called. bytes_per_token: of keys and values as the largest of them gets them, all
+    sequences together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = self.bytes_per_token = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.scaled_dot_product_attention:
-            query, value = args[0], args[2] if len(args) > 2 else (kwargs or {})["value"]
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            query, key, value = given["query"], given["key"], given["value"]
+            self.layers += 1
+            self.bytes_per_token = max(self.bytes_per_token, (key.nbytes + value.nbytes) // key.shape[-2])
             return query.new_empty(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
 
@@ -127,6 +140,11 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
     per_token = (more.cache_bytes - few.cache_bytes) // between
     # the mask: boolean, and once more as torch's kernels take it
     beside = rows * length * context * (1 + dtype.itemsize)
+    keys = live.attention.bytes_per_token
+    if keys > rows * per_token / max(1, live.attention.layers):  # one for each head, made of the cache's
+        beside += (context - length) * keys
+    if dtype.itemsize == 2:  # torch's kernel lays keys and values out anew for products of this kind
+        beside += context * keys
     if (
         skeleton.config._attn_implementation == "eager"
     ):  # it keeps scores; those of this pass alone were counted
@@ -151,9 +169,10 @@ def _run(skeleton: Any, rows: int, length: int, use_cache: bool = False) -> Live
     # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
     every = patch(meta_nonzero_assume_all_nonzero=True)  # qwen4_exp looks for what a token may see: all
-    with torch.no_grad(), every, LiveBytes() as live, _NoScores():
+    with torch.no_grad(), every, LiveBytes() as live, _NoScores() as attention:
         live.ignore((*skeleton.parameters(), *skeleton.buffers()))
         found = skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=use_cache)
+    live.attention = attention
     if use_cache:
         live.cache_bytes = sum(_bytes(vars(layer)) for layer in found.past_key_values.layers)
     return live

@@ -79,10 +79,13 @@ def _write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
 
 
-def write_olmoe(folder: Path, num_layers: int) -> int:
+def write_olmoe(folder: Path, num_layers: int, context: int = 4096) -> int:
     """Writes a checkpoint of OLMoE-1B-7B's shape, one shard for each layer, 0.8 GB in bfloat16.
 
     Shards that are there already are used again.
+
+    Args:
+        context: tokens that the config allows; the weights do not depend on it.
 
     Returns:
         The bytes of all shards.
@@ -97,7 +100,7 @@ def write_olmoe(folder: Path, num_layers: int) -> int:
         num_key_value_heads=HEADS,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
-        max_position_embeddings=4096,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
         dtype="bfloat16",
         architectures=["OlmoeForCausalLM"],

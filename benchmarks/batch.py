@@ -163,15 +163,15 @@ def main() -> None:
     contestants = Contestants(source, store, options.slots, options.sequences)
     names = ["resident", *(f"{kind} {count}" for count in options.slots for kind in ("generate", "serve"))]
     size = contestants.resident.config.get_text_config().vocab_size
-    rng = np.random.default_rng(0)
+
+    def prompts(seed: int) -> list[list[int]]:
+        return np.random.default_rng(seed).integers(3, size, (options.sequences, PROMPT_TOKENS)).tolist()
+
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for name in names:  # kernels are made, a step is recorded
-        contestants.measure(name, rng.integers(3, size, (options.sequences, PROMPT_TOKENS)).tolist(), 3)
+        contestants.measure(name, prompts(0), 3)
     for number, name in turns(names, options.rounds):
-        if name == names[0] or (number % 2 and name == names[-1]):
-            prompts = rng.integers(3, size, (options.sequences, PROMPT_TOKENS)).tolist()
-        runs[name].append(contestants.measure(name, prompts, options.tokens))
-        print(number, name, runs[name][-1], flush=True)
+        runs[name].append(contestants.measure(name, prompts(number + 1), options.tokens))
     report(contestants, runs, options.sequences)
     write_result(options, runs=runs)
 
@@ -182,7 +182,7 @@ def report(contestants: Contestants, runs: dict[str, list[dict[str, Any]]], sequ
     )
     for name, rows in runs.items():
         one, many = ([row[key] for row in rows] for key in ("one", "all"))
-        parts = [f"{name:12s}", written(one, 1), written(many, 1), written(np.divide(many, one))]
+        parts = [f"{name:12s}", written(one, 1), written(many, 1), written(np.divide(many, one).tolist())]
         if "distinct" in rows[0]:
             distinct = float(np.median([row["distinct"] for row in rows]))
             model = next(iter(contestants.paged.values()))

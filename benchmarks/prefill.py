@@ -47,8 +47,8 @@ class Contestants:
     def measure(self, name: str, prompt: list[int]) -> dict[str, dict[str, Any]]:
         """Of each row: seconds to the first token; of ours the bytes read, and how long they were awaited."""
         if name == "resident":
-            text, found = generate(self.resident, self.tokenizer, prompt, max_new_tokens=1)
-            return {name: {"seconds": found.ttft_seconds, "text": text}}
+            text, said = generate(self.resident, self.tokenizer, prompt, max_new_tokens=1)
+            return {name: {"seconds": said.ttft_seconds, "text": text}}
         reset_slots(self.paged[name])
         found = {name: self._paged(name, prompt)}
         if name == ALL:
@@ -90,13 +90,16 @@ def table(tokens: int, runs: dict[str, list[dict[str, Any]]]) -> None:
     resident, warm = ([one["seconds"] for one in runs[name]] for name in ("resident", "warm"))
     for name, rows in runs.items():
         seconds = [one["seconds"] for one in rows]
-        parts = [f"{name:10s}", written(seconds), written(np.divide(seconds, resident))]
+        parts = [f"{name:10s}", written(seconds), written(np.divide(seconds, resident).tolist())]
         if "bytes" in rows[0]:
             ceilings = [
                 max(one["bytes"] / one["bandwidth"], arithmetic)
                 for one, arithmetic in zip(rows, warm, strict=True)
             ]
-            parts += [written(np.divide(seconds, ceilings)), written([one["waited"] for one in rows])]
+            parts += [
+                written(np.divide(seconds, ceilings).tolist()),
+                written([one["waited"] for one in rows]),
+            ]
             parts += [f"{rows[0]['bytes'] / 1e9:.2f}", written([one["bandwidth"] / 1e9 for one in rows])]
         print(" | ".join(parts), flush=True)
 

@@ -58,15 +58,13 @@ class Slot:
 class Call:
     """One torch function. Tensors are Slots in `args` and `kwargs`.
 
-    results: the slots of what it returned, in the order of `tensors_of`. copies: their values, to compare a
-    replay with.
+    results: the slots of what it returned, in the order of `tensors_of`.
     """
 
     function: Callable[..., Any]
     args: Any
     kwargs: Any
     results: list[Slot] = field(default_factory=list)
-    copies: list[torch.Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -325,7 +323,6 @@ class Recorder(TorchFunctionMode):
         for tensor in tensors_of(result):
             slot = self.new(tensor, growing)
             call.results.append(slot)
-            call.copies.append(self.recording.values[slot])
         self.recording.items.append(call)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

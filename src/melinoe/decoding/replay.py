@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from melinoe.decoding.groups import Group, grouped, written_slots
+from melinoe.decoding.growing import appends
 from melinoe.decoding.linears import Linears
 from melinoe.decoding.program import Places, Program, Room
 from melinoe.decoding.recording import Event, Recording, Slot, Write, map_tensors, tensors_of
@@ -62,7 +63,7 @@ class Replay:
         for group in grouped(recording, places.real, programs):
             event = group.items[0]
             if group.kind != "event":
-                self.steps.append(self._computing(group, recording, places, kept, functions))
+                self.steps += self._computing(group, recording, places, kept, functions)
                 begun = begun or any(isinstance(item, Write) for item in group.items)
             elif not _always_none(event):
                 if event.kind == "mask" and begun:
@@ -87,17 +88,19 @@ class Replay:
 
     def _computing(
         self, group: Group, recording: Recording, places: Places, kept: set[Slot], functions: Functions
-    ) -> Any:
+    ) -> list[Any]:
+        values = {**recording.values, **recording.constants}
         if group.kind == "program":
             calls = list(zip(group.items, group.operators, strict=True))
             number = len(self._programs)
             self._programs.append(Program(calls, places, group.later, kept, recording.constants, number))
-            return self._programs[-1]
-        segment = Segment(group.items, group.later)
+            return [self._programs[-1]]
+        found, items = appends(group.items, recording.items, values)
+        segment = Segment(items, group.later | {one.result for one in found})
         for call in segment.calls:
             for slot in call.results:
                 places.forget(slot)
-        return segment.step({**recording.values, **recording.constants}, functions)
+        return [*found, segment.step(values, functions)]
 
     @contextmanager
     def _room(self) -> Iterator[Room]:

@@ -11,6 +11,7 @@ import torch
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.recording import Call, Read, Slot, Write, map_tensors, tensors_of
 
+_OF_ONE_RESULT = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.embedding)
 _CHECKS = 3  # TorchScript rewrites a function after its first runs
 
 
@@ -90,8 +91,12 @@ class Segment:
                     raise Different("does not compute the same by TorchScript")
         return functions[key]
 
-    def step(self, values: dict[Slot, torch.Tensor], functions: Functions) -> Step:
+    def step(self, values: dict[Slot, torch.Tensor], functions: Functions) -> Any:
         """What runs it on the tensors of a step."""
+        if len(self.calls) == 1 and not self.reads and not self.writes:
+            one = Direct.of(self.calls[0])
+            if one is not None:
+                return one
         return Step(
             self.function(values, functions) if self.outputs else _nothing,
             [slot.number for slot in self.inputs],
@@ -103,6 +108,27 @@ class Segment:
 
 def _nothing(*_: Any) -> tuple[()]:
     return ()
+
+
+class Direct:
+    """One call of tensors with one result, as it was recorded."""
+
+    def __init__(self, call: Call) -> None:
+        self._function, self._args, self._kwargs = call.function, list(call.args), call.kwargs
+        self._given = [(at, one.number) for at, one in enumerate(call.args) if isinstance(one, Slot)]
+        self._result = call.results[0].number
+
+    @classmethod
+    def of(cls, call: Call) -> Direct | None:
+        """None: its tensors are in lists or have names, or it may return other than one tensor."""
+        plain = [one for one in call.args if isinstance(one, Slot)] == tensors_of((call.args, call.kwargs))
+        return cls(call) if plain and call.function in _OF_ONE_RESULT else None
+
+    def __call__(self, values: list[Any], _cache: Any) -> None:
+        args = self._args.copy()
+        for at, number in self._given:
+            args[at] = values[number]
+        values[self._result] = self._function(*args, **self._kwargs)
 
 
 class Step:

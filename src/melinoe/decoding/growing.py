@@ -1,0 +1,137 @@
+"""Keys and values that grow by one token, in memory with room for more.
+
+`DynamicLayer.update` concatenates, and so copies a layer's whole cache for every token. Here the new ones are
+written behind the old ones, into memory that nobody has seen yet, and the layer is given a longer view: the
+numbers are those that concatenating gives. What the layer held before stays as it was, whoever holds it. Keys
+that are not the last view that was made here (the cache was cropped, exchanged, or copied) are copied first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend
+from transformers.cache_utils import DynamicLayer
+
+from melinoe.decoding.recording import Call, Read, Slot, Write, map_tensors, tensors_of
+
+ROOM = 32  # tokens: of a layer's memory, what is not used yet at most
+_ALIGNED = 64  # bytes: heads begin where they would in keys of their own
+_NAME = "_melinoe_growing"
+
+
+class _Growing:
+    """Memory for keys or values [1, H, room, D], and what the layer was given of it last."""
+
+    def __init__(self, old: torch.Tensor) -> None:
+        _, heads, tokens, width = old.shape
+        self.memory = old.new_empty(1, heads, tokens + ROOM, width)
+        self.memory[:, :, :tokens] = old
+        self.last = old
+
+    def append(self, new: torch.Tensor) -> torch.Tensor:
+        tokens = self.last.shape[2]
+        self.memory.narrow(2, tokens, 1).copy_(new)
+        self.last = self.memory.narrow(2, 0, tokens + 1)
+        return self.last
+
+
+def append(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
+    """What `layer.name = torch.cat([layer.name, new], dim=-2)` gives, for one token; sets it."""
+    old = getattr(layer, name)
+    growing: dict[str, _Growing] = vars(layer).setdefault(_NAME, {})
+    one = growing.get(name)
+    if one is None or one.last is not old or old.shape[2] == one.memory.shape[2]:
+        one = growing[name] = _Growing(old)
+    found = one.append(new)
+    setattr(layer, name, found)
+    return found
+
+
+def fits(layer: Any, name: str, new: torch.Tensor) -> bool:
+    """Whether a layer's keys or values can grow so: one token of a plain cache, whose rows begin alike."""
+    old = getattr(layer, name, None)
+    return (
+        type(layer) is DynamicLayer
+        and isinstance(old, torch.Tensor)
+        and old.dim() == new.dim() == 4
+        and old.shape[0] == new.shape[0] == new.shape[2] == 1
+        and old.shape[1::2] == new.shape[1::2]
+        and old.dtype == new.dtype
+        and old.device.type == "cpu"
+        and not (old.requires_grad or new.requires_grad)
+        and old.shape[3] * old.element_size() % _ALIGNED == 0
+    )
+
+
+@dataclass(frozen=True)
+class Append:
+    """layers[layer].name grows by the tensor of a slot, and is that of another then."""
+
+    layer: int
+    name: str
+    new: Slot
+    result: Slot
+
+    def __call__(self, values: list[Any], cache: Any) -> None:
+        layer, new = cache.layers[self.layer], values[self.new.number]
+        if fits(layer, self.name, new):
+            values[self.result.number] = append(layer, self.name, new)
+        else:
+            found = torch.cat([getattr(layer, self.name), new], dim=-2)
+            values[self.result.number] = found
+            setattr(layer, self.name, found)
+
+
+def appends(
+    items: list[Any], recorded: list[Any], values: dict[Slot, torch.Tensor]
+) -> tuple[list[Append], list[Any]]:
+    """Concatenations of a cache's tensors with new ones that are written back, and the other items.
+
+    There are none where something else looks at what the cache held, or writes besides; where the new ones
+    are made among these items; or where anything but sdpa's own kernel looks at the result: another might
+    copy what does not lie in one piece, or multiply it otherwise.
+
+    Args:
+        recorded: all items of the step. values: what was recorded.
+    """
+    reads = {item.slot: item for item in items if isinstance(item, Read)}
+    writes = {item.slot: item for item in items if isinstance(item, Write)}
+    found, gone = [], []
+    for call in items:
+        made = _of(call, reads, writes) if isinstance(call, Call) else None
+        if made is not None:
+            found.append(made)
+            gone += [call, reads[call.args[0][0]], writes[made.result]]
+    rest = [item for item in items if not any(item is one for one in gone)]
+    grown = {one.result for one in found}
+    calls = [one for one in recorded if isinstance(one, Call)]
+    users = [one for one in calls if grown.intersection(tensors_of((one.args, one.kwargs)))]
+    here = all(any(user is item for item in rest) and _by_own_kernel(user, values) for user in users)
+    inside = {slot for item in rest if isinstance(item, Call) for slot in item.results}
+    if not here or inside & {one.new for one in found} or any(isinstance(one, (Read, Write)) for one in rest):
+        return [], items
+    return found, rest
+
+
+def _by_own_kernel(call: Call, values: dict[Slot, torch.Tensor]) -> bool:
+    """Whether a call is sdpa by its own kernel, which reads keys and values by their strides."""
+    if call.function is not torch.nn.functional.scaled_dot_product_attention:
+        return False
+    args, kwargs = map_tensors((call.args, call.kwargs), values.__getitem__)
+    return int(torch._fused_sdp_choice(*args, **kwargs)) == SDPBackend.FLASH_ATTENTION.value
+
+
+def _of(call: Call, reads: dict[Slot, Read], writes: dict[Slot | None, Write]) -> Append | None:
+    more = (*call.args[1:], *call.kwargs.values())
+    if call.function is not torch.cat or more != (-2,) or set(call.kwargs) - {"dim"}:
+        return None
+    if not isinstance(call.args[0], (list, tuple)) or len(call.args[0]) != 2:
+        return None
+    (old, new), result = call.args[0], call.results[0]
+    read, write = reads.get(old), writes.get(result)
+    if read is None or write is None or new in reads or (read.layer, read.name) != (write.layer, write.name):
+        return None
+    return Append(read.layer, read.name, new, result)

@@ -8,10 +8,14 @@ Shape suffixes: B sequences, S positions, N chosen positions of all of them in o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+PIECE_BYTES = 2**26  # of float32 logits that are there at a time, and each of their like
 
 
 def next_token_positions(
@@ -72,6 +76,55 @@ def likelihood(
         found.divergence_tokens = len(base_NV)
         found.base_nll = F.nll_loss(base_NV[is_completion_N], targets, reduction="sum")
     return found
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits are computed together."""
+    return max(1, PIECE_BYTES // (4 * vocabulary))
+
+
+def likelihood_in_pieces(
+    to_logits: Callable[[torch.Tensor], torch.Tensor],
+    hidden_NH: torch.Tensor,
+    next_tokens_N: torch.Tensor,
+    is_completion_N: torch.Tensor,
+    base_hidden_NH: torch.Tensor | None,
+    at_once: int,
+) -> Likelihood:
+    """`likelihood` without [N, V]: logits of a few tokens at a time, and once more in the backward pass.
+
+    It differs in the order of summation alone.
+
+    Args:
+        to_logits: [n, H] -> [n, V] the output layer, frozen.
+        hidden_NH: [N, H] what it is given, with gradient.
+        base_hidden_NH: [N, H] likewise of the base model, no gradient; None: not compared.
+        at_once: tokens of a piece.
+    """
+
+    def piece(
+        hidden_NH: torch.Tensor, base_NH: torch.Tensor | None, tokens_N: torch.Tensor, kept_N: torch.Tensor
+    ) -> Likelihood:
+        with torch.no_grad():
+            base_NV = to_logits(base_NH).float() if base_NH is not None else None
+        return likelihood(to_logits(hidden_NH).float(), tokens_N, kept_N, base_NV)
+
+    total = Likelihood(hidden_NH.float().sum() * 0, 0)  # without a token: nothing, but with a gradient
+    if base_hidden_NH is not None:
+        total.divergence, total.base_nll = total.nll, total.nll.detach()
+    for start in range(0, len(hidden_NH), at_once):
+        here = slice(start, start + at_once)
+        base_NH = None if base_hidden_NH is None else base_hidden_NH[here]
+        given = hidden_NH[here], base_NH, next_tokens_N[here], is_completion_N[here]
+        one: Likelihood = checkpoint(piece, *given, use_reentrant=False, preserve_rng_state=False)
+        total.nll, total.tokens = total.nll + one.nll, total.tokens + one.tokens
+        if one.divergence is not None and one.base_nll is not None:
+            total.divergence, total.base_nll = (
+                total.divergence + one.divergence,
+                total.base_nll + one.base_nll,
+            )
+            total.divergence_tokens += one.divergence_tokens
+    return total
 
 
 def sequence_nll(logits_NV: torch.Tensor, ids_BS: torch.Tensor, completion_BS: torch.Tensor) -> torch.Tensor:

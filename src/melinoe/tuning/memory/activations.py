@@ -23,7 +23,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import attach_low_rank, experts_in_order, projection_size
 from melinoe.experts.row_order import Order
+from melinoe.losses.likelihood import tokens_at_once
 from melinoe.models.layers import MoeLayer, experts_per_token
+from melinoe.models.logits import output_layer_given
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.work_space import LiveBytes
 from melinoe.tuning.settings import TuneSettings
@@ -31,6 +33,7 @@ from melinoe.tuning.settings import TuneSettings
 _STAND_IN = "melinoe_planning"
 # float32 tensors of a loss's input that live at once, its backward pass included (measured: docs/log.md)
 LOGITS_COPIES, BASE_LOGITS_COPIES, ROUTING_COPIES = 4, 3, 10
+ROWS_COPIES = 4  # of what the output layer is given, where logits are computed in pieces
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,9 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
         # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
         shape = (batch.rows, 1, batch.length, batch.length)
         try:
-            model(
-                input_ids=ids_BS,
-                attention_mask=torch.ones(shape, dtype=torch.bool, device="meta"),
-                use_cache=False,
-            )
+            mask = torch.ones(shape, dtype=torch.bool, device="meta")
+            with output_layer_given(model, ids_BS) as seen:
+                logits = model(input_ids=ids_BS, attention_mask=mask, use_cache=False).logits
         except NotImplementedError as error:  # shapes that hang on values
             raise MelinoeError(
                 "the memory that tuning needs cannot be counted for this type of model",
@@ -88,6 +89,11 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     copies = LOGITS_COPIES + (BASE_LOGITS_COPIES if settings.distill or settings.max_quality_loss else 0)
     losses = copies * batch.predicted * config.vocab_size * 4
+    at_once = tokens_at_once(config.vocab_size)
+    if at_once < batch.predicted and seen.returned_alone(logits):
+        losses = (
+            copies * at_once * config.vocab_size * 4 + ROWS_COPIES * batch.predicted * config.hidden_size * 4
+        )
     losses += ROUTING_COPIES * tokens * sum(layer.num_experts for layer in layers) * 4
     outside = own.get(None, 0)
     inside = [size for name, size in own.items() if name is not None]

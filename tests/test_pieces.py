@@ -8,17 +8,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from families import config, save_checkpoint
+from families import FAMILIES, config, save_checkpoint
+from melinoe.data.spans import Encoded
 from melinoe.losses import likelihood as module
 from melinoe.losses.likelihood import likelihood, likelihood_in_pieces
 from melinoe.models.layers import moe_layers
-from melinoe.models.logits import logits_are_the_output_layers
+from melinoe.models.logits import hidden_at, logits_at
 from melinoe.models.pretrained import skeleton
 from melinoe.runtime.work_space import LiveBytes
+from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.memory.activations import BatchShape, count
 from melinoe.tuning.model import prepare_model
+from melinoe.tuning.parallel.processes import Processes
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.losses import StepLosses
+from melinoe.tuning.step.pieces import logits_are_plain
 
 SETTINGS = TuneSettings(rank=4, distill=0.5, distill_prompt=True)
 ROWS, LENGTH = 3, 40
@@ -89,7 +93,7 @@ def test_a_step_is_the_same(tmp_path, monkeypatch, family, plain, on_prompt, che
         one, tap = losses.quality(model, part())
         (one.nll + 2 * one.divergence).backward()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
-        found.append((one, [weight.grad for weight in trained], len(tap.records), losses.plain_logits))
+        found.append((one, [weight.grad for weight in trained], len(tap.records), losses.pieces.plain))
     (whole, whole_gradients, whole_layers, asked), (pieces, gradients, layers, answer) = found
     assert (asked, answer) == (None, plain)
     assert layers == whole_layers
@@ -123,6 +127,7 @@ def test_the_logits_of_all_tokens_are_never_there(tmp_path, monkeypatch):
     model, losses = prepared(tmp_path / "m")
     inputs = part()
     predicted = int(inputs["attention_mask"].sum()) - ROWS
+    assert losses.pieces.at_once(model, predicted) == at_once  # asks a model without weights, once
     with Largest() as live:
         live.ignore((*model.parameters(), *model.buffers()))
         one, _ = losses.quality(model, inputs)
@@ -148,8 +153,27 @@ def test_the_plan_counts_pieces_where_there_are_any(tmp_path, monkeypatch, famil
     assert (kept() < whole) == pieces
 
 
-def test_asking_draws_nothing():
-    model = AutoModelForCausalLM.from_config(config("mixtral")).train()
-    before = torch.get_rng_state()
-    assert logits_are_the_output_layers(model, torch.tensor([[3, 4]]))
-    assert torch.equal(torch.get_rng_state(), before)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_logits_are_what_the_output_layer_makes_of_its_input(tmp_path, family):
+    """On real weights: where logits are said to be plain, they are; and more are than are not."""
+    model = AutoModelForCausalLM.from_config(config(family)).eval()
+    inputs = {name: part()[name] for name in ("input_ids", "attention_mask")}
+    chosen = inputs["attention_mask"].bool()
+    assert logits_are_plain(model) == (family not in ("granitemoe",))
+    if logits_are_plain(model):
+        with torch.no_grad():
+            pieces = model.get_output_embeddings()(hidden_at(model, inputs, chosen))
+            torch.testing.assert_close(pieces.float(), logits_at(model, inputs, chosen))
+
+
+def test_evaluating_in_pieces_is_the_same(tmp_path, monkeypatch):
+    model, losses = prepared(save_checkpoint(tmp_path / "m", "olmoe"))
+    rows = [Encoded(list(range(3, 3 + length)), ((length // 2, length),)) for length in (9, 14, 20)]
+    found = []
+    for piece_bytes in (2**40, 4 * 64 * 3):
+        monkeypatch.setattr(module, "PIECE_BYTES", piece_bytes)
+        evaluation = Evaluation(rows, losses.layers, 3, 64, 0, Processes())
+        found.append(evaluation.measure(model))
+        assert evaluation.pieces.plain is (None if piece_bytes == 2**40 else True)
+    assert found[1]["nll"] == pytest.approx(found[0]["nll"], rel=1e-5)
+    assert found[1]["hit_rate"] == found[0]["hit_rate"]

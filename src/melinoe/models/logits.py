@@ -38,25 +38,13 @@ def logits_at(model: nn.Module, batch: dict[str, torch.Tensor], chosen_BS: torch
 def hidden_at(model: nn.Module, batch: dict[str, torch.Tensor], chosen_BS: torch.Tensor) -> torch.Tensor:
     """[N, H] what the output layer is given at the chosen positions, in order; it computes one row alone.
 
-    Only for models whose logits are the output layer's own (`logits_are_the_output_layers`).
+    Only for models whose logits are the output layer's own (`tuning.step.pieces`).
     """
     ids_BS = batch["input_ids"]
     with output_layer_given(model, ids_BS, lambda hidden_TH: hidden_TH[:1]) as seen:
         model(input_ids=ids_BS, attention_mask=batch["attention_mask"], use_cache=False)
     [hidden_TH] = seen.given
     return hidden_TH[_rows(chosen_BS)]
-
-
-@torch.no_grad()
-def logits_are_the_output_layers(model: nn.Module, ids_BS: torch.Tensor) -> bool:
-    """Whether a model's logits are what its output layer returned: neither scaled, capped nor cast after it.
-
-    One short pass tells; what it draws at random is drawn again.
-    """
-    model = unwrapped(model)
-    with torch.random.fork_rng(), output_layer_given(model, ids_BS) as seen:
-        found = model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), use_cache=False).logits
-    return seen.returned_alone(found)
 
 
 def _rows(chosen_BS: torch.Tensor) -> torch.Tensor:

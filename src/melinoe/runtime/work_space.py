@@ -124,7 +124,7 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
         context: tokens of each that are in the cache then, these included.
     """
     config, dtype = skeleton.config.get_text_config(), skeleton.dtype
-    experts_products = _use_stand_in(skeleton)
+    experts_products = use_stand_in(skeleton)
     few, more = (_run(skeleton, 1, tokens, use_cache=True) for tokens in _FEW)
     between = _FEW[1] - _FEW[0]
     # state spaces without their kernels take a step of Python for every token: then some tokens stand for all
@@ -178,8 +178,12 @@ def _run(skeleton: Any, rows: int, length: int, use_cache: bool = False) -> Live
     return live
 
 
-def _use_stand_in(model: Any) -> int:
-    """Returns how many different matrices the experts multiply by."""
+def use_stand_in(model: Any) -> int:
+    """Makes the experts of a model on the meta device compute every row by one expert, or seem to.
+
+    Returns:
+        How many different matrices they multiply by.
+    """
     tensors = {}
     for _, module in experts_modules(model):
         own = module.named_parameters(recurse=False)

@@ -18,14 +18,15 @@ from torch import nn
 from melinoe.config import DEFAULT_POLICY
 from melinoe.data.batching import batch_of, length_batches
 from melinoe.data.encoding import Encoded
-from melinoe.losses.likelihood import next_token_positions, sequence_nll
+from melinoe.losses.likelihood import likelihood_in_pieces, next_token_positions, sequence_nll
 from melinoe.models.layers import MoeLayer
-from melinoe.models.logits import logits_at
+from melinoe.models.logits import hidden_at, logits_at, unwrapped
 from melinoe.models.router_tap import RouterTap
 from melinoe.routing.calls import hit_rate, per
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
 from melinoe.tuning.parallel.processes import Processes
+from melinoe.tuning.step.pieces import Pieces
 
 
 class Evaluation:
@@ -49,6 +50,7 @@ class Evaluation:
     ) -> None:
         self.num_rows, self.layers, self.slots = len(encoded), layers, slots
         self.pad_token_id, self.processes = pad_token_id, processes
+        self.pieces = Pieces()
         cut = length_batches([len(row.ids) for row in encoded], batch_tokens)
         batches = [[encoded[position] for position in positions] for positions in cut]
         self.batches = batches[processes.index :: processes.count]
@@ -92,9 +94,16 @@ class Evaluation:
         batch = batch_of(rows, self.pad_token_id, device)
         ids = batch["input_ids"]
         _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
+        at_once = self.pieces.at_once(model, int(completion_BS.sum()))
         with RouterTap(self.layers, choices_only=True) as tap:
-            logits_NV = logits_at(model, batch, completion_BS)
-        nll = float(sequence_nll(logits_NV, ids, completion_BS).sum())
+            found = (logits_at if at_once is None else hidden_at)(model, batch, completion_BS)
+        if at_once is None:
+            nll = float(sequence_nll(found, ids, completion_BS).sum())
+        else:
+            output_layer: Any = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
+            next_N = ids.roll(-1, 1)[completion_BS]
+            every_N = torch.ones_like(next_N, dtype=torch.bool)
+            nll = float(likelihood_in_pieces(output_layer, found, next_N, every_N, None, at_once).nll)
         trace = from_sequences(
             tap.by_sequence(ids.shape, [row.end - 1 for row in rows]),
             [row.ids for row in rows],

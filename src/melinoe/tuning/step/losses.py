@@ -19,24 +19,19 @@ from melinoe.losses.cache_loss import (
     soft_cache_misses,
     straight_through_requests,
 )
-from melinoe.losses.likelihood import (
-    Likelihood,
-    likelihood,
-    likelihood_in_pieces,
-    next_token_positions,
-    tokens_at_once,
-)
+from melinoe.losses.likelihood import Likelihood, likelihood, likelihood_in_pieces, next_token_positions
 from melinoe.losses.load_price import load_price
 from melinoe.losses.rank_matching import rank_matching, router_divergence
 from melinoe.losses.tuning_loss import PartOfStep, boundary_strength, tuning_loss
 from melinoe.models.layers import MoeLayer, experts_per_token
-from melinoe.models.logits import hidden_at, logits_are_the_output_layers, logits_at, unwrapped
+from melinoe.models.logits import hidden_at, logits_at, unwrapped
 from melinoe.models.router_tap import RouterRecord, RouterTap, requests, router_probabilities, score_kind
 from melinoe.sticky.answering import plain_copy
 from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.base_model import as_base
 from melinoe.tuning.step.batches import StepCounts, TokensPerStep
 from melinoe.tuning.step.means import PartLosses, StepMeans
+from melinoe.tuning.step.pieces import Pieces
 from melinoe.tuning.step.weight_control import WeightController
 
 USAGE_SMOOTHING = 0.98  # per step, of the running load of each expert
@@ -59,7 +54,7 @@ class StepLosses:
         self.capacities = [settings.capacity(layer.num_experts, self.top_k) for layer in layers]
         self.base_routers = [plain_copy(layer.router).eval().requires_grad_(False) for layer in layers]
         self.kinds: list[str] | None = None
-        self.plain_logits: bool | None = None  # the output layer's own; asked where it matters
+        self.pieces = Pieces()
         self.nll_level: float | None = None  # running mean of the likelihood loss
         self.controller = WeightController(
             settings.target_hit_rate, settings.max_quality_loss, settings.max_steps
@@ -149,7 +144,7 @@ class StepLosses:
         compared = settings.distill > 0 or settings.max_quality_loss is not None
         follows_BS, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
         chosen_BS = follows_BS if settings.distills_prompt else completion_BS
-        at_once = self._tokens_at_once(model, batch, int(chosen_BS.sum()))
+        at_once = self.pieces.at_once(model, int(chosen_BS.sum()))
         ask = logits_at if at_once is None else hidden_at
         base = None
         if compared:
@@ -164,17 +159,6 @@ class StepLosses:
             return likelihood(found, tokens_N, is_completion_N, base), tap
         output_layer = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
         return likelihood_in_pieces(output_layer, found, tokens_N, is_completion_N, base, at_once), tap
-
-    def _tokens_at_once(self, model: nn.Module, batch: dict[str, Any], tokens: int) -> int | None:
-        """How many tokens' logits are computed at a time; None: all of them, as the model computes them."""
-        config = unwrapped(model).config.get_text_config()  # type: ignore[operator,union-attr]
-        at_once = tokens_at_once(config.vocab_size)
-        if tokens <= at_once:
-            return None
-        if self.plain_logits is None:
-            ids_T = batch["input_ids"][0][batch["attention_mask"][0].bool()][:2]
-            self.plain_logits = logits_are_the_output_layers(model, ids_T[None])
-        return at_once if self.plain_logits else None
 
     def _probabilities(self, records: list[RouterRecord]) -> list[torch.Tensor]:
         """p_f of every layer, [T, E]."""

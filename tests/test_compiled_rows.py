@@ -14,7 +14,7 @@ import melinoe
 from families import batch, resident, save_checkpoint
 from melinoe.decoding import loop
 from melinoe.decoding.decoder import decoder_of
-from melinoe.experts import compiled, few_rows_linear
+from melinoe.experts import compiled, few_rows_linear, forward
 from melinoe.models.layers import experts_modules
 
 needs_compiler = pytest.mark.skipif(not compiled.prepare(), reason="this machine has no C compiler")
@@ -172,6 +172,47 @@ def test_threads_share_experts_without_another_bit(threads):
         assert torch.equal(compiled.gated(rows, ups, downs), alone)
         single = [compiled.gated(rows, [up], [down]) for up, down in zip(ups, downs, strict=True)]
         assert torch.equal(torch.cat(single), alone)
+
+
+@needs_compiler
+@pytest.mark.parametrize("count", [1, 2], ids=["one thread", "two"])
+def test_experts_on_rows_of_their_own(threads, count):
+    """Their outputs at the places of their rows, with the bits of each expert alone."""
+    threads(count)
+    tokens, top_k, hidden, inner = 6, 3, 70, 40
+    rows = matrix(tokens, hidden)
+    chosen = [[0], [3, 4], [16, 17, 1, 9], [2, 7, 12]]  # places; those of token 3 and others are nobody's
+    ups = [matrix(2 * inner, hidden, seed) for seed in range(4)]
+    downs = [matrix(hidden, inner, seed + 9) for seed in range(4)]
+    out = torch.full((tokens * top_k, hidden), 7.0, dtype=torch.bfloat16)
+    compiled.gated_rows(rows, [torch.tensor(one) for one in chosen], ups, downs, out)
+    expected = torch.full_like(out, 7.0)
+    for places, up, down in zip(chosen, ups, downs, strict=True):
+        expected[places] = compiled.gated(rows[torch.tensor(places) // top_k], [up], [down])
+    assert torch.equal(out, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("slots", [8, 3, 0, None], ids=["all", "some", "none", "resident"])
+def test_a_batch_takes_one_call_for_what_is_at_hand(slots, tmp_path, monkeypatch):
+    """A prompt and steps of several sequences: the bits of one expert after the other."""
+    source = save_checkpoint(tmp_path / "model", "olmoe", torch.bfloat16)
+    model = resident(source) if slots is None else melinoe.load(source, slots=slots)
+    ids, calls, own = batch(6)["input_ids"], [], compiled.gated_rows
+    monkeypatch.setattr(compiled, "gated_rows", lambda *given: (calls.append(len(given[1])), own(*given)))
+
+    def logits():
+        with torch.no_grad():
+            first = model(input_ids=ids, use_cache=True)
+            step = model(input_ids=ids[:, -1:], past_key_values=first.past_key_values)
+        return torch.cat([first.logits, step.logits], 1)
+
+    for _ in range(2):  # cold and warm
+        together = logits()
+        assert calls and (slots not in (8, None) or max(calls) > 1)
+        with monkeypatch.context() as apart:
+            apart.setattr(forward, "_together", lambda *given: False)
+            assert torch.equal(logits(), together)
 
 
 @pytest.fixture

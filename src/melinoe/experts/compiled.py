@@ -10,6 +10,7 @@ and resident experts alike. Without a compiler, or with MELINOE_COMPILED=0, all 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ def _found() -> Any:
     found.melinoe_product.argtypes = [pointer] * 3 + [number] * 5
     found.melinoe_gated.argtypes = [pointer] * 4 + [number] * 4
     found.melinoe_gate.argtypes = [pointer] * 2 + [number] * 2
+    found.melinoe_gated_rows.argtypes = [pointer] * 6 + [number] * 5
     rows, weight = torch.randn(2, 3, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
     out = torch.empty(3, 3, dtype=torch.bfloat16)
     found.melinoe_product(rows.data_ptr(), weight.data_ptr(), out.data_ptr(), 3, 70, 3, 0, 3)
@@ -76,10 +78,10 @@ def few_rows(module: nn.Module, hidden: torch.Tensor) -> int:
     return FEW_ROWS if few(hidden[:1]) and not own_way else 0
 
 
-def _fits(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+def _fits(rows: int, weight: torch.Tensor) -> bool:
     return (
         weight.dtype == torch.bfloat16
-        and (len(rows) <= FEW_ROWS or weight.numel() < SMALL)
+        and (rows <= FEW_ROWS or weight.numel() < SMALL)
         and weight.is_contiguous()
         and not (weight.requires_grad and torch.is_grad_enabled())
     )
@@ -91,7 +93,7 @@ def _threads(weight: torch.Tensor) -> int:
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """rows [N, in], for which `few` is true, by a matrix [out, in] -> [N, out]; None where it is torch's."""
-    if not _fits(rows, weight):
+    if not _fits(len(rows), weight):
         return None
     (count, size_in), size_out = rows.shape, len(weight)
     out = rows.new_empty(count, size_out)
@@ -102,13 +104,13 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
 
 def product_function(rows: torch.Tensor, weights: list[torch.Tensor]) -> Any:
     """The library's function that computes `product` of these; None where it is torch's or is divided."""
-    here = few(rows) and all(_fits(rows, weight) and _threads(weight) == 1 for weight in weights)
+    here = few(rows) and all(_fits(len(rows), weight) and _threads(weight) == 1 for weight in weights)
     return _library.melinoe_product if here else None
 
 
 def gated_function(rows: torch.Tensor, weights: list[torch.Tensor]) -> Any:
     """The library's function that computes `gated` of these; None where it is torch's or is divided."""
-    here = few(rows) and all(_fits(rows, weight) for weight in weights) and _threads(weights[0]) == 1
+    here = few(rows) and all(_fits(len(rows), weight) for weight in weights) and _threads(weights[0]) == 1
     return _library.melinoe_gated if here else None
 
 
@@ -120,7 +122,7 @@ def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]
     Returns:
         [E * N, H], expert by expert.
     """
-    if not all(_fits(rows, weight) for weight in (*ups, *downs)):
+    if not all(_fits(len(rows), weight) for weight in (*ups, *downs)):
         return None
     threads = _threads(ups[0])
     if len(ups) < threads:  # each matrix is divided, with the same bits
@@ -137,6 +139,43 @@ def gated(rows: torch.Tensor, ups: list[torch.Tensor], downs: list[torch.Tensor]
 
     library.in_parts(compute, experts, 1, threads)
     return out
+
+
+def takes_rows(rows: int, up: torch.Tensor, down: torch.Tensor) -> bool:
+    """Whether `gated_rows` computes an expert on so many of the rows for which `few` is true."""
+    return rows <= FEW_SMALL and _fits(rows, up) and _fits(rows, down)
+
+
+def gated_rows(
+    hidden_TH: torch.Tensor,
+    choices: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    downs: list[torch.Tensor],
+    outputs_NH: torch.Tensor,
+) -> None:
+    """Whole experts with silu, each on rows of its own, to the bits of `gated`; `takes_rows` is true of each.
+
+    Args:
+        hidden_TH: contiguous; `few` is true of a row of it.
+        choices: of each expert the places of its rows in outputs_NH, int64; `N // T` of them have one input.
+        outputs_NH: contiguous, written at these places.
+    """
+    (tokens, hidden), inner = hidden_TH.shape, downs[0].shape[1]
+    chosen, starts = torch.cat(choices), [0, *itertools.accumulate(len(one) for one in choices)]
+    experts, top_k = len(choices), len(outputs_NH) // tokens
+    pointers, numbers = ctypes.c_void_p * experts, ctypes.c_int64 * (experts + 1)
+    given = (
+        hidden_TH.data_ptr(),
+        chosen.data_ptr(),
+        numbers(*starts),
+        pointers(*[weight.data_ptr() for weight in ups]),
+        pointers(*[weight.data_ptr() for weight in downs]),
+        outputs_NH.data_ptr(),
+        top_k,
+        hidden,
+        inner,
+    )
+    library.in_parts(partial(_library.melinoe_gated_rows, *given), experts, 1, _threads(ups[0]))
 
 
 def _one_gated(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ bit for bit the same whatever was resident, in whichever order records arrived.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from melinoe.routing.policies import Call
 from melinoe.store.layout import per_expert
 
 NAME = "melinoe"
+_UP, _DOWN = "gate_up_proj", "down_proj"
+Group = list[tuple[int, Views]]  # experts and their tensors
 COMBINED_TOKENS = 128  # whose experts' outputs are weighted at once
 
 
@@ -78,32 +80,32 @@ def experts_outputs(module: nn.Module, hidden_1H: torch.Tensor, experts: list[Vi
 
 def _gated(hidden_NH: torch.Tensor, experts: list[Views]) -> torch.Tensor | None:
     """[E * N, H] of experts with silu on the same few rows, in one call; None: step by step."""
-    up, down = "gate_up_proj", "down_proj"
     first, *others = experts
     if isinstance(first, PackedExpert):
-        return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, up, down)
+        return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, _UP, _DOWN)
     if not compiled.few(hidden_NH):
         return None
-    return compiled.gated(hidden_NH, [one[up] for one in experts], [one[down] for one in experts])
+    return compiled.gated(hidden_NH, [one[_UP] for one in experts], [one[_DOWN] for one in experts])
 
 
-def _resident(module: nn.Module, experts: Iterable[int]) -> Iterator[tuple[int, Views]]:
+def _resident(module: nn.Module, experts: Iterable[int]) -> Generator[Group]:
     parameters = {
         name: per_expert(parameter, int(module.num_experts))  # type: ignore[arg-type]
         for name, parameter in module.named_parameters(recurse=False)
     }
-    for expert in experts:
-        yield expert, {name: parameter[expert] for name, parameter in parameters.items()}
+    yield [
+        (expert, {name: parameter[expert] for name, parameter in parameters.items()}) for expert in experts
+    ]
 
 
 def _served(
     module: nn.Module, paged: PagedExperts | None, indices: np.ndarray, experts: Iterable[int]
-) -> Iterator[tuple[int, Views]]:
-    """(expert, its tensors) for every expert of the call, in the order in which they are at hand."""
+) -> Generator[Group]:
+    """(expert, its tensors) for every expert of the call, in groups that are at hand together."""
     if paged is None:
         return _resident(module, experts)
     call: Call = paged.call(indices)
-    return paged.pager.serve(int(module.melinoe_layer), call)  # type: ignore[arg-type]
+    return paged.pager.serve_groups(int(module.melinoe_layer), call)  # type: ignore[arg-type]
 
 
 def _one_token(
@@ -125,10 +127,16 @@ def _one_token(
     place = {expert: position for position, expert in enumerate(asked) if expert < num_experts}
     served = _served(module, paged, indices, place)
     parts: dict[int, torch.Tensor] = {}
-    with contextlib.closing(served):  # type: ignore[type-var]
-        for expert, weights in served:
-            inputs_1H = hidden_1H if scale_TK is None else hidden_1H * scale_TK[0, place[expert]]
-            parts[place[expert]] = expert_output(module, inputs_1H, weights, expert)
+    together = scale_TK is None and "low_rank" not in module._modules
+    with contextlib.closing(served):
+        for group in served:
+            if together:
+                outputs = experts_outputs(module, hidden_1H, [weights for _, weights in group])
+                parts |= {place[expert]: outputs[at : at + 1] for at, (expert, _) in enumerate(group)}
+                continue
+            for expert, weights in group:
+                inputs_1H = hidden_1H if scale_TK is None else hidden_1H * scale_TK[0, place[expert]]
+                parts[place[expert]] = expert_output(module, inputs_1H, weights, expert)
     if not parts:
         return None
     nothing = None if len(parts) == len(asked) else torch.zeros_like(next(iter(parts.values())))  # sentinels
@@ -150,30 +158,52 @@ def _many_tokens(
     served = _served(module, paged, indices, rows)
     outputs: torch.Tensor | None = None
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with contextlib.closing(served):  # type: ignore[type-var]
-        for expert, weights in served:
-            positions = order.choice_N[rows[expert]]
-            few = (
-                weights.few_rows
-                if isinstance(weights, PackedExpert)
-                else compiled.few_rows(module, hidden_TH)
-            )
-            computed = positions if len(positions) <= few else pad(positions, hidden_TH)
-            inputs_NH = hidden_TH[computed // top_k]
-            if scale_TK is not None:
-                inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[computed]
-            part = expert_output(module, inputs_NH, weights, expert)[: len(positions)]
-            if paged is None:
-                parts.append((positions, part))  # kept whole for autograd
-                continue
-            if outputs is None:
-                outputs = part.new_zeros(tokens * top_k, part.shape[-1])
-            outputs[positions] = part
+    few_rows, together = compiled.few_rows(module, hidden_TH), _together(module, hidden_TH, scale_TK)
+
+    def all_outputs(like: torch.Tensor) -> torch.Tensor:
+        return like.new_zeros(tokens * top_k, like.shape[-1]) if outputs is None else outputs
+
+    with contextlib.closing(served):
+        for group in served:
+            if together and len(group) >= torch.get_num_threads():  # else each matrix is divided
+                here = [(e, w) for e, w in group if _takes_rows(rows[e].stop - rows[e].start, w)]
+                if here:
+                    outputs = all_outputs(hidden_TH)
+                    choices = [order.choice_N[rows[expert]] for expert, _ in here]
+                    ups, downs = ([weights[name] for _, weights in here] for name in (_UP, _DOWN))
+                    compiled.gated_rows(hidden_TH, choices, ups, downs, outputs)
+                    done = {expert for expert, _ in here}
+                    group = [one for one in group if one[0] not in done]
+            for expert, weights in group:
+                positions = order.choice_N[rows[expert]]
+                few = weights.few_rows if isinstance(weights, PackedExpert) else few_rows
+                computed = positions if len(positions) <= few else pad(positions, hidden_TH)
+                inputs_NH = hidden_TH[computed // top_k]
+                if scale_TK is not None:
+                    inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[computed]
+                part = expert_output(module, inputs_NH, weights, expert)[: len(positions)]
+                if paged is None and not together:
+                    parts.append((positions, part))  # kept whole for autograd
+                    continue
+                outputs = all_outputs(part)
+                outputs[positions] = part
     if parts:
         places = torch.cat([positions for positions, _ in parts])
         stacked = torch.cat([part for _, part in parts])
         outputs = stacked.new_zeros(tokens * top_k, stacked.shape[-1]).index_copy(0, places, stacked)
     return outputs
+
+
+def _together(module: nn.Module, hidden_TH: torch.Tensor, scale_TK: torch.Tensor | None) -> bool:
+    """Whether experts may be computed several at a time, each on few rows of its own (`gated_rows`)."""
+    if scale_TK is not None or "low_rank" in module._modules or not hidden_TH.is_contiguous():
+        return False
+    gradients = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
+    return compiled.few_rows(module, hidden_TH) > 0 and compiled.is_gated_silu(module) and not gradients
+
+
+def _takes_rows(count: int, weights: Views) -> bool:
+    return not isinstance(weights, PackedExpert) and compiled.takes_rows(count, weights[_UP], weights[_DOWN])
 
 
 def compute_experts(

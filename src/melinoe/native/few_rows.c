@@ -147,3 +147,35 @@ void melinoe_gate(const uint16_t *both, uint16_t *act, int64_t count, int64_t in
         for (int64_t place = 0; place < inner; place++)
             act[row * inner + place] = narrow(gated(both + row * 2 * inner, place, inner));
 }
+
+/* Experts first to last, each of rows of its own: of expert e the choices starts[e] to starts[e + 1], each the
+   place of a row of out [.., hidden]; a row's input is that of hidden_states [.., hidden] at its place divided by
+   top_k. ups and downs as for melinoe_gated, with the same sums. Returns 0, or 1 where there is no memory. */
+int melinoe_gated_rows(const uint16_t *hidden_states, const int64_t *choices, const int64_t *starts,
+                       const uint16_t *const *ups, const uint16_t *const *downs, uint16_t *out, int64_t top_k,
+                       int64_t hidden, int64_t inner, int64_t first, int64_t last) {
+    int64_t most = 0;
+    for (int64_t expert = first; expert < last; expert++)
+        if (starts[expert + 1] - starts[expert] > most)
+            most = starts[expert + 1] - starts[expert];
+    uint16_t *rows = malloc((size_t)(most * hidden) * sizeof(uint16_t));
+    int failed = !rows;
+    for (int64_t expert = first; expert < last && !failed; expert++) {
+        const int64_t *choice = choices + starts[expert], count = starts[expert + 1] - starts[expert];
+        for (int64_t row = 0; row < count; row++)
+            memcpy(rows + row * hidden, hidden_states + choice[row] / top_k * hidden, hidden * sizeof(uint16_t));
+        float *x = widened(rows, count, hidden), *act = malloc((size_t)(count * inner) * sizeof(float));
+        uint16_t *both = malloc((size_t)(count * 2 * inner) * sizeof(uint16_t));
+        failed = !x || !act || !both;
+        if (!failed) {
+            multiply(x, ups[expert], both, count, hidden, 2 * inner, 0, 2 * inner);
+            gate(both, act, count, inner);
+            multiply(act, downs[expert], rows, count, inner, hidden, 0, hidden);
+            for (int64_t row = 0; row < count; row++)
+                memcpy(out + choice[row] * hidden, rows + row * hidden, hidden * sizeof(uint16_t));
+        }
+        free(x), free(act), free(both);
+    }
+    free(rows);
+    return failed;
+}

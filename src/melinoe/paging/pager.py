@@ -6,9 +6,10 @@ expert's record is in memory: first those that are there, while the others are b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -116,11 +117,26 @@ class ExpertPager:
     def serve(self, layer: int, call: Call, training: bool = False) -> Iterator[tuple[int, Views]]:
         """Yields (expert, tensors) once for every expert of the call; the tensors hold until the next step.
 
+        Args:
+            training: count the call as one of tuning, not as prefill or decoding.
+
+        Raises:
+            MelinoeError: see `serve_groups`.
+        """
+        with contextlib.closing(self.serve_groups(layer, call, training, together=False)) as groups:
+            for group in groups:
+                yield group[0]
+
+    def serve_groups(
+        self, layer: int, call: Call, training: bool = False, together: bool = True
+    ) -> Generator[list[tuple[int, Views]]]:
+        """As `serve`, in groups of (expert, tensors): those that are at hand first, together.
+
         A call that does not come to its end (a read error, the caller stops, Ctrl-C) leaves a mark, and the
         next one begins with empty slots: no half-read record can be taken for an expert.
 
         Args:
-            training: count the call as one of tuning, not as prefill or decoding.
+            together: False: every group has one.
 
         Raises:
             MelinoeError: a record could not be read, or this process is a fork of the one that loaded the
@@ -143,12 +159,18 @@ class ExpertPager:
                     layer, decision, self.banks[layer], self.staging, self.reader, self.statistics
                 )
                 served.start()
+                hits = served.next_hits() if together else []
+                if hits:
+                    yield [(expert, self._unpacked(layer, views)) for expert, views in hits]
                 while (ready := served.next()) is not None:
                     expert, views = ready
-                    yield expert, views if self._scratch is None else self._scratch.expert(layer, views)
+                    yield [(expert, self._unpacked(layer, views))]
                 self._unfinished = False
             finally:
                 self._inside = False
+
+    def _unpacked(self, layer: int, views: Views) -> Views:
+        return views if self._scratch is None else self._scratch.expert(layer, views)
 
     def serve_hits(
         self, layer: int, call: Call, compute: Callable[[list[int]], torch.Tensor]
@@ -185,8 +207,7 @@ class ExpertPager:
 
     def slot_views(self, layer: int, slot: int) -> Views:
         """The expert that stands in a slot; what it gives holds until the next call."""
-        views = self.banks[layer].slot_views(slot)
-        return views if self._scratch is None else self._scratch.expert(layer, views)
+        return self._unpacked(layer, self.banks[layer].slot_views(slot))
 
     def _decide(self, layer: int, call: Call, training: bool = False) -> Decision:
         decision = self.policy.request(layer, call)

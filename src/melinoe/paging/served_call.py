@@ -92,6 +92,15 @@ class ServedCall:
             return expert, views
         return None
 
+    def next_hits(self) -> list[tuple[int, Views]]:
+        """All hits that are at hand and whose slot no load waits for; in use until `next`."""
+        self._release()
+        here = [
+            expert for expert in self._hits if not (expert in self._bank.pending or expert in self._behind)
+        ]
+        self._hits = deque(expert for expert in self._hits if expert not in here)
+        return [(expert, self._bank.views(expert)) for expert in here]
+
     def _release(self) -> None:
         """What was handed out last is computed: its staging record, or the slot it loses, can be filled."""
         if self._in_use is None:

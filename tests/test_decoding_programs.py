@@ -329,3 +329,17 @@ def test_experts_are_added_up_in_torchs_order(hidden):
             outputs = torch.empty(top_k, hidden, dtype=HALF)
             one = CompiledExperts(lambda *_: 0, None, [], [], outputs, dtype)
             assert one._adds_as_torch(), (top_k, dtype)
+
+
+def test_layers_alike_are_compared_with_other_inputs_once(monkeypatch):
+    found = []
+    by_torch = Program._by_torch
+    monkeypatch.setattr(Program, "_by_torch", lambda self, real: found.append(self) or by_torch(self, real))
+    settings = config("olmoe")
+    settings.num_hidden_layers = 5
+    torch.manual_seed(0)
+    one = AutoModelForCausalLM.from_config(settings, dtype=HALF).eval().requires_grad_(False)
+    ids = batch(6)["input_ids"][:1]
+    assert torch.equal(loop.generate(one, ids, **SETTINGS), one.generate(ids, **SETTINGS))
+    times = [found.count(program) for program in programs(one)]
+    assert set(times) == {1, 3} and times.count(3) <= 5  # the first and the last, and of two layers

@@ -86,7 +86,7 @@ class Append:
 
 
 def appends(
-    items: list[Any], recorded: list[Any], values: dict[Slot, torch.Tensor]
+    items: list[Any], users_of: dict[Slot, list[Call]], values: dict[Slot, torch.Tensor]
 ) -> tuple[list[Append], list[Any]]:
     """Concatenations of a cache's tensors with new ones that are written back, and the other items.
 
@@ -95,7 +95,7 @@ def appends(
     copy what does not lie in one piece, or multiply it otherwise.
 
     Args:
-        recorded: all items of the step. values: what was recorded.
+        users_of: the calls of the whole step that are given a slot. values: what was recorded.
     """
     reads = {item.slot: item for item in items if isinstance(item, Read)}
     writes = {item.slot: item for item in items if isinstance(item, Write)}
@@ -107,13 +107,21 @@ def appends(
             gone += [call, reads[call.args[0][0]], writes[made.result]]
     rest = [item for item in items if not any(item is one for one in gone)]
     grown = {one.result for one in found}
-    calls = [one for one in recorded if isinstance(one, Call)]
-    users = [one for one in calls if grown.intersection(tensors_of((one.args, one.kwargs)))]
+    users = [user for slot in grown for user in users_of.get(slot, [])]
     here = all(any(user is item for item in rest) and _by_own_kernel(user, values) for user in users)
     inside = {slot for item in rest if isinstance(item, Call) for slot in item.results}
     if not here or inside & {one.new for one in found} or any(isinstance(one, (Read, Write)) for one in rest):
         return [], items
     return found, rest
+
+
+def users_of(recorded: list[Any]) -> dict[Slot, list[Call]]:
+    """The calls that are given a slot, of all items of a step."""
+    found: dict[Slot, list[Call]] = {}
+    for call in recorded:
+        for slot in tensors_of((call.args, call.kwargs)) if isinstance(call, Call) else ():
+            found.setdefault(slot, []).append(call)
+    return found
 
 
 def _by_own_kernel(call: Call, values: dict[Slot, torch.Tensor]) -> bool:

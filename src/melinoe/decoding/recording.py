@@ -121,10 +121,13 @@ class Recording:
     constants: dict[Slot, torch.Tensor] = field(default_factory=dict)
     values: dict[Slot, torch.Tensor] = field(default_factory=dict)
     output: Slot = Slot(-1)
+    _numbers: int = 0  # of slots, once there were new ones
 
     def constant(self, tensor: torch.Tensor) -> Slot:
         """A new slot for a weight that torch's functions were not seen to use."""
-        slot = Slot(1 + max(slot.number for slot in (*self.values, *self.constants)))
+        if not self._numbers:
+            self._numbers = 1 + max(slot.number for slot in (*self.values, *self.constants))
+        slot, self._numbers = Slot(self._numbers), self._numbers + 1
         self.constants[slot] = tensor.detach()
         return slot
 

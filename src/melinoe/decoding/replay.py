@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from melinoe.decoding.groups import Group, grouped, written_slots
-from melinoe.decoding.growing import appends
+from melinoe.decoding.growing import appends, users_of
 from melinoe.decoding.linears import Linears
 from melinoe.decoding.program import Places, Program, Room
-from melinoe.decoding.recording import Event, Recording, Slot, Write, map_tensors, tensors_of
+from melinoe.decoding.recording import Call, Event, Recording, Slot, Write, map_tensors, tensors_of
 from melinoe.decoding.segment import Different, Functions, Segment
 
 __all__ = ["Different", "OtherStep", "Replay"]
@@ -56,6 +56,7 @@ class Replay:
         """Makes the steps; whether the programs among them compute what torch does."""
         values, functions = {**recording.values, **recording.constants}, dict[str, Any]()
         places, kept = Places(values), _kept(recording)
+        users = users_of(recording.items)
         self.steps: list[Any] = []
         self._masks = 0  # steps up to the last mask
         self._programs: list[Program] = []
@@ -63,7 +64,7 @@ class Replay:
         for group in grouped(recording, places.real, programs):
             event = group.items[0]
             if group.kind != "event":
-                self.steps += self._computing(group, recording, places, kept, functions)
+                self.steps += self._computing(group, recording, places, kept, functions, users)
                 begun = begun or any(isinstance(item, Write) for item in group.items)
             elif not _always_none(event):
                 if event.kind == "mask" and begun:
@@ -77,8 +78,9 @@ class Replay:
         for slot, tensor in recording.constants.items():
             self._blank[slot.number] = tensor
         self._places, self.functions = places, len(functions)
+        alike: set[Any] = set()  # one of those that differ in nothing but their inputs gets other inputs
         return self._safe(written_slots(recording.items)) and all(
-            one.computes_as_torch(values, recording.constants) for one in self._programs
+            one.computes_as_torch(values, recording.constants, alike) for one in self._programs
         )
 
     def _safe(self, written: set[Slot]) -> bool:
@@ -87,7 +89,13 @@ class Replay:
         return not any(bases & program.makes or (written and program.copies) for program in self._programs)
 
     def _computing(
-        self, group: Group, recording: Recording, places: Places, kept: set[Slot], functions: Functions
+        self,
+        group: Group,
+        recording: Recording,
+        places: Places,
+        kept: set[Slot],
+        functions: Functions,
+        users: dict[Slot, list[Call]],
     ) -> list[Any]:
         values = {**recording.values, **recording.constants}
         if group.kind == "program":
@@ -95,7 +103,7 @@ class Replay:
             number = len(self._programs)
             self._programs.append(Program(calls, places, group.later, kept, recording.constants, number))
             return [self._programs[-1]]
-        found, items = appends(group.items, recording.items, values)
+        found, items = appends(group.items, users, values)
         segment = Segment(items, group.later | {one.result for one in found})
         for call in segment.calls:
             for slot in call.results:

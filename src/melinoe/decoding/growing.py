@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicLayer
 
+from melinoe.decoding.operators import native
 from melinoe.decoding.recording import Call, Read, Slot, Write, map_tensors, tensors_of
 
 ROOM = 32  # tokens: of a layer's memory, what is not used yet at most
@@ -23,28 +24,43 @@ _NAME = "_melinoe_growing"
 
 
 class _Growing:
-    """Memory for keys or values [1, H, room, D], and what the layer was given of it last."""
+    """Memory for keys or values [1, H, room, D], and what the layer was given of it last.
+
+    shape: of what is added for a token. left: tokens for which there is room.
+    """
 
     def __init__(self, old: torch.Tensor) -> None:
         _, heads, tokens, width = old.shape
         self.memory = old.new_empty(1, heads, tokens + ROOM, width)
         self.memory[:, :, :tokens] = old
-        self.last = old
+        self.last, self.shape, self.left = old, torch.Size((1, heads, 1, width)), ROOM
 
     def append(self, new: torch.Tensor) -> torch.Tensor:
-        tokens = self.last.shape[2]
-        self.memory.narrow(2, tokens, 1).copy_(new)
-        self.last = self.memory.narrow(2, 0, tokens + 1)
+        """No address is held on to: a copy of this has memory of its own."""
+        memory, tokens, library = self.memory, self.last.shape[2], native()
+        if library is not None and new.is_contiguous():
+            row = memory.shape[3] * memory.element_size()
+            at = memory.data_ptr() + tokens * row
+            library.melinoe_write_behind(at, new.data_ptr(), memory.shape[1], row, memory.shape[2] * row)
+        else:
+            memory.narrow(2, tokens, 1).copy_(new)
+        self.left -= 1
+        self.last = memory.narrow(2, 0, tokens + 1)
         return self.last
 
 
 def append(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
     """What `layer.name = torch.cat([layer.name, new], dim=-2)` gives, for one token; sets it."""
-    old = getattr(layer, name)
-    growing: dict[str, _Growing] = vars(layer).setdefault(_NAME, {})
-    one = growing.get(name)
-    if one is None or one.last is not old or old.shape[2] == one.memory.shape[2]:
-        one = growing[name] = _Growing(old)
+    old, growing = getattr(layer, name), vars(layer).get(_NAME)
+    one: _Growing | None = growing.get(name) if growing is not None else None
+    if one is None or one.last is not old or not one.left or one.shape != new.shape:
+        if not fits(layer, name, new):
+            found = torch.cat([old, new], dim=-2)
+            setattr(layer, name, found)
+            return found
+        # a dictionary of its own: a copy of the layer may have this one
+        one = _Growing(old)
+        setattr(layer, _NAME, {**(growing or {}), name: one})
     found = one.append(new)
     setattr(layer, name, found)
     return found
@@ -76,13 +92,7 @@ class Append:
     result: Slot
 
     def __call__(self, values: list[Any], cache: Any) -> None:
-        layer, new = cache.layers[self.layer], values[self.new.number]
-        if fits(layer, self.name, new):
-            values[self.result.number] = append(layer, self.name, new)
-        else:
-            found = torch.cat([getattr(layer, self.name), new], dim=-2)
-            values[self.result.number] = found
-            setattr(layer, self.name, found)
+        values[self.result.number] = append(cache.layers[self.layer], self.name, values[self.new.number])
 
 
 def appends(

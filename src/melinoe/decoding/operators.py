@@ -89,6 +89,7 @@ def native() -> Any:
     if found is not None:
         found.melinoe_program.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
         found.melinoe_combine.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4
+        found.melinoe_write_behind.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
         found.melinoe_program_has.argtypes = [ctypes.c_int64] * 4
     return found
 

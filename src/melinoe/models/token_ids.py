@@ -22,7 +22,10 @@ def check_ids(ids: torch.Tensor, count: int) -> None:
     """
     if not ids.numel() or (ids.device.type != "cpu" and ids.shape[-1] == 1):
         return
-    least, most = (int(one) for one in torch.aminmax(ids))
+    if ids.numel() == 1:
+        least = most = int(ids)
+    else:
+        least, most = (int(one) for one in torch.aminmax(ids))
     if least < 0 or most >= count:
         raise MelinoeError(
             "a token id is beyond the model's embeddings",
@@ -32,12 +35,21 @@ def check_ids(ids: torch.Tensor, count: int) -> None:
         )
 
 
-def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    ids = input_ids(args, kwargs)
-    if ids is not None:
-        check_ids(ids, len(model.get_input_embeddings().weight))  # type: ignore[operator]
+class _Checked:
+    """A hook before a forward pass. How many ids there are is asked for each pass of more than one token."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = input_ids(args, kwargs)
+        if ids is None:
+            return
+        if not self._count or ids.numel() > 1:
+            self._count = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+        check_ids(ids, self._count)
 
 
 def refuse_unknown_ids(model: nn.Module) -> None:
     """Checks the ids of every forward pass of a model from now on."""
-    model.register_forward_pre_hook(_before, with_kwargs=True)
+    model.register_forward_pre_hook(_Checked(), with_kwargs=True)

@@ -281,3 +281,9 @@ void melinoe_combine(const uint16_t *outputs, const void *weights, uint16_t *out
             out[at + place] = narrow(((sums[0][place] + sums[1][place]) + sums[2][place]) + sums[3][place]);
     }
 }
+
+/* A token's rows [heads, row] of bytes behind those of other tokens, which lie apart by heads. */
+void melinoe_write_behind(char *memory, const char *rows, int64_t heads, int64_t row, int64_t apart) {
+    for (int64_t head = 0; head < heads; head++)
+        memcpy(memory + head * apart, rows + head * row, (size_t)row);
+}

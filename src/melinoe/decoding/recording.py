@@ -43,6 +43,7 @@ _ABOUT = frozenset(
 )  # fmt: skip
 # what may be done with a growing tensor inside of a call that is looked into
 GROWING = {"update": ("cat", "__getitem__"), "attention": ("scaled_dot_product_attention",)}
+_PLAIN = (int, float, bool, str, type(None))
 GROWING_RESULTS = ("mask", "update", "expand")  # kinds of events
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -52,6 +53,9 @@ class Slot:
     """Stands for a tensor of the recording, by its number."""
 
     number: int
+
+    def __hash__(self) -> int:
+        return self.number
 
 
 @dataclass
@@ -147,6 +151,8 @@ class Recording:
 
 def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
     """A nest of tuples, lists, dicts and slices with its tensors (and Slots, and caches) exchanged."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, (torch.Tensor, Slot, Cache, _TheCache)):
         return change(value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -163,8 +169,21 @@ def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
 def tensors_of(value: Any) -> list[Any]:
     """The tensors (or Slots) of a nest, in a fixed order."""
     found: list[Any] = []
-    map_tensors(value, lambda one: found.append(one) if isinstance(one, (torch.Tensor, Slot)) else None)
+    _collect(value, found)
     return found
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    if isinstance(value, (torch.Tensor, Slot)):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for one in value:
+            _collect(one, found)
+    elif isinstance(value, dict):
+        for one in value.values():
+            _collect(one, found)
+    elif isinstance(value, slice):
+        _collect((value.start, value.stop, value.step), found)
 
 
 class _WatchedCache:

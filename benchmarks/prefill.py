@@ -24,9 +24,9 @@ from common import begin, memory_limit, parser_of, run_json, spread, turns, writ
 from melinoe import convert
 from melinoe.config import parse_bytes
 from melinoe.demonstration.race import drop_page_cache
+from melinoe.runtime.bare_reader import record_bandwidth
 from melinoe.runtime.generation import generate
 from melinoe.runtime.load import load, load_resident, load_tokenizer, reset_slots, stats
-from melinoe.runtime.plan import record_bandwidth
 from random_olmoe import VOCABULARY, write_olmoe
 
 ALL = "all slots"

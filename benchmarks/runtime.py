@@ -41,9 +41,9 @@ from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.race import race
 from melinoe.models.folder import resolve_model
 from melinoe.report.setting import data_folder
+from melinoe.runtime.bare_reader import record_bandwidth
 from melinoe.runtime.generation import stream_generate
 from melinoe.runtime.load import load, load_tokenizer, reset_slots
-from melinoe.runtime.plan import record_bandwidth
 from melinoe.store.manifest import open_store
 
 RECORD_BYTES = 3 * 2**20

@@ -16,7 +16,7 @@ from families import config, enough_for, save_checkpoint
 from family_configs import exact_types
 from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.machine import free_memory
-from melinoe.runtime import budget
+from melinoe.runtime import division
 from melinoe.runtime.plan import deployed_slots, describe
 from melinoe.runtime.work_space import twin, work_space
 
@@ -60,7 +60,7 @@ def test_the_exact_boundary(olmoe_store):
 
 def test_a_share_of_what_is_free(olmoe_store, monkeypatch):
     whole = melinoe.plan(olmoe_store, slots=5, measure_seconds=0)["budget"]["total_bytes"]
-    monkeypatch.setattr(budget, "free_memory", lambda device=None: 4 * whole)
+    monkeypatch.setattr(division, "free_memory", lambda device=None: 4 * whole)
     assert melinoe.plan(olmoe_store, "25%", measure_seconds=0)["budget"]["slots"] == 5
     assert melinoe.plan(olmoe_store, " 24.99 % ", measure_seconds=0)["budget"]["slots"] == 4
 

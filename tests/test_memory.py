@@ -148,9 +148,9 @@ def test_what_was_not_set_aside_is_refused(olmoe_store):
 
 
 def test_a_pass_of_more_tokens_is_refused(olmoe_store, monkeypatch):
-    from melinoe.runtime import budget
+    from melinoe.runtime import division
 
-    monkeypatch.setattr(budget, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(division, "PREFILL_CHUNK", 8)
     model = melinoe.load(olmoe_store, memory=enough_for(olmoe_store, 4, context=30), context=30)
     one = {name: value[:1] for name, value in batch(12).items()}
     with pytest.raises(

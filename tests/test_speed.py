@@ -13,7 +13,8 @@ from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError
 from melinoe.runtime import probe
 from melinoe.runtime.attach import strip
-from melinoe.runtime.forecast import NO_CACHE, Records, advice
+from melinoe.runtime.facts_of_model import Records
+from melinoe.runtime.forecast import NO_CACHE, advice
 from melinoe.runtime.plan import describe
 from melinoe.runtime.speed import (
     Machine,

@@ -8,10 +8,12 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from melinoe.errors import MelinoeError
+
+if TYPE_CHECKING:  # a plan that was measured before needs no torch
+    import torch
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 RETURNED_BYTES = 2**18  # blocks from this size on are returned
@@ -23,6 +25,8 @@ UNCOUNTED_KERNELS = 128  # kept where no budget counts them; a server with 32 ta
 def free_memory(device: torch.device | None = None) -> int:
     """Bytes that this process may still take: of a CUDA device, or of the machine and its cgroup."""
     if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     available = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
@@ -34,6 +38,8 @@ def free_memory(device: torch.device | None = None) -> int:
 def total_memory(device: torch.device | None = None) -> int:
     """Bytes that there are, used or free: of a CUDA device, or of the machine (its cgroup may have less)."""
     if device is not None and device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[1]
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemTotal:"):
@@ -121,6 +127,8 @@ def return_holes() -> None:
 
 def makes_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch computes matrix products there with oneDNN, which writes code for every shape."""
+    import torch
+
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -150,6 +158,8 @@ def usable_device(device: str | torch.device) -> torch.device:
     Raises:
         MelinoeError: neither the CPU nor a CUDA device that is there.
     """
+    import torch
+
     try:
         chosen = torch.device(device)
     except RuntimeError:

@@ -139,8 +139,8 @@ def _ours(task: Task, model: Any, tokenizer: Any) -> dict[str, Any]:
     from dataclasses import replace
 
     from melinoe.demonstration.watched import generate_watched
+    from melinoe.runtime.bare_reader import record_bandwidth
     from melinoe.runtime.load import plan, reset_slots, stats
-    from melinoe.runtime.plan import record_bandwidth
 
     pager = model.melinoe_paged.pager
     requests = []

@@ -278,10 +278,12 @@ def plan(
             "gpu and bus may be left out, memory=900GB/s may be said too."
         ),
     ] = None,
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Count and measure anew, not as in the last hour.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what a memory budget buys and how fast it will be, without loading weights."""
-    prepare(model)
     from melinoe.runtime.plan import describe
     from melinoe.runtime.plan import plan as run
 
@@ -295,6 +297,8 @@ def plan(
         slots_format=slots_format_of(packed),
         speeds=True,
         machine=machine,
+        remembered=not anew,
+        prepare=lambda: prepare(model),
     )
     if as_json:
         return print_json(result)

@@ -5,6 +5,7 @@ Options that mean the same everywhere, and how a verb starts and answers.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from melinoe.config import MAX_SEED
+from melinoe.machine import uncollected
 from melinoe.models.folder import resolve_model
 from melinoe.sticky.settings import MAX_STRENGTH
 
@@ -115,9 +117,11 @@ def prepare(model: str, announce: bool = False) -> None:
     folder = resolve_model(model)  # what is not there is not announced
     if announce:
         print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
-    import torch
-    from transformers.utils import logging
+    with uncollected():
+        import torch
+        from transformers.utils import logging
 
+    gc.freeze()  # none of them ever becomes garbage, and no search for it needs to pass through them
     if isinstance(folder, Path) and "OMP_NUM_THREADS" not in os.environ:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         torch.set_num_threads(1 if size < SMALL_MODEL_BYTES else torch.get_num_threads())

@@ -12,8 +12,8 @@ from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.limited_process import MemoryLimit, run_module
 from melinoe.errors import MelinoeError
 from melinoe.files import to_disk
+from melinoe.runtime.bare_reader import record_bandwidth
 from melinoe.runtime.load import load_tokenizer
-from melinoe.runtime.plan import record_bandwidth
 from melinoe.store.manifest import Store, open_store
 
 BARE_SECONDS = 0.5

@@ -21,6 +21,7 @@ from melinoe.paging.reader import READER_THREADS
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import make_policy
 from melinoe.runtime import budget
+from melinoe.runtime.division import refuse_more_than_there_is
 from melinoe.runtime.offloaded import replace_methods
 from melinoe.runtime.settings import LoadSettings, file_bytes
 from melinoe.store.layout import RecordLayout
@@ -103,7 +104,7 @@ def unmap(model: nn.Module) -> None:
 
 def attach(model: Any, store: Store, settings: LoadSettings) -> None:
     """Attaches pager and hook to a stripped model."""
-    budget.refuse_more_than_there_is(settings.memory, model.device)
+    refuse_more_than_there_is(settings.memory, model.device)
     if settings.verify:
         if not all(layer.checksums for layer in store.layers):
             raise MelinoeError(

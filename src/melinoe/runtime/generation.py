@@ -21,7 +21,7 @@ from melinoe.errors import MelinoeError
 from melinoe.machine import peak_memory
 from melinoe.paging.statistics import Statistics
 from melinoe.runtime.answer_text import AnswerText
-from melinoe.runtime.budget import PREFILL_CHUNK
+from melinoe.runtime.division import PREFILL_CHUNK
 from melinoe.runtime.generation_settings import Sampling, context_length, request
 
 DEFAULT_NEW_TOKENS = 256

@@ -12,16 +12,13 @@ import copy
 import hashlib
 import json
 from dataclasses import asdict, fields
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from melinoe.config import home
 from melinoe.errors import MelinoeError
 from melinoe.files import write_json
+from melinoe.runtime.facts import code_stamp
 from melinoe.runtime.work_space import WorkSpace, twin, work_space
 
 _known: dict[str, WorkSpace] = {}  # of this process
@@ -47,7 +44,7 @@ def _key(model: Any, *sizes: int) -> str:
         vars(config).pop(name, None)
     attention = config.get_text_config()._attn_implementation
     asked = (type(model).__qualname__, config.to_json_string(), attention, str(model.dtype), *sizes)
-    return hashlib.sha256(f"{asked}{_code()}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{asked}{code_stamp()}".encode()).hexdigest()[:24]
 
 
 def _read(file: Path) -> WorkSpace | None:
@@ -57,11 +54,3 @@ def _read(file: Path) -> WorkSpace | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return WorkSpace(**counts) if all(type(one) is int and one >= 0 for one in counts.values()) else None
-
-
-@cache
-def _code() -> str:
-    """What does the counting: versions, and our own files, which change without one."""
-    package = Path(__file__).parents[1]
-    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(package.rglob("*.py"))]
-    return f"{torch.__version__} {transformers.__version__} {package} {stamps}"

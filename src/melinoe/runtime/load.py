@@ -20,7 +20,7 @@ from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.statistics import Statistics
 from melinoe.prediction.predictor import Predictor
 from melinoe.runtime.arguments import dtype_of, one_device, passed_on
-from melinoe.runtime.budget import Budget
+from melinoe.runtime.division import Budget
 from melinoe.runtime.quantizer import set_settings
 from melinoe.runtime.settings import LoadSettings, file_bytes
 from melinoe.sticky.model import settle_stickiness

@@ -1,33 +1,22 @@
-"""`melinoe plan`: what a budget buys, before any weight is loaded."""
+"""`melinoe plan`: what a budget buys, before any weight is loaded.
+
+What it is made of is in facts.py; here it is divided, so that another budget of a model that was planned a
+while ago needs neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from melinoe.config import format_bytes
-from melinoe.conversion.checkpoint import Checkpoint
-from melinoe.conversion.in_place import NotInPlaceError, index_in_place
-from melinoe.conversion.upgrade import open_upgraded
-from melinoe.machine import usable_device
-from melinoe.models.layers import experts_per_token
-from melinoe.paging.disk_reader import DiskReader
-from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
-from melinoe.paging.gather import buffer_bytes
-from melinoe.paging.reader import READER_THREADS
-from melinoe.paging.slots import RecordBuffer
-from melinoe.runtime import budget
-from melinoe.runtime.attach import strip
-from melinoe.runtime.forecast import Records, advice, forecast
+from melinoe.models.folder import resolve_model
+from melinoe.runtime.division import divide
+from melinoe.runtime.facts import Facts, keep, kept, place_of
+from melinoe.runtime.forecast import advice, forecast
 from melinoe.runtime.speed import Machine, parse_machine
-from melinoe.store.layout import RecordLayout
-from melinoe.store.manifest import Store, is_store
 
 HIT_RATES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 
@@ -44,6 +33,8 @@ def plan(
     measure_seconds: float = 1.0,
     speeds: bool = False,
     machine: str | Machine | None = None,
+    remembered: bool | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Where the bytes of a budget go, and how fast decoding can be at best.
 
@@ -57,11 +48,14 @@ def plan(
         speeds: predict tokens a second of every format and policy, too; takes a second or two.
         machine: another one than this, such as `gpu=24GiB,ram=64GiB,read=7GB/s,bus=25GB/s` (speed.py): its
             memory is the budget where none is given, nothing is measured, and the speeds are its own.
+        remembered: what was counted and measured within the last hour will do (facts.py); False: it is done
+            anew, and remembered; None: neither.
+        prepare: called before torch is needed, if it is.
 
     Returns:
         {"budget": {...}, "num_experts", "experts_per_token", "record_bytes", "records_per_token",
         "bytes_per_token", "bandwidth" (bytes per second, or None), "not_measured" (why there is no bandwidth,
-        or None), "ceiling_tokens_per_second": {hit rate: tok/s}}.
+        or None), "ceiling_tokens_per_second": {hit rate: tok/s}, "age_seconds" (of what was remembered)}.
         The ceiling counts reading alone: bytes that must be read for a token over the bandwidth.
         With speeds also "speeds", rows of forecast.py, and "advice", sentences.
 
@@ -72,49 +66,55 @@ def plan(
     if there is not None:
         measure_seconds, speeds = 0, True
         memory = there.budget_bytes if memory is None and slots is None else memory
-    place = usable_device(device)
-    checkpoint = Checkpoint.open(source, weights=False)
-    model, experts = checkpoint.model, Records.of(checkpoint.model, checkpoint.layers)
-    with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
-        store, not_measured = _store_of(checkpoint, Path(scratch) / "index")
-        bandwidth = None
-        if store is not None and measure_seconds > 0:
-            bandwidth = record_bandwidth(store, measure_seconds)
-    if store is not None:
-        packed = slots_packed(store, slots_format, place)
-        records, beside = slot_records(store, packed), expansion_bytes(store, packed)
-        read_bytes = [layer.layout.record_bytes for layer in store.layers]
-    else:
-        beside = 0
-        records = [
-            (layer.num_experts, RecordLayout.of(layer.experts).record_bytes) for layer in checkpoint.layers
-        ]
-        read_bytes = [size for _, size in records]
-    strip(model)
-    extra = READER_THREADS * buffer_bytes(store) if store is not None else 0
-    derived = budget.derive(
-        model,
-        records,
-        memory,
-        slots,
-        context=context,
-        batch=batch,
-        extra_bytes=extra,
-        buffer_bytes=beside,
-        device=place,
-    )
+    asked: dict[str, Any] = {
+        "context": context,
+        "batch": batch,
+        "device": device,
+        "slots_format": slots_format,
+        "measure_seconds": measure_seconds,
+        "formats": speeds,
+        "rates": speeds and there is None,
+    }
+    place = _place(source, asked) if remembered is not None else None
+    facts = kept(place) if place is not None and remembered else None
+    if facts is None:
+        from melinoe.runtime.facts_of_model import facts_of
+
+        if prepare is not None:
+            prepare()
+        facts = facts_of(source, **asked)
+        if place is not None:
+            keep(place, facts)
+    return _divided(facts, memory, slots, device, speeds, there)
+
+
+def _place(source: str | Path, asked: dict[str, Any]) -> Path | None:
+    """Where facts are kept; None where they are not: of what the Hub has, and of accelerators."""
+    folder = resolve_model(source)
+    return place_of(folder, asked) if isinstance(folder, Path) and asked["device"] == "cpu" else None
+
+
+def _divided(
+    facts: Facts,
+    memory: int | str | None,
+    slots: int | None,
+    device: str,
+    speeds: bool,
+    machine: Machine | None,
+) -> dict[str, Any]:
+    where = None
+    if device != "cpu":
+        from melinoe.machine import usable_device
+
+        where = usable_device(device)
+    derived = divide(facts.needs, facts.records, memory, slots, buffer_bytes=facts.buffer_bytes, device=where)
 
     def slots_of(sizes: list[tuple[int, int]]) -> int:
-        return budget.derive(
-            model, sizes, derived.total_bytes, context=context, batch=batch, extra_bytes=extra, device=place
-        ).slots
+        return divide(facts.needs, sizes, derived.total_bytes, device=where).slots
 
-    rows: list[dict[str, Any]] = []
-    if speeds:
-        files = sorted(checkpoint.folder.rglob("*.safetensors"))
-        rows = forecast(model, experts, files, slots_of, there)
-    top_k = experts_per_token(model)
-    per_token = top_k * sum(read_bytes)
+    rows = forecast(facts, slots_of, machine) if speeds else []
+    shape, bandwidth = facts.shape, facts.bandwidth
+    per_token = shape.top_k * sum(facts.read_bytes)
     ceilings = {rate: bandwidth / (per_token * (1 - rate)) for rate in HIT_RATES} if bandwidth else {}
     return {
         "budget": {
@@ -123,16 +123,17 @@ def plan(
             "pass_tokens": derived.pass_tokens,
             "text": str(derived),
         },
-        "num_experts": max(count for count, _ in records),
-        "experts_per_token": top_k,
-        "record_bytes": max(read_bytes),
-        "slot_bytes": max(size for _, size in records),
-        "records_per_token": top_k * len(records),
+        "num_experts": max(count for count, _ in facts.records),
+        "experts_per_token": shape.top_k,
+        "record_bytes": max(facts.read_bytes),
+        "slot_bytes": max(size for _, size in facts.records),
+        "records_per_token": shape.top_k * len(facts.records),
         "bytes_per_token": per_token,
         "bandwidth": bandwidth,
-        "not_measured": not_measured,
+        "not_measured": facts.not_measured,
         "ceiling_tokens_per_second": ceilings,
-        **({"speeds": rows, "advice": advice(rows, max(count for count, _ in records))} if speeds else {}),
+        "age_seconds": round(max(0.0, time.time() - facts.taken)),
+        **({"speeds": rows, "advice": advice(rows, shape.num_experts)} if speeds else {}),
     }
 
 
@@ -144,42 +145,6 @@ def deployed_slots(source: str | Path, memory: int | str, device: str = "cpu") -
     """
     found = plan(source, memory, device=device, measure_seconds=0)
     return max(int(found["budget"]["slots"]), int(found["experts_per_token"]))
-
-
-def _store_of(checkpoint: Checkpoint, scratch: Path) -> tuple[Store | None, str | None]:
-    """The store of a model (an index of a checkpoint is made in `scratch`), or None and why there is none."""
-    if is_store(checkpoint.folder):
-        return open_upgraded(checkpoint.folder), None
-    if not any(checkpoint.folder.rglob("*.safetensors")):
-        return None, "its weights are not here"
-    try:
-        return index_in_place(checkpoint, scratch), None
-    except NotInPlaceError as reason:
-        return None, str(reason)
-
-
-def record_bandwidth(
-    store: Store, seconds: float = 2.0, seed: int = 0, group_sizes: Sequence[int] = (READER_THREADS,)
-) -> float:
-    """Bytes per second that a bare reader reaches with the pager's pattern: random records, same threads.
-
-    Args:
-        group_sizes: how many records are asked for together, in turn: the misses of a layer.
-    """
-    reader = DiskReader(store)
-    buffer = RecordBuffer(max(group_sizes), store.max_record_bytes)
-    generator, sizes = np.random.default_rng(seed), itertools.cycle(group_sizes)
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        layer = int(generator.integers(len(store.layers)))
-        length = store.layers[layer].layout.record_bytes
-        experts = generator.integers(store.layers[layer].num_experts, size=next(sizes))
-        futures = [reader.read(layer, int(e), buffer.record(i, length)) for i, e in enumerate(experts)]
-        for future in futures:
-            future.result()
-    bandwidth = reader.bytes_read / reader.busy_seconds
-    reader.close()
-    return bandwidth
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -209,4 +174,8 @@ def describe(result: dict[str, Any]) -> str:
             for row in result["speeds"]
         ]
         lines += result["advice"]
+    if result["age_seconds"] >= 60:
+        lines.append(
+            f"(counted and measured {result['age_seconds'] // 60} minutes ago; --anew does it again)"
+        )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from melinoe.files import naming_errors, partial_of
 from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.outputs import Output
-from melinoe.runtime.budget import given_bytes
+from melinoe.runtime.division import given_bytes
 from melinoe.tuning.evaluation import Evaluation
 from melinoe.tuning.memory.needed import TuningMemory, device_of, memory_needed
 from melinoe.tuning.memory.pages import divided, paging

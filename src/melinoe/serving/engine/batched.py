@@ -26,7 +26,7 @@ from transformers.generation.continuous_batching.model_runner import (
 )
 
 from melinoe.errors import MelinoeError
-from melinoe.runtime.budget import PREFILL_CHUNK
+from melinoe.runtime.division import PREFILL_CHUNK
 from melinoe.serving.engine import packed_attention
 from melinoe.serving.engine.request import EngineRequest
 

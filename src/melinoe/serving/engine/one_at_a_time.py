@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from melinoe.errors import MelinoeError
-from melinoe.runtime.budget import PREFILL_CHUNK
+from melinoe.runtime.division import PREFILL_CHUNK
 from melinoe.serving.engine.request import EngineRequest
 
 

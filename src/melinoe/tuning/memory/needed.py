@@ -27,7 +27,7 @@ from melinoe.paging.expansion import expansion_bytes, slot_records
 from melinoe.paging.gather import BUFFER_BYTES, buffer_bytes
 from melinoe.paging.reader import READER_THREADS
 from melinoe.paging.slots import STAGING_RECORDS
-from melinoe.runtime.budget import given_bytes
+from melinoe.runtime.division import given_bytes
 from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store, open_store
 from melinoe.tuning.memory.activations import BatchShape, count

@@ -13,7 +13,7 @@ from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import return_freed_memory
 from melinoe.models.folder import resolve_model
-from melinoe.runtime.budget import given_bytes, refuse_more_than_there_is
+from melinoe.runtime.division import given_bytes, refuse_more_than_there_is
 from melinoe.runtime.load import stats
 from melinoe.store.manifest import is_store
 from melinoe.tuning.memory.activations import BatchShape

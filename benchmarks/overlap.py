@@ -25,8 +25,8 @@ from melinoe.benchmark.prepare import prompts_of
 from melinoe.data.rows import read_rows
 from melinoe.demonstration.watched import generate_watched
 from melinoe.demonstration.widen import widen
+from melinoe.runtime.bare_reader import record_bandwidth
 from melinoe.runtime.load import load, load_tokenizer, reset_slots, stats
-from melinoe.runtime.plan import record_bandwidth
 
 READ_SECONDS = 0.2  # of each bare reader
 RECORD_BYTES = 3 * 2**20

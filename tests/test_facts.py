@@ -13,6 +13,7 @@ from dataclasses import asdict
 import pytest
 
 import melinoe
+import melinoe.conversion.in_place
 from melinoe.runtime import facts as module
 from melinoe.runtime.facts import Facts, keep, kept, place_of
 from melinoe.runtime.facts_of_model import facts_of
@@ -114,6 +115,30 @@ def test_anew_counts_again_and_others_keep_nothing(model, home):
     assert melinoe.plan(model, slots=3, machine=THERE, remembered=True)["budget"]["resident_bytes"] == 5
     assert melinoe.plan(model, slots=3, machine=THERE, remembered=False)["budget"]["resident_bytes"] > 5
     assert asdict(kept(place).needs) == needs
+
+
+def test_a_store_whose_shards_are_gone_is_refused_as_ever(model, home, tmp_path):
+    store = melinoe.conversion.in_place.index_in_place(model, tmp_path / "store").folder
+    melinoe.plan(store, slots=3, machine=THERE, remembered=True)
+    (model / "model.safetensors").unlink()
+    with pytest.raises(melinoe.MelinoeError, match="shard of the checkpoint is missing"):
+        melinoe.plan(store, slots=3, machine=THERE, remembered=True)
+
+
+def test_only_what_was_imported_is_frozen(model):
+    """A later call in the same process must not keep the garbage of that process for good."""
+    code = f"""
+import gc
+from melinoe.cli.options import prepare
+prepare({str(model)!r})
+frozen = gc.get_freeze_count()
+assert frozen > 100_000 and gc.isenabled()
+kept = [[] for _ in range(1000)]
+prepare({str(model)!r})
+assert gc.get_freeze_count() <= frozen
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_how_old_a_plan_is_is_said(model, home):

@@ -6,6 +6,7 @@ Options that mean the same everywhere, and how a verb starts and answers.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import sys
@@ -117,11 +118,15 @@ def prepare(model: str, announce: bool = False) -> None:
     folder = resolve_model(model)  # what is not there is not announced
     if announce:
         print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
+    first = "transformers.modeling_utils" not in sys.modules
     with uncollected():
         import torch
+
+        importlib.import_module("transformers.modeling_utils")  # of every model: seconds, and many objects
         from transformers.utils import logging
 
-    gc.freeze()  # none of them ever becomes garbage, and no search for it needs to pass through them
+    if first:  # none of them ever becomes garbage, and no search for it needs to pass through them
+        gc.freeze()
     if isinstance(folder, Path) and "OMP_NUM_THREADS" not in os.environ:
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         torch.set_num_threads(1 if size < SMALL_MODEL_BYTES else torch.get_num_threads())

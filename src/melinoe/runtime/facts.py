@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def place_of(folder: Path, asked: dict[str, Any]) -> Path:
     Args:
         asked: what else they hang on.
     """
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors"))
+    found = {*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")}
+    files = sorted(found)
     stamps = [(str(file.relative_to(folder)), *_stamp(file)) for file in files]
     environment = sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT))
     machine = platform.node(), platform.machine(), os.cpu_count(), sorted(os.sched_getaffinity(0))
@@ -95,10 +97,14 @@ def place_of(folder: Path, asked: dict[str, Any]) -> Path:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError:  # a link to what is gone, which whoever opens it refuses
+        return 0, 0
     return status.st_size, status.st_mtime_ns
 
 
+@cache
 def code_stamp() -> str:
     """What counts and measures: versions, and our own files, which change without one."""
     package = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 PIECE_BYTES = 2**26  # of float32 logits that are there at a time, and each of their like
 
@@ -91,40 +91,64 @@ def likelihood_in_pieces(
     base_hidden_NH: torch.Tensor | None,
     at_once: int,
 ) -> Likelihood:
-    """`likelihood` without [N, V]: logits of a few tokens at a time, and once more in the backward pass.
+    """`likelihood` without [N, V]: logits and their gradient are there for a few tokens at a time.
 
-    It differs in the order of summation alone.
+    It differs in the order of summation, and each sum's gradient by hidden_NH is rounded to its dtype.
 
     Args:
-        to_logits: [n, H] -> [n, V] the output layer, frozen.
+        to_logits: [n, H] -> [n, V] the output layer; it must be frozen.
         hidden_NH: [N, H] what it is given, with gradient.
         base_hidden_NH: [N, H] likewise of the base model, no gradient; None: not compared.
         at_once: tokens of a piece.
     """
 
-    def piece(
-        hidden_NH: torch.Tensor, base_NH: torch.Tensor | None, tokens_N: torch.Tensor, kept_N: torch.Tensor
-    ) -> Likelihood:
-        with torch.no_grad():
-            base_NV = to_logits(base_NH).float() if base_NH is not None else None
-        return likelihood(to_logits(hidden_NH).float(), tokens_N, kept_N, base_NV)
+    def piece(here: slice, hidden_NH: torch.Tensor) -> Likelihood:
+        base_NV = None
+        if base_hidden_NH is not None:
+            with torch.no_grad():
+                base_NV = to_logits(base_hidden_NH[here]).float()
+        return likelihood(to_logits(hidden_NH).float(), next_tokens_N[here], is_completion_N[here], base_NV)
 
-    total = Likelihood(hidden_NH.float().sum() * 0, 0)  # without a token: nothing, but with a gradient
-    if base_hidden_NH is not None:
-        total.divergence, total.base_nll = total.nll, total.nll.detach()
-    for start in range(0, len(hidden_NH), at_once):
-        here = slice(start, start + at_once)
-        base_NH = None if base_hidden_NH is None else base_hidden_NH[here]
-        given = hidden_NH[here], base_NH, next_tokens_N[here], is_completion_N[here]
-        one: Likelihood = checkpoint(piece, *given, use_reentrant=False, preserve_rng_state=False)
-        total.nll, total.tokens = total.nll + one.nll, total.tokens + one.tokens
-        if one.divergence is not None and one.base_nll is not None:
-            total.divergence, total.base_nll = (
-                total.divergence + one.divergence,
-                total.base_nll + one.base_nll,
-            )
-            total.divergence_tokens += one.divergence_tokens
-    return total
+    compared = base_hidden_NH is not None
+    nll, divergence, base_nll = _Pieces.apply(hidden_NH, piece, at_once, compared)
+    found = Likelihood(nll, int(is_completion_N.sum()))
+    if compared:
+        found.divergence, found.divergence_tokens, found.base_nll = divergence, len(hidden_NH), base_nll
+    return found
+
+
+class _Pieces(torch.autograd.Function):
+    """The sums of all pieces: (nll, divergence, base_nll). A piece's gradients are computed with it and kept,
+    [N, H] for each of the two sums, so that no logits are computed twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NH: torch.Tensor, piece: Callable[..., Likelihood], at_once: int, compared: bool
+    ) -> tuple[torch.Tensor, ...]:
+        nll, divergence, base_nll = hidden_NH.new_zeros(3, dtype=torch.float32).unbind()
+        wanted = ctx.needs_input_grad[0]
+        gradients = [torch.empty_like(hidden_NH) for _ in range(1 + compared)] if wanted else []
+        for start in range(0, len(hidden_NH), at_once):
+            here = slice(start, start + at_once)
+            part = hidden_NH[here].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                one = piece(here, part)
+            sums = [one.nll] if one.divergence is None else [one.nll, one.divergence]
+            for number, gradient in enumerate(gradients):
+                last = number + 1 == len(gradients)
+                (gradient[here],) = torch.autograd.grad(sums[number], part, retain_graph=not last)
+            nll = nll + one.nll.detach()
+            if one.divergence is not None and one.base_nll is not None:
+                divergence, base_nll = divergence + one.divergence.detach(), base_nll + one.base_nll
+            del one, sums  # else the next piece's logits come beside these
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(base_nll)
+        return nll, divergence, base_nll
+
+    @staticmethod
+    def backward(ctx: Any, *by_sum: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total = sum(one * gradient for one, gradient in zip(by_sum, ctx.saved_tensors))
+        return total, None, None, None
 
 
 def sequence_nll(logits_NV: torch.Tensor, ids_BS: torch.Tensor, completion_BS: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from melinoe.tuning.settings import TuneSettings
 _STAND_IN = "melinoe_planning"
 # float32 tensors of a loss's input that live at once, its backward pass included (measured: docs/log.md)
 LOGITS_COPIES, BASE_LOGITS_COPIES, ROUTING_COPIES = 4, 3, 10
-ROWS_COPIES = 4  # of what the output layer is given, where logits are computed in pieces
+ROWS_COPIES = 5  # of what the output layer is given, where logits are computed in pieces
 
 
 @dataclass(frozen=True)

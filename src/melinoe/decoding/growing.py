@@ -97,12 +97,12 @@ class Append:
 
 def appends(
     items: list[Any], users_of: dict[Slot, list[Call]], values: dict[Slot, torch.Tensor]
-) -> tuple[list[Append], list[Any]]:
-    """Concatenations of a cache's tensors with new ones that are written back, and the other items.
+) -> tuple[list[Any], list[Append], list[Any]]:
+    """Concatenations of a cache's tensors with new ones that are written back; the items before, and behind.
 
-    There are none where something else looks at what the cache held, or writes besides; where the new ones
-    are made among these items; or where anything but sdpa's own kernel looks at the result: another might
-    copy what does not lie in one piece, or multiply it otherwise.
+    There are none where something else looks at what the cache held, or writes besides; or where anything but
+    sdpa's own kernel looks at the result: another might copy what does not lie in one piece, or multiply it
+    otherwise.
 
     Args:
         users_of: the calls of the whole step that are given a slot. values: what was recorded.
@@ -115,14 +115,16 @@ def appends(
         if made is not None:
             found.append(made)
             gone += [call, reads[call.args[0][0]], writes[made.result]]
-    rest = [item for item in items if not any(item is one for one in gone)]
+    left = [not any(item is one for one in gone) for item in items]
+    rest = [item for item, stays in zip(items, left, strict=True) if stays]
+    before = left.index(False) if found else 0
     grown = {one.result for one in found}
     users = [user for slot in grown for user in users_of.get(slot, [])]
     here = all(any(user is item for item in rest) and _by_own_kernel(user, values) for user in users)
-    inside = {slot for item in rest if isinstance(item, Call) for slot in item.results}
+    inside = {slot for item in rest[before:] if isinstance(item, Call) for slot in item.results}
     if not here or inside & {one.new for one in found} or any(isinstance(one, (Read, Write)) for one in rest):
-        return [], items
-    return found, rest
+        return [], [], items
+    return rest[:before], found, rest[before:]
 
 
 def users_of(recorded: list[Any]) -> dict[Slot, list[Call]]:

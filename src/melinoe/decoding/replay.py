@@ -103,12 +103,14 @@ class Replay:
             number = len(self._programs)
             self._programs.append(Program(calls, places, group.later, kept, recording.constants, number))
             return [self._programs[-1]]
-        found, items = appends(group.items, users, values)
-        segment = Segment(items, group.later | {one.result for one in found})
-        for call in segment.calls:
+        before, found, items = appends(group.items, users, values)
+        for call in (one for one in group.items if isinstance(one, Call)):
             for slot in call.results:
                 places.forget(slot)
-        return [*found, segment.step(values, functions)]
+        used = {slot for one in items if isinstance(one, Call) for slot in tensors_of((one.args, one.kwargs))}
+        first = Segment(before, group.later | used | {one.new for one in found}) if before else None
+        last = Segment(items, group.later)
+        return [*([first.step(values, functions)] if first else []), *found, last.step(values, functions)]
 
     @contextmanager
     def _room(self) -> Iterator[Room]:

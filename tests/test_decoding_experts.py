@@ -119,7 +119,7 @@ def test_asking_for_residents_is_asking(name):
 
 def test_weights_of_another_dtype_and_too_many_experts_are_left_alone():
     outputs = torch.empty(4, 64, dtype=torch.bfloat16)
-    one = CompiledExperts(lambda *_: 0, None, [], [], outputs, torch.bfloat16)
+    one = CompiledExperts(lambda *_: 0, [], (), outputs, torch.bfloat16)
     row, weights = torch.zeros(1, 64, dtype=torch.bfloat16), torch.zeros(1, 4, dtype=torch.bfloat16)
     assert one.fits(row, weights)
     for other in ((row.float(), weights), (row, weights.float()), (row, weights[:, :3].contiguous())):

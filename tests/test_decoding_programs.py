@@ -327,7 +327,7 @@ def test_experts_are_added_up_in_torchs_order(hidden):
     for top_k in (1, 2, 3, 4, 6, 8, 10, 15):
         for dtype in (HALF, FLOAT):
             outputs = torch.empty(top_k, hidden, dtype=HALF)
-            one = CompiledExperts(lambda *_: 0, None, [], [], outputs, dtype)
+            one = CompiledExperts(lambda *_: 0, [], (), outputs, dtype)
             assert one._adds_as_torch(), (top_k, dtype)
 
 

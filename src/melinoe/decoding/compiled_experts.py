@@ -8,7 +8,7 @@ vectors of this machine: it is compared with torch for these before it is used.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -33,24 +33,24 @@ class CompiledExperts:
     """Of one layer, for one number of experts and one dtype of their weights; called under the pager's lock.
 
     Args:
-        run: (address of the row, of the outputs) -> 0, from the addresses that are in `pointers` then.
-        order: of `pointers`: of which expert, and which of its addresses.
-        addresses: of each slot.
+        function: of a library: of the row, of one list of addresses for each of `tables`, of outputs and
+            numbers.
+        tables: by slots, what stands for an expert in a list of addresses.
     """
 
     def __init__(
         self,
-        run: Callable[[int, int], int],
-        pointers: Any,
-        order: list[tuple[int, int]],
-        addresses: list[tuple[int, ...]],
+        function: Callable[..., int],
+        tables: list[list[bytes]],
+        numbers: tuple[int, ...],
         outputs_KH: torch.Tensor,
         dtype: torch.dtype,
     ) -> None:
-        self._run, self._pointers, self._order, self._addresses = run, pointers, order, addresses
-        self._outputs, self._dtype, self._top_k = outputs_KH, dtype, len(outputs_KH)
+        self._function, self._tables, self._numbers = function, tables, numbers
+        self._outputs, self._out, self._top_k = outputs_KH, outputs_KH.data_ptr(), len(outputs_KH)
+        self._dtype, self._hidden = dtype, outputs_KH.shape[1]
         self._combine: Any = library.brief(native().melinoe_combine)
-        self._numbers = *outputs_KH.shape, lanes(), DTYPES[dtype]
+        self._sums = *outputs_KH.shape, lanes(), DTYPES[dtype]
 
     @classmethod
     def made(
@@ -68,33 +68,27 @@ class CompiledExperts:
         if weights_1K.dtype not in DTYPES or hidden_1H.dtype != torch.bfloat16:
             return None
         views = pager.slot_views(layer, slots[0])
+        lists: list[tuple[str, ...]]
         outputs = torch.empty(top_k, hidden, dtype=torch.bfloat16)
         if isinstance(views, PackedExpert):
-            names: tuple[str, ...]
-            inner, names = views.layer.out[_UP] // 2, (_UP, _UP + SCALE, _DOWN, _DOWN + SCALE)
+            inner = views.layer.out[_UP] // 2
             found = kernels.gated_function(views.layer.packing.format, hidden, inner)
             if found is None or not views.few_rows:
                 return None
-            (function, bits), behind = found, 0
+            function, bits = found
+            lists = [(_UP, _UP + SCALE, _DOWN, _DOWN + SCALE)]
             numbers: tuple[int, ...] = (top_k, 1, hidden, hidden, inner, bits)
-            order = [(expert, number) for expert in range(top_k) for number in range(4)]
         else:
-            inner, names = views[_DOWN].shape[-1], (_UP, _DOWN)
+            inner, lists = views[_DOWN].shape[-1], [(_UP,), (_DOWN,)]
             function = compiled.gated_function(hidden_1H, [views[_UP], views[_DOWN]])
             if function is None:
                 return None
-            numbers, behind = (top_k, 1, hidden, inner), top_k
-            order = [(expert, number) for number in range(2) for expert in range(top_k)]
+            numbers = top_k, 1, hidden, inner
         if 3 * inner * hidden * top_k <= BRIEF:
             function = library.brief(function)
-        pointers = (ctypes.c_void_p * len(order))()
-        first = ctypes.addressof(pointers)
-        tables = (first, first + behind * ctypes.sizeof(ctypes.c_void_p)) if behind else (first,)
-
-        def run(row: int, out: int) -> int:
-            return int(function(row, *tables, out, *numbers))
-
-        made = cls(run, pointers, order, pager.banks[layer].addresses(names), outputs, weights_1K.dtype)
+        bank = pager.banks[layer]
+        tables = [[struct.pack(f"{len(one)}P", *one) for one in bank.addresses(names)] for names in lists]
+        made = cls(function, tables, numbers, outputs, weights_1K.dtype)
         return made if made._adds_as_torch() else None
 
     def fits(self, hidden_1H: torch.Tensor, weights_1K: torch.Tensor) -> bool:
@@ -114,15 +108,14 @@ class CompiledExperts:
         Raises:
             MemoryError: a kernel had none. Nothing else may compute it then: torch has other roundings.
         """
-        addresses = [self._addresses[slot] for slot in slots]
-        self._pointers[:] = [addresses[expert][number] for expert, number in self._order]
-        if self._run(hidden_1H.data_ptr(), self._outputs.data_ptr()):
+        addresses = [b"".join([table[slot] for slot in slots]) for table in self._tables]
+        if self._function(hidden_1H.data_ptr(), *addresses, self._out, *self._numbers):
             raise MemoryError("no memory for a row of an expert")
         return self._combined(weights_1K)
 
     def _combined(self, weights_1K: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(1, self._outputs.shape[1], dtype=torch.bfloat16)
-        self._combine(self._outputs.data_ptr(), weights_1K.data_ptr(), out.data_ptr(), *self._numbers)
+        out = torch.empty(1, self._hidden, dtype=torch.bfloat16)
+        self._combine(self._out, weights_1K.data_ptr(), out.data_ptr(), *self._sums)
         return out
 
     def _adds_as_torch(self) -> bool:

@@ -23,7 +23,7 @@ from melinoe.decoding import groups, loop
 from melinoe.decoding.decoder import decoder_of
 from melinoe.decoding.linears import Linears, gathered
 from melinoe.decoding.processors import Processors
-from melinoe.decoding.recording import Call, Event, Slot
+from melinoe.decoding.recorded import Call, Event, Slot
 from melinoe.experts import compiled, few_rows_linear, forward
 from melinoe.experts.low_rank import attach_low_rank
 from melinoe.models.layers import experts_modules

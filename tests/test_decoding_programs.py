@@ -18,7 +18,7 @@ from melinoe.decoding.decoder import decoder_of
 from melinoe.decoding.groups import growing_slots, written_slots
 from melinoe.decoding.operators import native, operators, tiled
 from melinoe.decoding.program import Places, Program, Room
-from melinoe.decoding.recording import Call, Read, Slot, map_tensors, tensors_of
+from melinoe.decoding.recorded import Call, Read, Slot, map_tensors, tensors_of
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no compiler")
 HALF, FLOAT = torch.bfloat16, torch.float32

@@ -9,7 +9,7 @@ import torch
 
 from melinoe.decoding.linears import Linears, gathered, writes_by_name
 from melinoe.decoding.operators import SAME, Operator, Part, native, operators, product
-from melinoe.decoding.recording import (
+from melinoe.decoding.recorded import (
     GROWING,
     GROWING_RESULTS,
     Call,

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import DynamicLayer
 
 from melinoe.decoding.operators import native
-from melinoe.decoding.recording import Call, Read, Slot, Write, map_tensors, tensors_of
+from melinoe.decoding.recorded import Call, Read, Slot, Write, map_tensors, tensors_of
 
 ROOM = 32  # tokens: of a layer's memory, what is not used yet at most
 _ALIGNED = 64  # bytes: heads begin where they would in keys of their own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from melinoe.decoding.recording import Call, Event, Read, Slot, Write, tensors_of
+from melinoe.decoding.recorded import Call, Event, Read, Slot, Write, tensors_of
 from melinoe.experts import compiled
 from melinoe.experts.few_rows_linear import FewRowsLinear
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.compiled_experts import CompiledExperts
-from melinoe.decoding.recording import only_about, tensors_of
+from melinoe.decoding.recorded import tensors_of
+from melinoe.decoding.recording import only_about
 from melinoe.decoding.segment import torchscript
 from melinoe.experts import forward
 from melinoe.paging.expansion import PackedExpert

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from melinoe.decoding.bits import same_bits
-from melinoe.decoding.recording import Call, Slot, map_tensors, tensors_of
+from melinoe.decoding.recorded import Call, Slot, map_tensors, tensors_of
 from melinoe.native import library
 
 DIMS = 4

@@ -11,7 +11,7 @@ import torch
 from melinoe.decoding.bits import same_bits
 from melinoe.decoding.linears import Linears
 from melinoe.decoding.operators import DIMS, DTYPES, MATRICES, Code, Operator, Part, merged, native
-from melinoe.decoding.recording import Call, Slot, map_tensors, tensors_of
+from melinoe.decoding.recorded import Call, Slot, map_tensors, tensors_of
 from melinoe.native import library
 
 BRIEF = 2**19  # weights up to which no other thread of Python needs to run meanwhile

@@ -15,21 +15,29 @@ and given to sdpa; anything else makes it a call again.
 
 from __future__ import annotations
 
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from types import FunctionType
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import masking_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from melinoe.decoding.recorded import (
+    CACHE,
+    GROWING,
+    GROWING_RESULTS,
+    Call,
+    Event,
+    Read,
+    Recording,
+    Slot,
+    Write,
+    map_tensors,
+    tensors_of,
+)
+from melinoe.decoding.watching import WatchedCache, watched_by
 
 # what may be asked about a tensor without reading its values, besides its properties (shape, dtype, ...)
 _ABOUT = frozenset(
@@ -41,175 +49,11 @@ _ABOUT = frozenset(
         "_set_grad_enabled", "is_grad_enabled", "is_autocast_enabled", "get_default_dtype",
     )
 )  # fmt: skip
-# what may be done with a growing tensor inside of a call that is looked into
-GROWING = {"update": ("cat", "__getitem__"), "attention": ("scaled_dot_product_attention",)}
-_PLAIN = (int, float, bool, str, type(None))
-GROWING_RESULTS = ("mask", "update", "expand")  # kinds of events
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Stands for a tensor of the recording, by its number."""
-
-    number: int
-
-    def __hash__(self) -> int:
-        return self.number
-
-
-@dataclass
-class Call:
-    """One torch function. Tensors are Slots in `args` and `kwargs`.
-
-    results: the slots of what it returned, in the order of `tensors_of`.
-    """
-
-    function: Callable[..., Any]
-    args: Any
-    kwargs: Any
-    results: list[Slot] = field(default_factory=list)
-
-
-@dataclass
-class Event(Call):
-    """A call that stays one. kind: mask, update, attention, experts or choice."""
-
-    kind: str = ""
-    returned: Any = None  # with Slots
-
-
-@dataclass
-class Read:
-    """A tensor of the cache, as it is before the step: layers[layer].name."""
-
-    layer: int
-    name: str
-    slot: Slot
-
-
-@dataclass
-class Write:
-    """What the step leaves in the cache: layers[layer].name = slot, or += step where slot is None."""
-
-    layer: int
-    name: str
-    slot: Slot | None
-    step: int = 0
 
 
 class _Unknown(Exception):
     """A tensor of unknown origin; caught before anything is called."""
-
-
-class _TheCache:
-    """Stands for the cache in the arguments of an event."""
-
-    def __repr__(self) -> str:
-        return "the cache"
-
-
-CACHE = _TheCache()
-
-
-@dataclass
-class Recording:
-    """One decode step.
-
-    items: calls, events, reads and writes in order. inputs: the slots of what the step was given, by name.
-    constants: {slot: tensor} parameters and buffers. output: the slot of the logits.
-    """
-
-    inputs: dict[str, Slot] = field(default_factory=dict)
-    items: list[Call | Read | Write] = field(default_factory=list)
-    constants: dict[Slot, torch.Tensor] = field(default_factory=dict)
-    values: dict[Slot, torch.Tensor] = field(default_factory=dict)
-    output: Slot = Slot(-1)
-    _numbers: int = 0  # of slots, once there were new ones
-
-    def constant(self, tensor: torch.Tensor) -> Slot:
-        """A new slot for a weight that torch's functions were not seen to use."""
-        if not self._numbers:
-            self._numbers = 1 + max(slot.number for slot in (*self.values, *self.constants))
-        slot, self._numbers = Slot(self._numbers), self._numbers + 1
-        self.constants[slot] = tensor.detach()
-        return slot
-
-    @property
-    def signature(self) -> str:
-        """The same for two steps that do the same, at whatever length of the text."""
-        lines = [str(self.inputs), str(self.output)]
-        for item in self.items:
-            if isinstance(item, Call):
-                function = getattr(item.function, "__func__", item.function)  # bound anew at each access
-                lines.append(f"{function!r} {item.args!r} {item.kwargs!r} {item.results!r}")
-                lines.append(f"{item.kind} {item.returned!r}" if isinstance(item, Event) else "")
-            else:
-                lines.append(repr(item))
-        return "\n".join(lines)
-
-
-def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
-    """A nest of tuples, lists, dicts and slices with its tensors (and Slots, and caches) exchanged."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, (torch.Tensor, Slot, Cache, _TheCache)):
-        return change(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(one, change) for one in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(one, change) for one in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(one, change) for key, one in value.items()}
-    if isinstance(value, slice):
-        return slice(*(map_tensors(one, change) for one in (value.start, value.stop, value.step)))
-    return value
-
-
-def tensors_of(value: Any) -> list[Any]:
-    """The tensors (or Slots) of a nest, in a fixed order."""
-    found: list[Any] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: Any, found: list[Any]) -> None:
-    if isinstance(value, (torch.Tensor, Slot)):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for one in value:
-            _collect(one, found)
-    elif isinstance(value, dict):
-        for one in value.values():
-            _collect(one, found)
-    elif isinstance(value, slice):
-        _collect((value.start, value.stop, value.step), found)
-
-
-class _WatchedCache:
-    """Stands before the cache while a step is recorded: lets `update` through and nothing else."""
-
-    def __init__(self, recorder: Recorder, cache: Cache) -> None:
-        self.__dict__.update(_recorder=recorder, _cache=cache)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:  # for isinstance
-        return type(self._cache)
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *more: Any, **named: Any) -> Any:
-        return self._recorder.update(self._cache, key, value, layer_idx, more, named)
-
-    def __getattr__(self, name: str) -> Any:
-        self._recorder.refuse(f"uses {name} of its cache")
-        return getattr(self._cache, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._recorder.refuse(f"sets {name} of its cache")
-        setattr(self._cache, name, value)
-
-    def __len__(self) -> int:
-        self._recorder.refuse("asks for the length of its cache")
-        return len(self._cache)
 
 
 def only_about(function: Any) -> bool:
@@ -376,58 +220,6 @@ def _settings() -> tuple[bool, ...]:
     return (torch._C._get_mkldnn_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled())
 
 
-_WATCHING = threading.Lock()
-
-
-@contextmanager
-def _watched(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
-    """What this thread asks for of masks, attention and experts is an event of the recorder."""
-    me = threading.get_ident()
-    get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
-
-    def attention(name: Any, default: Any) -> Any:
-        function = get_interface(name, default)
-        if threading.get_ident() != me:
-            return function
-        return lambda *args, **kwargs: recorder.attention(function, args, kwargs)
-
-    def mask(function: Any) -> Any:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != me:
-                return function(*args, **kwargs)
-            return recorder.event("mask", function, args, kwargs)
-
-        return watched
-
-    def method(kind: str, function: Any) -> Any:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != me:
-                return function(*args, **kwargs)
-            return recorder.event(kind, function, args, kwargs)
-
-        return watched
-
-    with _WATCHING, ExitStack() as undo:
-        ALL_ATTENTION_FUNCTIONS.get_interface = attention  # type: ignore[method-assign]
-        undo.callback(ALL_ATTENTION_FUNCTIONS.__dict__.pop, "get_interface")
-        for file in {type(one).__module__ for one in model.modules()}:
-            for name, function in list(vars(sys.modules[file]).items()):
-                if type(function) is FunctionType and function.__module__ == masking_utils.__name__:
-                    setattr(sys.modules[file], name, mask(function))
-                    undo.callback(setattr, sys.modules[file], name, function)
-        expanding = [
-            (one, "expand_kv", "expand") for one in model.modules() if hasattr(type(one), "expand_kv")
-        ]
-        for one, name, kind in [*((one, "forward", "experts") for one in experts), *expanding]:
-            original = getattr(one, name)
-            if name in vars(one):
-                undo.callback(setattr, one, name, original)
-            else:
-                undo.callback(vars(one).pop, name)
-            setattr(one, name, method(kind, original))
-        yield
-
-
 def record(
     model: Any,
     cache: Cache,
@@ -452,8 +244,8 @@ def record(
     weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_inference()]
     versions = [tensor._version for tensor in weights]
     choices = sticky.calling(recorder.event) if sticky is not None else nullcontext()
-    with _watched(recorder, model, experts), choices, recorder:
-        output = model.forward(**inputs, **more, past_key_values=_WatchedCache(recorder, cache))
+    with watched_by(recorder, model, experts), choices, recorder:
+        output = model.forward(**inputs, **more, past_key_values=WatchedCache(recorder, cache))
     output.past_key_values = cache
     if not recorder.refused and [tensor._version for tensor in weights] != versions:
         recorder.refuse("changes its own weights or buffers")

@@ -20,7 +20,7 @@ from melinoe.decoding.groups import Group, grouped, written_slots
 from melinoe.decoding.growing import appends, users_of
 from melinoe.decoding.linears import Linears
 from melinoe.decoding.program import Places, Program, Room
-from melinoe.decoding.recording import Call, Event, Recording, Slot, Write, map_tensors, tensors_of
+from melinoe.decoding.recorded import Call, Event, Recording, Slot, Write, map_tensors, tensors_of
 from melinoe.decoding.segment import Different, Functions, Segment
 
 __all__ = ["Different", "OtherStep", "Replay"]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from melinoe.decoding.bits import same_bits
-from melinoe.decoding.recording import Call, Read, Slot, Write, map_tensors, tensors_of
+from melinoe.decoding.recorded import Call, Read, Slot, Write, map_tensors, tensors_of
 
 _OF_ONE_RESULT = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.embedding)
 _CHECKS = 3  # TorchScript rewrites a function after its first runs

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,14 +15,23 @@ from transformers import masking_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-if TYPE_CHECKING:
-    from melinoe.decoding.recording import Recorder
+
+class Listener(Protocol):
+    """Who is told, and calls what was to be called (`Recorder`)."""
+
+    def refuse(self, reason: str) -> None: ...
+
+    def event(self, kind: str, function: Any, args: Any, kwargs: Any) -> Any: ...
+
+    def attention(self, function: Any, args: Any, kwargs: Any) -> Any: ...
+
+    def update(self, cache: Cache, key: Any, value: Any, layer_idx: int, more: Any, named: Any) -> Any: ...
 
 
 class WatchedCache:
     """Stands before the cache while a step is recorded: lets `update` through and nothing else."""
 
-    def __init__(self, recorder: Recorder, cache: Cache) -> None:
+    def __init__(self, recorder: Listener, cache: Cache) -> None:
         self.__dict__.update(_recorder=recorder, _cache=cache)
 
     @property  # type: ignore[misc]
@@ -49,8 +58,8 @@ _WATCHING = threading.Lock()
 
 
 @contextmanager
-def watched_by(recorder: Recorder, model: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
-    """What this thread asks for of masks, attention and experts is an event of the recorder."""
+def watched_by(recorder: Listener, model: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
+    """What this thread asks for of masks, attention and experts is an event of the listener."""
     me = threading.get_ident()
     get_interface = ALL_ATTENTION_FUNCTIONS.get_interface
 

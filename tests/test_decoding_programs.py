@@ -8,7 +8,9 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
 from families import batch, resident
 from family_configs import config
@@ -277,6 +279,22 @@ def test_nothing_of_a_step_is_held_on_to():
         gc.collect()
         assert held[0]() is None
     assert programs(one)
+
+
+def test_nothing_of_the_recorded_step_is_held_on_to(monkeypatch):
+    one, held = model(), []
+    update = DynamicLayer.update
+
+    def noted(self, key, value, *more, **named):
+        keys, values = update(self, key, value, *more, **named)
+        with torch._C.DisableTorchFunction():
+            held.extend(StorageWeakRef(one.untyped_storage()) for one in (key, value, keys, values))
+        return keys, values
+
+    monkeypatch.setattr(DynamicLayer, "update", noted)
+    loop.generate(one, batch(9)["input_ids"][:1], **SETTINGS)
+    gc.collect()
+    assert programs(one) and held and all(memory.expired() for memory in held)
 
 
 def test_a_program_that_errs_is_not_used(monkeypatch):

@@ -75,6 +75,19 @@ class Places:
         self.real = dict(values)
         self.owned: dict[Slot, torch.Tensor] = {}
         self._views: dict[Slot, Slot] = {}
+        self._settled: dict[Slot, Place] = {}
+
+    def settle(self, programs: list[Program]) -> None:
+        """Lets go of what was recorded: shapes are enough from now on."""
+        needed = {*self.owned, *(slot for program in programs for slot in program.inner)}
+        offsets = {slot: self.of(slot) for slot in self.owned}
+        shapes = {slot: _shape_of(self.real[slot]) for slot in needed}
+        self.real.clear()
+        self.real.update(shapes)
+        self.owned = {slot: shapes[slot] for slot in self.owned}
+        self._settled = offsets
+        for program in programs:
+            program.settle(shapes)
 
     def see(self, slot: Slot, arguments: list[Slot]) -> bool:
         """Notes that a slot is a view of one of these; whether it is."""
@@ -90,6 +103,8 @@ class Places:
         self._views.pop(slot, None)
 
     def of(self, slot: Slot) -> Place:
+        if slot in self._settled:
+            return self._settled[slot]
         base = self._views.get(slot, slot)
         return Place(base, self.real[slot].storage_offset() - self.real[base].storage_offset())
 
@@ -103,7 +118,8 @@ class Program:
         kept: of those, slots that somebody may keep: they are copied out of the room.
         number: which program of its replay it is.
 
-    makes: slots whose memory it writes. copies: it copies some of its results out of the room.
+    inner: slots that nobody else needs. makes: slots whose memory it writes. copies: it copies some of its
+    results out of the room.
     """
 
     def __init__(
@@ -133,7 +149,7 @@ class Program:
                     places.see(slot, given)
         self.results = [slot for slot in known if slot in later]
         last = {places.of(slot).base for slot in self.results}
-        self._inner = [slot for slot in made if slot not in last]
+        self.inner = [slot for slot in made if slot not in last]
         self._own = {slot: places.real[slot] for slot in made if slot in last}
         places.owned.update(self._own)
         used = [places.of(part.slot).base for one in operators for part in _parts(one)]
@@ -155,7 +171,7 @@ class Program:
         self._kept = [slot.number for slot in self.results if slot in kept]
         self.copies = bool(self._kept)
         self._places_of = {slot: places.of(slot) for slot in (*self._inputs, *known)}
-        self.inner_bytes = sum(_span(places.real[slot]) for slot in self._inner)
+        self.inner_bytes = sum(_span(places.real[slot]) for slot in self.inner)
         numbers = [number for one in operators for number in self._numbers(one, places)]
         self._program = (ctypes.c_int64 * len(numbers))(*numbers)
         weights = sum(one.sizes[1] * one.sizes[2] for one in operators if one.code in MATRICES)
@@ -185,13 +201,17 @@ class Program:
             found += [self._bases.index(place.base), offset, DTYPES[part.tensor.dtype], *steps]
         return [*found, *([0] * (3 + DIMS) if len(parts) == 2 else [])]
 
+    def settle(self, shapes: dict[Slot, torch.Tensor]) -> None:
+        """Keeps of the tensors that it was made with their shapes alone."""
+        self._own = {slot: shapes[slot] for slot in self._own}
+
     def pointers(self, room: Room, inner: torch.Tensor) -> Any:
         """Where its tensors lie in a room; those that other steps make are filled in by each run.
 
         inner: memory for what nobody else needs.
         """
         where, at = {}, inner.data_ptr()
-        for slot in self._inner:
+        for slot in self.inner:
             where[slot] = at
             at += _span(self._real[slot])
         for base in self._bases:
@@ -282,6 +302,11 @@ class Program:
 
 def _parts(one: Operator) -> list[Part]:
     return [one.out, one.a, *([one.b] if one.b is not None else [])]
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor like it, without memory."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _elements(tensor: torch.Tensor) -> int:

@@ -51,6 +51,7 @@ class Replay:
         self._rooms: list[Room] = []  # that no step is in
         if not self._made(recording, programs=True):
             self._made(recording, programs=False)
+        self._places.settle(self._programs)
 
     def _made(self, recording: Recording, programs: bool) -> bool:
         """Makes the steps; whether the programs among them compute what torch does."""

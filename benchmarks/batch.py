@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--source", type=Path, help="a checkpoint; OLMoE's shape if not given")
     parser.add_argument("--slots", type=int, nargs="+", default=[64])
+    parser.add_argument("--kinds", nargs="+", default=["generate", "serve"], help="of ours")
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
@@ -161,7 +162,7 @@ def main() -> None:
     if not store.exists():
         convert(source, store)
     contestants = Contestants(source, store, options.slots, options.sequences)
-    names = ["resident", *(f"{kind} {count}" for count in options.slots for kind in ("generate", "serve"))]
+    names = ["resident", *(f"{kind} {count}" for count in options.slots for kind in options.kinds)]
     size = contestants.resident.config.get_text_config().vocab_size
 
     def prompts(seed: int) -> list[list[int]]:

@@ -48,6 +48,18 @@ def test_a_spread_by_hand():
     assert spread([7.0])["q1"] == 7 and written([7.0], 0) == "7"
 
 
+def test_two_runs_that_contradict_each_other():
+    from same_order import compared
+
+    first = {"a": [9.0, 8.0, 9.0], "b": [5.0, 4.0, 5.0], "c": [3.0, 5.0, 4.0], "alone": [1.0, 1.0, 1.0]}
+    second = {"a": [3.0, 2.0, 3.0], "b": [5.0, 4.0, 5.0], "c": [1.0, 1.0, 1.0]}
+    assert compared(first, second) == {
+        "alike": [("a", "c")],
+        "in one": [("b", "c")],
+        "contradictions": [("a", "b")],
+    }
+
+
 PROGRAM = """
 import sys, time
 from common import begin, memory_limit, parser_of, temporary_folder, write_result

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from melinoe.decoding.one_token import Functions, one_token
 from melinoe.decoding.recording import record
 from melinoe.decoding.replay import Different, OtherStep, Replay
+from melinoe.decoding.state import state_of
 from melinoe.experts.few_rows_linear import adjacent, few_rows_linears
 from melinoe.models.layers import experts_modules
 
@@ -79,7 +80,7 @@ class Decoder:
         self._cannot = cannot
         if cannot:
             return partial(_eager, model)
-        state = _state(model, inputs)
+        state = state_of(model, inputs, _sticky(model))
         with self._lock:
             if state != self._state:  # an adapter was applied, another attention was chosen, ...
                 self._state, self._replays, self._refused = state, [], ""
@@ -207,26 +208,3 @@ def _cannot(model: Any, inputs: dict[str, Any]) -> str:
         if before or after or "_hf_hook" in vars(module):
             return f"has a hook on its {type(module).__name__}"
     return ""
-
-
-def _state(model: Any, inputs: dict[str, Any]) -> Any:
-    """What a recording depends on, besides what is in it."""
-    config = model.config.get_text_config()
-    weights = [
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*model.parameters(), *model.buffers())
-    ]
-    settings = (
-        config._attn_implementation,
-        config._experts_implementation,
-        torch._C._get_mkldnn_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.get_num_threads(),
-    )
-    modules = [(id(module), _plain(module)) for module in model.modules()]
-    return weights, modules, _plain(config), settings, tuple(inputs), id(_sticky(model))
-
-
-def _plain(owner: Any) -> dict[str, Any]:
-    """Flags and numbers that somebody may have set: how many experts a router chooses, and the like."""
-    return {name: value for name, value in vars(owner).items() if type(value) in (bool, int, float, str)}

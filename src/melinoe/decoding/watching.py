@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -55,6 +55,11 @@ class WatchedCache:
 
 
 _WATCHING = threading.Lock()
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """Inside of it no thread has put anything in the place of others' functions."""
+    return _WATCHING
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -96,7 +97,9 @@ def test_what_is_old_or_broken_is_counted_again(model, home, facts):
     for text in (
         "", "[]", "{}", json.dumps({**data, "needs": {}}), json.dumps({**data, "rates": [1]}),
         json.dumps({**data, "taken": time.time() - module.KEPT_SECONDS - 1}),
-        json.dumps({**data, "taken": time.time() + 1000}),
+        json.dumps({**data, "taken": time.time() + 1000}), json.dumps({**data, "buffer_bytes": math.inf}),
+        json.dumps({**data, "needs": {**data["needs"], "work_bytes": "much"}}),
+        json.dumps({**data, "shape": {**data["shape"], "top_k": None}}),
     ):  # fmt: skip
         place.write_text(text)
         assert kept(place) is None

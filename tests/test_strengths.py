@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import melinoe
+from melinoe.cli.sticky import _advice, _percent, _table
 from melinoe.measure.trace import open_model
 
 
@@ -54,7 +57,20 @@ def test_a_strength_that_is_futile_is_the_last_that_is_tried(monkeypatch):
     assert [row["strength"] for row in found["rows"]] == [0.0, 0.01, 0.4]
 
 
-@pytest.mark.parametrize("strengths", [[], [0.0, 0.1], [-0.1], [2.0]])
+@pytest.mark.parametrize("strengths", [[], [0.0, 0.1], [-0.1], [2.0], [0.05, math.nan, 0.1], [math.inf]])
 def test_what_is_no_strength_is_refused(strengths):
-    with pytest.raises(melinoe.MelinoeError, match=r"strength to try|not a stickiness"):
+    with pytest.raises(melinoe.MelinoeError, match="not strengths to try"):
         melinoe.stickiness_table("tiny", "tiny", strengths, limit=4, progress=False)
+
+
+def test_a_strength_that_saves_nothing_is_not_advised():
+    found = melinoe.stickiness_table("tiny", "tiny", [1e-9], limit=8, progress=False)
+    assert found["rows"][1]["loads_ratio"]["ratio"] == 1 and found["best"] is None
+    assert _advice(found) == "no strength that was tried saves loads for at most 1.0% of perplexity"
+    assert "-0.0" not in _table(found)
+    assert [_percent(ratio) for ratio in (0.99999, 1.0, 1.015, 0.98)] == ["0.0%", "0.0%", "+1.5%", "-2.0%"]
+
+
+def test_more_slots_than_experts_are_refused():
+    with pytest.raises(melinoe.MelinoeError, match="more slots than experts; got 33; allowed: at most 32"):
+        melinoe.stickiness_table("tiny", "tiny", [0.1], limit=4, slots=33, progress=False)

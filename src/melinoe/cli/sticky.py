@@ -36,7 +36,7 @@ def sticky(
     try:
         asked = None if strengths is None else [float(one) for one in strengths.split(",")]
     except ValueError:
-        raise MelinoeError("not a strength", got=strengths, allowed="0.05 or 0.02,0.05,0.1") from None
+        raise MelinoeError("not strengths", got=repr(strengths), allowed="0.05 or 0.02,0.05,0.1") from None
     prepare(model)
     from melinoe.measure.stickiness import stickiness_table
 
@@ -64,8 +64,8 @@ def _table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         cost, loads = row["perplexity_ratio"], row["loads_ratio"]
         plain = row["strength"] == 0
-        interval = "" if plain else f"{cost['low'] - 1:+.1%} to {cost['high'] - 1:+.1%}"
-        more = f"{row['nll']:.4f} nats" if plain else f"{cost['ratio'] - 1:+.1%}"
+        interval = "" if plain else f"{_percent(cost['low'])} to {_percent(cost['high'])}"
+        more = f"{row['nll']:.4f} nats" if plain else _percent(cost["ratio"])
         lines.append(
             f"{row['strength']:<10.4g}{more:>11}   {interval:<18}{row['loads_per_token']:>12.2f}"
             f"{loads['ratio']:>10.2f}"
@@ -80,8 +80,14 @@ def _table(result: dict[str, Any]) -> str:
 def _advice(result: dict[str, Any]) -> str:
     allowed, best = f"{result['max_quality_loss']:.1%}", result["best"]
     if best is None:
-        return f"no strength that was tried costs at most {allowed} of perplexity"
+        return f"no strength that was tried saves loads for at most {allowed} of perplexity"
     [row] = [row for row in result["rows"] if row["strength"] == best]
-    ratio, cost = row["loads_ratio"]["ratio"], row["perplexity_ratio"]["ratio"] - 1
+    ratio, cost = row["loads_ratio"]["ratio"], _percent(row["perplexity_ratio"]["ratio"])
     fewer = f"{1 / ratio:.2f} times fewer loads" if ratio > 0 else "no loads any more"
-    return f"--sticky {best:g}: {fewer} for {cost:+.1%} of perplexity (at most {allowed} was allowed)"
+    return f"--sticky {best:g}: {fewer} for {cost} of perplexity (at most {allowed} was allowed)"
+
+
+def _percent(ratio: float) -> str:
+    """+1.5% from 1.015; what rounds to nothing has no sign."""
+    text = f"{ratio - 1:+.1%}"
+    return text[1:] if text[1:] == "0.0%" else text

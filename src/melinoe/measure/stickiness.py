@@ -59,8 +59,8 @@ def stickiness_table(
     Returns:
         rows: for each strength, 0 first: {strength, nll, perplexity_ratio, loads_per_token, loads_ratio}, the
         ratios to strength 0 on the same rows with 95 percent intervals (bootstrap over rows); best: the
-        largest strength whose perplexity_ratio keeps to `max_quality_loss`, or None; slots, policy, num_rows,
-        data, notes.
+        largest strength that saves loads and whose perplexity_ratio keeps to `max_quality_loss`, or None;
+        slots, policy, num_rows, data, notes.
 
     Raises:
         MelinoeError: no strength, one that is none, routers that cannot be sticky; see `melinoe.trace`.
@@ -72,8 +72,10 @@ def stickiness_table(
     if strengths is None:
         strengths = [min(1.0, round(part / top_k, 6)) for part in PARTS_OF_A_SHARE]
     asked = sorted(set(strengths))
-    if not asked or asked[0] <= 0:
-        raise MelinoeError("no strength to try", got=asked, allowed="numbers above 0, at most 1")
+    if not asked or not all(0 < one <= 1 for one in asked):  # NaN compares as false
+        raise MelinoeError("not strengths to try", got=asked, allowed="numbers above 0, at most 1")
+    if slots is not None and slots > layers[0].num_experts:
+        raise MelinoeError("more slots than experts", got=slots, allowed=f"at most {layers[0].num_experts}")
     settle_stickiness(model, asked[-1])  # what cannot be is found before the work
     slots = slots or default_slots(layers[0].num_experts, top_k)
     tokens = np.array([row.num_answer_tokens for row in usable.encoded])
@@ -99,7 +101,11 @@ def stickiness_table(
         )
         if found[-1]["perplexity_ratio"]["ratio"] > 1 + max(FUTILE, max_quality_loss):
             break
-    cheap = [row["strength"] for row in found[1:] if row["perplexity_ratio"]["ratio"] <= 1 + max_quality_loss]
+    cheap = [
+        row["strength"]
+        for row in found[1:]
+        if row["perplexity_ratio"]["ratio"] <= 1 + max_quality_loss and row["loads_ratio"]["high"] < 1
+    ]
     return {
         "rows": found,
         "best": max(cheap, default=None),

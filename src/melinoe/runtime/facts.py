@@ -61,13 +61,13 @@ class Facts:
     def from_json(cls, data: dict[str, Any]) -> Facts:
         """Raises ValueError, KeyError or TypeError for what it does not describe."""
         return cls(
-            needs=Needs(**data["needs"]),
+            needs=Needs(**{name: int(number) for name, number in data["needs"].items()}),
             records=_pairs(data["records"]),
             read_bytes=[int(size) for size in data["read_bytes"]],
             buffer_bytes=int(data["buffer_bytes"]),
             bandwidth=None if data["bandwidth"] is None else float(data["bandwidth"]),
             not_measured=data["not_measured"],
-            shape=Shape(**data["shape"]),
+            shape=Shape(**{name: int(number) for name, number in data["shape"].items()}),
             formats={name: _pairs(sizes) for name, sizes in data["formats"].items()},
             rates={
                 name: Rates(**{**rates, "group_seconds": tuple(rates["group_seconds"])})
@@ -115,10 +115,14 @@ def code_stamp() -> str:
 def kept(place: Path) -> Facts | None:
     """The facts that are kept there; None: there are none that can be read, or they are too old."""
     try:
-        found = Facts.from_json(json.loads(place.read_text()))
+        found = Facts.from_json(json.loads(place.read_text(), parse_constant=_no_number))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if 0 <= time.time() - found.taken < KEPT_SECONDS else None
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of a plan")
 
 
 def keep(place: Path, facts: Facts) -> None:

@@ -374,7 +374,7 @@ def demo(
     sticky: Annotated[
         float | None,
         typer.Option(
-            help="How sticky the model is tuned to be (docs/sticky.md). [default: 0.2 for tiny, measured for"
+            help="How sticky the model is tuned to be (docs/sticky.md). [default: 0.12 for tiny, measured for"
             " others]",
             min=0,
             max=1,

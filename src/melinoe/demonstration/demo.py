@@ -56,7 +56,7 @@ WRITES = {
     "report.html": PAGE,
 }
 HELD_OUT_ROWS = 320
-STICKY = 0.2  # of the embedded model, docs/log.md
+STICKY = 0.12  # of the embedded model, docs/log.md
 STICKY_ROWS = 64  # of another model's train split, by which its strength is found
 STICKY_LOSS = "5%"  # that a strength may cost a model that is not tuned for it
 TUNING_STEPS = 150
@@ -82,8 +82,8 @@ def demo(
         data: folder of train, valid and test.jsonl; None: the embedded workload (`tiny` only).
         limit: held-out rows to score (default 320). Fewer also tune, fit and generate less.
         seed: of tuning, predictor, prompts and widening.
-        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.2 for `tiny`, for others what
-            costs 5 percent of perplexity on train rows before tuning, at most 0.2; 0 where the routers are
+        sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.12 for `tiny`, for others what
+            costs 5 percent of perplexity on train rows before tuning, at most 0.12; 0 where the routers are
             of a kind that cannot be sticky.
 
     Returns:

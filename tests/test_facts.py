@@ -165,3 +165,10 @@ def test_help_imports_neither_torch_nor_transformers_nor_numpy(verb):
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_memory_and_slots_together_are_refused_before_anything_is_counted(tmp_path):
+    with pytest.raises(
+        melinoe.MelinoeError, match="give memory or slots, not both; got memory=1GiB, slots=3"
+    ):
+        melinoe.plan(tmp_path / "nothing", memory="1GiB", slots=3)

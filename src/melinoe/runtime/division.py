@@ -110,6 +110,12 @@ def refuse_more_than_there_is(memory: int | str | None, device: torch.device | N
         )
 
 
+def one_of(memory: int | str | None, slots: int | None) -> None:
+    """Raises MelinoeError where both are given: one follows from the other."""
+    if memory is not None and slots is not None:
+        raise MelinoeError("give memory or slots, not both", got=f"memory={memory}, slots={slots}")
+
+
 def divide(
     needs: Needs,
     records: list[tuple[int, int]],

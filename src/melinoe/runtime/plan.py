@@ -13,7 +13,7 @@ from typing import Any
 
 from melinoe.config import format_bytes
 from melinoe.models.folder import resolve_model
-from melinoe.runtime.division import divide
+from melinoe.runtime.division import divide, one_of
 from melinoe.runtime.facts import Facts, keep, kept, place_of
 from melinoe.runtime.forecast import advice, forecast
 from melinoe.runtime.speed import Machine, parse_machine
@@ -60,8 +60,9 @@ def plan(
         With speeds also "speeds", rows of forecast.py, and "advice", sentences.
 
     Raises:
-        MelinoeError: no such model, a dense one, or a budget that is too small.
+        MelinoeError: no such model, a dense one, memory and slots both, or a budget that is too small.
     """
+    one_of(memory, slots)
     there = parse_machine(machine) if isinstance(machine, str) else machine
     if there is not None:
         measure_seconds, speeds = 0, True

@@ -9,6 +9,7 @@ from typing import Any
 
 from melinoe.config import DEFAULT_POLICY
 from melinoe.errors import MelinoeError
+from melinoe.runtime.division import one_of
 
 MEMORY_VARIABLE = "MELINOE_MEMORY"  # the budget where none is given
 
@@ -52,10 +53,7 @@ class LoadSettings:
     any_dtype: bool = False
 
     def __post_init__(self) -> None:
-        if self.memory is not None and self.slots is not None:
-            raise MelinoeError(
-                "give memory or slots, not both", got=f"memory={self.memory}, slots={self.slots}"
-            )
+        one_of(self.memory, self.slots)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LoadSettings:

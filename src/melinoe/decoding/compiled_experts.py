@@ -18,13 +18,13 @@ from melinoe.decoding.bits import same_bits
 from melinoe.decoding.operators import DTYPES, lanes, native
 from melinoe.decoding.program import BRIEF
 from melinoe.experts import compiled, forward
+from melinoe.experts.forward import DOWN, UP
 from melinoe.native import library
 from melinoe.paging.expansion import PackedExpert
 from melinoe.paging.pager import ExpertPager
 from melinoe.store import kernels
 from melinoe.store.packing import SCALE
 
-_UP, _DOWN = "gate_up_proj", "down_proj"
 _MOST = 15  # experts of a token: torch adds up more in another order
 _SEEDS = 4
 
@@ -71,16 +71,16 @@ class CompiledExperts:
         lists: list[tuple[str, ...]]
         outputs = torch.empty(top_k, hidden, dtype=torch.bfloat16)
         if isinstance(views, PackedExpert):
-            inner = views.layer.out[_UP] // 2
+            inner = views.layer.out[UP] // 2
             found = kernels.gated_function(views.layer.packing.format, hidden, inner)
             if found is None or not views.few_rows:
                 return None
             function, bits = found
-            lists = [(_UP, _UP + SCALE, _DOWN, _DOWN + SCALE)]
+            lists = [(UP, UP + SCALE, DOWN, DOWN + SCALE)]
             numbers: tuple[int, ...] = (top_k, 1, hidden, hidden, inner, bits)
         else:
-            inner, lists = views[_DOWN].shape[-1], [(_UP,), (_DOWN,)]
-            function = compiled.gated_function(hidden_1H, [views[_UP], views[_DOWN]])
+            inner, lists = views[DOWN].shape[-1], [(UP,), (DOWN,)]
+            function = compiled.gated_function(hidden_1H, [views[UP], views[DOWN]])
             if function is None:
                 return None
             numbers = top_k, 1, hidden, inner

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from melinoe.decoding.one_token import Functions, one_token
+from melinoe.decoding.one_token import one_token
 from melinoe.decoding.recording import record
-from melinoe.decoding.replay import Different, OtherStep, Replay
+from melinoe.decoding.replay import OtherStep, Replay
+from melinoe.decoding.segment import Different, Functions
 from melinoe.decoding.state import state_of
 from melinoe.experts.few_rows_linear import adjacent, few_rows_linears
 from melinoe.models.layers import experts_modules

@@ -20,14 +20,12 @@ from melinoe.decoding.bits import same_bits
 from melinoe.decoding.compiled_experts import CompiledExperts
 from melinoe.decoding.recorded import tensors_of
 from melinoe.decoding.recording import only_about
-from melinoe.decoding.segment import torchscript
+from melinoe.decoding.segment import CHECKS, Functions, torchscript
 from melinoe.experts import forward
 from melinoe.paging.expansion import PackedExpert
 from melinoe.paging.served_call import Views
 from melinoe.routing.calls import DECODE
 
-Functions = dict[str, Callable[..., Any]]
-_CHECKS = 3  # TorchScript rewrites a function after its first runs
 _OTHERS = ("melinoe_paged", "melinoe_layer", "training")
 
 
@@ -106,7 +104,7 @@ class OneToken:
             except Exception:  # whatever TorchScript cannot do, or a torch that no longer has it
                 return False
         made = self._functions[key]
-        if not all(same_bits(made(*given), expected) for _ in range(_CHECKS)):
+        if not all(same_bits(made(*given), expected) for _ in range(CHECKS)):
             return False
         self._function = made
         return True

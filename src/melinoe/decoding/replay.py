@@ -23,8 +23,6 @@ from melinoe.decoding.program import Places, Program, Room
 from melinoe.decoding.recorded import Call, Event, Recording, Slot, Write, map_tensors, tensors_of
 from melinoe.decoding.segment import Different, Functions, Segment
 
-__all__ = ["Different", "OtherStep", "Replay"]
-
 
 class OtherStep(Exception):
     """The text has come to a length at which the step is another one."""

@@ -12,7 +12,7 @@ from melinoe.decoding.bits import same_bits
 from melinoe.decoding.recorded import Call, Read, Slot, Write, map_tensors, tensors_of
 
 _OF_ONE_RESULT = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.embedding)
-_CHECKS = 3  # TorchScript rewrites a function after its first runs
+CHECKS = 3  # TorchScript rewrites a function after its first runs
 
 
 class Different(Exception):
@@ -85,7 +85,7 @@ class Segment:
                 functions[key] = torchscript(self.run, inputs())
             except Exception as error:  # whatever TorchScript cannot do, or a torch that no longer has it
                 raise Different(f"cannot be written in TorchScript ({type(error).__name__})") from error
-        for _ in range(_CHECKS):
+        for _ in range(CHECKS):
             for slot, tensor in zip(self.outputs, tensors_of(functions[key](*inputs())), strict=True):
                 if not same_bits(tensor, values[slot]):
                     raise Different("does not compute the same by TorchScript")

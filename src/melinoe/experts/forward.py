@@ -31,7 +31,7 @@ from melinoe.routing.policies import Call
 from melinoe.store.layout import per_expert
 
 NAME = "melinoe"
-_UP, _DOWN = "gate_up_proj", "down_proj"
+UP, DOWN = "gate_up_proj", "down_proj"
 Group = list[tuple[int, Views]]  # experts and their tensors
 COMBINED_TOKENS = 128  # whose experts' outputs are weighted at once
 
@@ -82,10 +82,10 @@ def _gated(hidden_NH: torch.Tensor, experts: list[Views]) -> torch.Tensor | None
     """[E * N, H] of experts with silu on the same few rows, in one call; None: step by step."""
     first, *others = experts
     if isinstance(first, PackedExpert):
-        return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, _UP, _DOWN)
+        return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, UP, DOWN)
     if not compiled.few(hidden_NH):
         return None
-    return compiled.gated(hidden_NH, [one[_UP] for one in experts], [one[_DOWN] for one in experts])
+    return compiled.gated(hidden_NH, [one[UP] for one in experts], [one[DOWN] for one in experts])
 
 
 def _resident(module: nn.Module, experts: Iterable[int]) -> Generator[Group]:
@@ -170,7 +170,7 @@ def _many_tokens(
                 if here:
                     outputs = all_outputs(hidden_TH)
                     choices = [order.choice_N[rows[expert]] for expert, _ in here]
-                    ups, downs = ([weights[name] for _, weights in here] for name in (_UP, _DOWN))
+                    ups, downs = ([weights[name] for _, weights in here] for name in (UP, DOWN))
                     compiled.gated_rows(hidden_TH, choices, ups, downs, outputs)
                     done = {expert for expert, _ in here}
                     group = [one for one in group if one[0] not in done]
@@ -203,7 +203,7 @@ def _together(module: nn.Module, hidden_TH: torch.Tensor, scale_TK: torch.Tensor
 
 
 def _takes_rows(count: int, weights: Views) -> bool:
-    return not isinstance(weights, PackedExpert) and compiled.takes_rows(count, weights[_UP], weights[_DOWN])
+    return not isinstance(weights, PackedExpert) and compiled.takes_rows(count, weights[UP], weights[DOWN])
 
 
 def compute_experts(

@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from melinoe.config import home
 from melinoe.errors import MelinoeError
 from melinoe.files import write_json
 from melinoe.runtime.division import Needs
 from melinoe.runtime.speed import Rates, Shape
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 KEPT_SECONDS = 3600.0
 _ENVIRONMENT = (
@@ -125,8 +128,8 @@ def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number of a plan")
 
 
-def keep(place: Path, facts: Facts) -> None:
-    """A home that cannot be written keeps nothing."""
+def keep(place: Path, counted: DataclassInstance) -> None:
+    """Writes what was counted below $MELINOE_HOME; a home that cannot be written keeps nothing."""
     with contextlib.suppress(OSError, MelinoeError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, asdict(facts))
+        write_json(place, asdict(counted))

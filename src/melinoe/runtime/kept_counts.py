@@ -7,18 +7,15 @@ count that cannot be read is counted again.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from melinoe.config import home
-from melinoe.errors import MelinoeError
-from melinoe.files import write_json
-from melinoe.runtime.facts import code_stamp
+from melinoe.runtime.facts import code_stamp, keep
 from melinoe.runtime.work_space import WorkSpace, twin, work_space
 
 _known: dict[str, WorkSpace] = {}  # of this process
@@ -31,9 +28,7 @@ def kept_work_space(model: Any, rows: int, length: int, context: int) -> WorkSpa
     found = _known.get(key) or _read(file)
     if found is None:
         found = work_space(twin(model), rows, length, context)
-        with contextlib.suppress(OSError, MelinoeError):  # a home that cannot be written keeps nothing
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, asdict(found))
+        keep(file, found)
     _known[key] = found
     return found
 

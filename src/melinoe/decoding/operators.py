@@ -103,15 +103,21 @@ def lanes() -> int:
 def _adds_alike(width: int, size: int) -> bool:
     rows = torch.randn(16, size, generator=torch.Generator().manual_seed(size))
     found = torch.empty(16)
-    program = (ctypes.c_int64 * RECORD)(
+    numbers = (
         *(Code.MEAN, width, 1, 1, 16, size),
         *(0, 0, 0, 0, 0, 1, 0),
         *(1, 0, 0, 0, 0, size, 1),
         *(1, 0, 0, 0, 0, 0, 0),
     )
-    pointers = (ctypes.c_void_p * 2)(found.data_ptr(), rows.data_ptr())
-    native().melinoe_program(ctypes.addressof(program), 1, ctypes.addressof(pointers))
+    _run_one(numbers, found, rows)
     return same_bits(found, rows.mean(-1))
+
+
+def _run_one(numbers: tuple[int, ...], *tensors: torch.Tensor) -> None:
+    """A program of one operator, on tensors by their number."""
+    program = (ctypes.c_int64 * RECORD)(*numbers)
+    pointers = (ctypes.c_void_p * len(tensors))(*(one.data_ptr() for one in tensors))
+    native().melinoe_program(ctypes.addressof(program), 1, ctypes.addressof(pointers))
 
 
 RECORD = 2 + DIMS + 3 * (3 + DIMS)  # numbers of one operator
@@ -276,11 +282,8 @@ def tiled(count: int, size_in: int, size_out: int, _threads: int, _onednn: bool)
         rows, weight = (rows * size).bfloat16(), (weight * size).bfloat16()
         found = torch.empty(count, size_out, dtype=torch.bfloat16)
         numbers = Code.TILED, 0, count, size_in, size_out, 1
-        program = (ctypes.c_int64 * RECORD)(
-            *numbers, *(0, 0, 1, 0, 0, 0, 0), *(1, 0, 1, 0, 0, 0, 0), *(2, 0, 1, 0, 0, 0, 0)
-        )
-        pointers = (ctypes.c_void_p * 3)(*(one.data_ptr() for one in (found, rows, weight)))
-        native().melinoe_program(ctypes.addressof(program), 1, ctypes.addressof(pointers))
+        places = *(0, 0, 1, 0, 0, 0, 0), *(1, 0, 1, 0, 0, 0, 0), *(2, 0, 1, 0, 0, 0, 0)
+        _run_one((*numbers, *places), found, rows, weight)
         with torch.no_grad():
             if not same_bits(found, torch.nn.functional.linear(rows, weight)):
                 return False

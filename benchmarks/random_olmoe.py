@@ -40,8 +40,8 @@ def _layer_tensors(layer: int, generator: torch.Generator) -> dict[str, torch.Te
     """One decoder layer under the hub's names; scales as a trained model has them, roughly."""
 
     def random(*shape: int) -> torch.Tensor:
-        weight = torch.empty(shape, dtype=torch.bfloat16)
-        return weight.normal_(std=shape[-1] ** -0.5, generator=generator)
+        weight = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
+        return weight.normal_(std=shape[-1] ** -0.5, generator=generator).cpu()
 
     prefix = f"model.layers.{layer}"
     ones = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
@@ -60,7 +60,8 @@ def _other_tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Embeddings, output layer and the last norm."""
 
     def random() -> torch.Tensor:
-        return torch.empty(VOCABULARY, HIDDEN, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
+        weight = torch.empty(VOCABULARY, HIDDEN, dtype=torch.bfloat16, device=generator.device)
+        return weight.normal_(std=0.02, generator=generator).cpu()
 
     return {
         "model.embed_tokens.weight": random(),
@@ -79,13 +80,14 @@ def _write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
 
 
-def write_olmoe(folder: Path, num_layers: int, context: int = 4096) -> int:
+def write_olmoe(folder: Path, num_layers: int, context: int = 4096, device: str = "cpu") -> int:
     """Writes a checkpoint of OLMoE-1B-7B's shape, one shard for each layer, 0.8 GB in bfloat16.
 
     Shards that are there already are used again.
 
     Args:
         context: tokens that the config allows; the weights do not depend on it.
+        device: what draws the numbers: a GPU is quicker, and draws others.
 
     Returns:
         The bytes of all shards.
@@ -113,7 +115,7 @@ def write_olmoe(folder: Path, num_layers: int, context: int = 4096) -> int:
     for layer in range(num_layers + 1):
         shard = folder / f"model-{layer + 1:05d}-of-{num_layers + 1:05d}.safetensors"
         if not shard.exists():
-            generator = torch.Generator().manual_seed(layer)
+            generator = torch.Generator(device).manual_seed(layer)
             tensors = _layer_tensors(layer, generator) if layer < num_layers else _other_tensors(generator)
             with whole_file(shard) as partial:
                 save_file(tensors, partial, metadata={"format": "pt"})

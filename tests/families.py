@@ -129,7 +129,7 @@ def generate(model: Any, way: str, assistant: Any = None) -> list[list[int]]:
 
     There are two prompts of different length where it takes two.
     """
-    inputs = batch()
+    inputs = {name: value.to(model.device) for name, value in batch().items()}
     if way == "generate_batch":
         prompts = [
             row[mask.bool()].tolist()

@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton sees a kernel
+
 import melinoe
 from families import save_checkpoint
 from melinoe.models.folder import resolve_model

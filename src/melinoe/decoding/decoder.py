@@ -185,11 +185,16 @@ def _cannot(model: Any, inputs: dict[str, Any]) -> str:
     """Why a model's steps cannot be replayed, as far as it shows without recording one."""
     if model.device.type != "cpu":
         return "is not on the CPU"
-    if model.training:
-        return "is in training mode"
     cache = inputs.get("past_key_values")
     if type(cache) is not DynamicCache:
         return f"has a {type(cache).__name__}"
+    return hindrance(model, inputs)
+
+
+def hindrance(model: Any, inputs: dict[str, Any]) -> str:
+    """What keeps a step from being one that can be done over and over, whatever it is done with."""
+    if model.training:
+        return "is in training mode"
     flags = {name: inputs[name] for name in inputs.keys() & set(_SETTINGS)}
     others = inputs.keys() - set(_TENSORS) - flags.keys() - {"past_key_values"}
     others |= {name for name, value in flags.items() if not (value is None or isinstance(value, int))}

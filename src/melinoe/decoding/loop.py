@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from melinoe.decoding.decoder import Decoder, decoder_of
+from melinoe.decoding.on_device import device_decoder_of
 from melinoe.decoding.processors import Processors
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -32,6 +33,8 @@ def generate(model: Any, input_ids: torch.Tensor, *, streamer: Any = None, **set
     """
     if why_stock(model, input_ids, settings):
         return model.generate(input_ids, streamer=streamer, **settings)
+    if model.device.type == "cuda":
+        return device_decoder_of(model).generate(model, input_ids, streamer, settings)
     decode = partial(_decode, decoder_of(model), streamer)
     return model.generate(input_ids, streamer=streamer, custom_generate=decode, **settings)
 

@@ -24,7 +24,8 @@ from melinoe.experts.few_rows_linear import use_adjacent_outputs, use_few_rows_l
 from melinoe.experts.row_counts import pad
 from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
-from melinoe.paging.expansion import PackedExpert
+from melinoe.native import gathered
+from melinoe.paging.expansion import PackedExpert, kernel_form
 from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.pager import Views
 from melinoe.routing.policies import Call
@@ -81,11 +82,31 @@ def experts_outputs(module: nn.Module, hidden_1H: torch.Tensor, experts: list[Vi
 def _gated(hidden_NH: torch.Tensor, experts: list[Views]) -> torch.Tensor | None:
     """[E * N, H] of experts with silu on the same few rows, in one call; None: step by step."""
     first, *others = experts
+    if gathered.usable(hidden_NH.device):
+        parts = [matrices(one) for one in experts]
+        form = form_of(first)
+        dtype = first.layer.views[UP].dtype if isinstance(first, PackedExpert) else first[UP].dtype
+        if form.computed and gathered.takes(hidden_NH, dtype, parts):
+            return gathered.gated(hidden_NH, parts, form)
     if isinstance(first, PackedExpert):
         return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, UP, DOWN)
     if not compiled.few(hidden_NH):
         return None
     return compiled.gated(hidden_NH, [one[UP] for one in experts], [one[DOWN] for one in experts])
+
+
+def matrices(weights: Views) -> tuple[torch.Tensor, ...]:
+    """The two matrices of an expert; where they are packed, codes and scales of each."""
+    if isinstance(weights, PackedExpert):
+        return *weights.matrix(UP), *weights.matrix(DOWN)
+    return weights[UP], weights[DOWN]
+
+
+def form_of(weights: Views) -> gathered.Form:
+    """How they lie in memory."""
+    if isinstance(weights, PackedExpert):
+        return kernel_form(weights.layer.packing, weights.layer.out[UP] // 2, weights.layer.tile)
+    return gathered.Form(weights[DOWN].shape[1])
 
 
 def _resident(module: nn.Module, experts: Iterable[int]) -> Generator[Group]:
@@ -223,8 +244,10 @@ def compute_experts(
         MelinoeError: a record could not be read, or gradients were asked of paged experts.
     """
     tokens, top_k = top_k_index.shape
-    indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
     paged: PagedExperts | None = getattr(module, "melinoe_paged", None)
+    if paged is not None and paged.in_place is not None:
+        return paged.in_place(module, hidden_states, top_k_index, top_k_weights)
+    indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
     if paged is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise MelinoeError(
             "offloaded experts cannot pass gradients: their slots are overwritten",

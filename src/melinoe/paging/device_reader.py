@@ -102,6 +102,15 @@ class DeviceReader:
             future.result()
         return records
 
+    def addresses(self, layer: int) -> list[int]:
+        """Where the records of a layer lie in host memory, which a GPU reads by these very addresses."""
+        assert self.pinned
+        return [record.data_ptr() for record in self._records[layer]]
+
+    def arrival(self, event: Any) -> bool:
+        """Whether a copy has ended by now."""
+        return event is None or bool(event.query())
+
     def read(self, layer: int, expert: int, destination: torch.Tensor) -> Future[Any]:
         """Starts moving one record; the future's result is for `arrived`."""
         with self._lock:

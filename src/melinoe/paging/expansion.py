@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from melinoe.errors import MelinoeError
+from melinoe.native import gathered
 from melinoe.paging.reader import READER_THREADS, Reader
 from melinoe.paging.slots import RecordBuffer
 from melinoe.store import kernels, rounding
@@ -57,12 +58,28 @@ def slots_packed(store: Store, slots_format: str | None, device: str | torch.dev
 
 def _computed(packing: Packing, device: torch.device) -> bool:
     """Whether records are computed as they lie, or can be once they are brought into another order."""
-    if device.type != "cpu" or packing.form != "kernel":
+    if packing.form != "kernel":
         return False
     matrices = [field for field in packing.expanded.fields if is_matrix(field)]
     dtypes = {torch_dtype(field.dtype) for field in matrices}
+    if device.type != "cpu":  # experts of two matrices, of which the first is twice as wide
+        up, *down = packing.expanded.fields
+        plain = len(down) == 1 and matrices == [up, *down] and not packing.transposed
+        if not plain or up.shape[0] != 2 * down[0].shape[1] or not dtypes <= set(gathered.DTYPES):
+            return False
+        return gathered.usable(device) and kernel_form(packing, down[0].shape[1], packing.tile).computed
     tile = kernels.machine_tile() if packing.format == "int4" else packing.tile
     return dtypes == {kernels.DTYPE} and tile is not None and kernels.usable(packing.format, tile)
+
+
+def kernel_form(packing: Packing, inner: int, tile: int) -> gathered.Form:
+    """How the matrices of a packed expert lie, as a GPU's kernels are told; `computed` says whether they can.
+
+    Args:
+        inner: I. tile: of the codes where they are.
+    """
+    read_only = packing.form != "kernel" or packing.transposed
+    return gathered.Form(inner, "another" if read_only else packing.format, tile)
 
 
 def slot_layout(layer: StoredLayer, packed: bool) -> RecordLayout:
@@ -162,7 +179,8 @@ class ScratchLayer:
         self.packing, self.tile = packing, tile
         self.fields = {field.name: field for field in packing.expanded.fields}
         self.views = {name: _scratch_view(record, field, packing) for name, field in self.fields.items()}
-        computed = _computed(packing, record.device) and kernels.usable(packing.format, tile)
+        on_cpu = record.device.type == "cpu"
+        computed = on_cpu and _computed(packing, record.device) and kernels.usable(packing.format, tile)
         self.few_rows = kernels.FEW_ROWS[packing.format] if computed else 0
         self.out = {name: packing.out_in(field)[0] for name, field in self.fields.items() if is_matrix(field)}
 

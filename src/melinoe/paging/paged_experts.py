@@ -8,6 +8,8 @@ are, and whether it is prefill or decoding.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +90,30 @@ class PagedExperts:
     def __init__(self, pager: ExpertPager, predictor: Predictor | None = None) -> None:
         self.pager, self.predictor = pager, predictor
         self.tuning = False
+        self._here = threading.local()
         self.limits: Limits | None = None
         self.converted: dict[tuple[Any, ...], torch.Tensor] = {}
         self._note = _Note()
         self._in_flight: dict[str, Prediction] | None = None  # predictions, once somebody shares them
         self._followed: dict[str, Prediction] = {}  # those that the prior is made of
+
+    @property
+    def in_place(self) -> Callable[..., torch.Tensor] | None:
+        """What computes a layer's experts in this thread, instead of `compute_experts`; see `computing`."""
+        return getattr(self._here, "in_place", None)
+
+    @contextmanager
+    def computing(self, in_place: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Inside of it, this thread's passes compute their experts so; no pass is noted.
+
+        Args:
+            in_place: with the arguments of `melinoe.experts.forward.compute_experts`.
+        """
+        self._here.in_place = in_place
+        try:
+            yield
+        finally:
+            self._here.in_place = None
 
     def attach(self, model: nn.Module) -> None:
         """Listens to the forward passes of a model from now on; token ids that it has not are refused."""
@@ -105,7 +126,7 @@ class PagedExperts:
 
     def before(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """To be called before each forward pass, with its arguments."""
-        if self.tuning:
+        if self.tuning or self.in_place is not None:
             return
         tokens = given_tokens(args, kwargs)
         if tokens is None:
@@ -127,9 +148,7 @@ class PagedExperts:
             cache = kwargs.get("past_key_values")
             self.limits.check(batch, length, max(past + length, _reserved(cache)))
         if past > 0 and valid is _ONE:  # by far the most passes, and those where microseconds show
-            note = self._note
-            note.phase, note.ages, note.valid = DECODE, _LAST, _REAL
-            self.pager.statistics.decode_tokens += 1
+            self.decoded()
             return
         # several tokens behind a cache: the next piece of a prompt, unless decoding has begun (then it
         # is the verification of guessed tokens)
@@ -200,6 +219,11 @@ class PagedExperts:
             self.pager.begin()
             return
         self.pager.begin(*mean_prediction([self.predictor.predict(prompt) for prompt in prompts]))
+
+    def decoded(self) -> None:
+        """To be called for each token of one sequence whose pass nobody is told of before."""
+        self._note.phase, self._note.ages, self._note.valid = DECODE, _LAST, _REAL
+        self.pager.statistics.decode_tokens += 1
 
     def call(self, indices: np.ndarray) -> Call:
         """The policy's view of one layer's call. indices: [T, K]."""

@@ -205,6 +205,33 @@ class ExpertPager:
             finally:
                 self._inside = False
 
+    def follow(self, layer: int, call: Call, read_in_place: int) -> None:
+        """Decides a call that was computed already, from where its experts were (`AddressTable`).
+
+        An expert that is given a slot is copied into it from now on, behind all that was launched so far; it
+        is asked for by whoever needs it next.
+
+        Args:
+            read_in_place: records that the computation has read over the bus.
+        """
+        bank, size = self.banks[layer], self.store.layers[layer].layout.record_bytes
+        with self._lock:
+            decision = self._decide(layer, call)
+            copied = [load for load in decision.loads if load.admit]
+            for load in copied:
+                slot = bank.place(load.expert, load.victim)
+                bank.pending[load.expert] = self.reader.read(layer, load.expert, bank.record(slot))
+            # as it was, not as the policy has it: in place, and once more for those that stay
+            self.statistics.decode_bytes += size * (read_in_place + len(copied) - len(decision.loads))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside of it no other thread is served."""
+        with self._lock:
+            if self._unfinished:
+                self.reset()
+            yield
+
     def slot_views(self, layer: int, slot: int) -> Views:
         """The expert that stands in a slot; what it gives holds until the next call."""
         return self._unpacked(layer, self.banks[layer].slot_views(slot))

@@ -35,16 +35,18 @@ class SlotBank:
     """The slots of one layer: which expert's record stands where.
 
     `slot_of` names an expert from the moment its load is started; `pending` holds the loads that
-    nobody has waited for yet.
+    nobody has waited for yet. `changes` grows whenever an expert takes a slot, or all lose theirs.
     """
 
     def __init__(self, slots: int, layout: RecordLayout, device: torch.device | None = None) -> None:
         self.buffer = RecordBuffer(slots, layout.record_bytes, device)
         self._views = [layout.views(self.buffer.tensor[slot]) for slot in range(slots)]
         self._slots = slots
+        self.changes = 0
         self.clear()
 
     def clear(self) -> None:
+        self.changes += 1
         self.slot_of: dict[int, int] = {}
         self.pending: dict[int, Future[Any]] = {}
         self._free = list(range(self._slots - 1, -1, -1))
@@ -63,6 +65,7 @@ class SlotBank:
                 pending.result()
             slot = self.slot_of.pop(victim)
         assert expert not in self.slot_of, expert
+        self.changes += 1
         self.slot_of[expert] = slot
         return slot
 

@@ -6,6 +6,9 @@ that they are the same however the tokens were grouped into forward passes; ties
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 _FIRST_ROOM = 256  # tokens; doubled when they are used up
@@ -25,6 +28,11 @@ class History:
     length: tokens of each sequence so far, padding counted.
     ranks_LBE: int64, see `first_ranks`.
     tokens_B: int64, how many tokens each sequence has, padding not counted.
+
+    place_1: [1] int64, where the next token stands; None until it is prepared.
+
+    Inside of `on_device` that is taken instead of `length`, so that a pass of one token is tensors alone and
+    can be captured in a CUDA graph.
     """
 
     def __init__(self, layers: int, batch: int, num_experts: int, device: torch.device) -> None:
@@ -35,6 +43,14 @@ class History:
         self._chosen_LBTK: torch.Tensor | None = None  # int16; room for more tokens than there are
         self._valid_BT = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         self._open = False  # a pass has begun, and not ended
+        self.place_1: torch.Tensor | None = None
+        self._on_device = False
+
+    def clear(self) -> None:
+        """Forgets everything; the tensors stay where they are."""
+        if self.length:
+            self.cut(0)
+        self._open = False
 
     @property
     def batch(self) -> int:
@@ -45,23 +61,60 @@ class History:
         """A pass begins. One that was broken off before is forgotten."""
         if self._open:
             self.cut(self.length)
-        layers, batch, _ = self.ranks_LBE.shape
         end, room = self.length + valid_BS.shape[1], self._valid_BT.shape[1]
         if self._chosen_LBTK is None or end > room:
-            room = max(_FIRST_ROOM, 2 * room, end)
-            chosen = torch.zeros(layers, batch, room, top_k, dtype=torch.int16, device=valid_BS.device)
-            valid = torch.zeros(batch, room, dtype=torch.bool, device=valid_BS.device)
-            if self._chosen_LBTK is not None:
-                chosen[:, :, : self.length] = self._chosen_LBTK[:, :, : self.length]
-                valid[:, : self.length] = self._valid_BT[:, : self.length]
-            self._chosen_LBTK, self._valid_BT = chosen, valid
+            self._reserve(max(_FIRST_ROOM, 2 * room, end), top_k)
         self._valid_BT[:, self.length : end] = valid_BS
         self._open = True
+
+    def _reserve(self, room: int, top_k: int) -> None:
+        layers, batch, _ = self.ranks_LBE.shape
+        device = self.ranks_LBE.device
+        chosen = torch.zeros(layers, batch, room, top_k, dtype=torch.int16, device=device)
+        valid = torch.zeros(batch, room, dtype=torch.bool, device=device)
+        if self._chosen_LBTK is not None:
+            chosen[:, :, : self.length] = self._chosen_LBTK[:, :, : self.length]
+            valid[:, : self.length] = self._valid_BT[:, : self.length]
+        self._chosen_LBTK, self._valid_BT = chosen, valid
+
+    def prepare_on_device(self, room: int) -> None:
+        """Makes `place_1`, and room for texts of so many tokens: nothing is made anew from now on."""
+        assert self._chosen_LBTK is not None
+        if room > self._valid_BT.shape[1]:
+            with torch.inference_mode(False):
+                self._reserve(room, self._chosen_LBTK.shape[-1])
+        self.place_1 = torch.tensor([self.length], device=self.ranks_LBE.device)
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """One pass of one token that is tensors alone; who prepared it counts `length`."""
+        assert self.place_1 is not None
+        self._on_device = True
+        try:
+            yield
+            ones = torch.ones(self.batch, 1, dtype=torch.bool, device=self.tokens_B.device)
+            self._valid_BT.index_copy_(1, self.place_1, ones)
+            self.tokens_B += 1
+            self.place_1 += 1
+        finally:
+            self._on_device = False
+
+    def cut_on_device(self, length: int) -> None:
+        """As `cut`, and `place_1` with it; the number of tokens that `length` counts is as before."""
+        assert self.place_1 is not None
+        before = self.length
+        self.cut(length)
+        self.length = before
+        self.place_1.fill_(length)
 
     def add(self, layer: int, chosen_BSK: torch.Tensor, valid_BS: torch.Tensor | None) -> None:
         """The choices of one layer in the pass that has begun. valid_BS: None is all of them."""
         assert self._chosen_LBTK is not None
-        self._chosen_LBTK[layer, :, self.length : self.length + chosen_BSK.shape[1]] = chosen_BSK
+        if self._on_device:
+            assert self.place_1 is not None
+            self._chosen_LBTK[layer].index_copy_(1, self.place_1, chosen_BSK.to(torch.int16))
+        else:
+            self._chosen_LBTK[layer, :, self.length : self.length + chosen_BSK.shape[1]] = chosen_BSK
         self._count(layer, chosen_BSK, valid_BS)
 
     def end(self, valid_BS: torch.Tensor) -> None:
@@ -75,7 +128,8 @@ class History:
         """Forgets all but the first `length` tokens, as a cache that is cropped does."""
         assert self._chosen_LBTK is not None and length <= self.length
         valid_BS = self._valid_BT[:, :length]
-        self.length, self.tokens_B, self._open = length, valid_BS.sum(1), False
+        self.length, self._open = length, False
+        self.tokens_B.copy_(valid_BS.sum(1))
         self.ranks_LBE[:] = first_ranks(self.num_experts, self.ranks_LBE.device)
         for layer in range(len(self.ranks_LBE)):
             self._count(layer, self._chosen_LBTK[layer, :, :length], valid_BS)

@@ -136,6 +136,27 @@ class StickyRouters:
             self._here.around = False
         self.end(inputs.get("past_key_values"))
 
+    def prepare_on_device(self, cache: Any, room: int) -> History:
+        """For passes of one token over this cache that are tensors alone (`History.prepare_on_device`).
+
+        Args:
+            cache: the prompt has been read into it. room: tokens that it can hold.
+        """
+        history: History = getattr(cache, _HISTORY)
+        history.prepare_on_device(room)
+        return history
+
+    @contextmanager
+    def on_device(self, history: History) -> Iterator[None]:
+        """One such pass."""
+        valid_BS = torch.ones(history.batch, 1, dtype=torch.bool)
+        self._here.around, self._here.now = True, _Pass(valid_BS, history)
+        try:
+            with history.on_device():
+                yield
+        finally:
+            self._here.around = False
+
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not getattr(self._here, "around", False):
             self.begin(args, kwargs)
@@ -166,7 +187,9 @@ class StickyRouters:
 
     def _history_of(self, cache: Any, past: int, batch: int, device: torch.device) -> History:
         found = getattr(cache, _HISTORY, None)
-        if past == 0:
+        if past == 0 and found is not None and found.batch == batch:
+            found.clear()  # a cache that was emptied: what was captured over it knows these tensors
+        elif past == 0:
             found = History(len(self.layers), batch, self.num_experts, device)
         elif found is None or past > found.length or batch != found.batch:
             raise MelinoeError(

@@ -1,0 +1,240 @@
+"""transformers' own decoding loop on a GPU, with a captured step in it.
+
+As in loop.py, `GenerationMixin._sample` is called as it stands with an object in the model's place. The cache
+is a static one, kept from one generation to the next together with the step that was captured over it: the
+tokens are those of `model.generate(cache_implementation="static")`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from melinoe.decoding.captured import CapturedStep, place_of
+from melinoe.decoding.decoder import Logits, hindrance
+from melinoe.decoding.processors import Processors
+from melinoe.decoding.state import state_of
+from melinoe.experts.compiled import is_gated_silu
+from melinoe.experts.forward import NAME
+from melinoe.models.layers import experts_modules
+from melinoe.native import gathered
+from melinoe.paging.device_reader import DeviceReader
+from melinoe.paging.expansion import slot_layout
+
+_SHORTEST = 256  # tokens of a cache; longer ones are twice that, four times, ...
+_TENSORS = ("input_ids", "position_ids")
+
+
+class DeviceDecoder:
+    """Runs the generations of one model, one at a time.
+
+    captures: how many steps it has captured.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self._busy = threading.Lock()
+        self._cache: StaticCache | None = None
+        self._step: CapturedStep | None = None
+        self._state: Any = None
+        self._refused = ""  # whatever it is given
+        self._cannot = ""  # in the last generation
+        self.captures = 0
+
+    @property
+    def why_eager(self) -> str:
+        """Why its steps are not captured, in words that follow "the model"; empty where they are."""
+        return self._refused or self._cannot
+
+    def generate(
+        self, model: Any, input_ids: torch.Tensor, streamer: Any, settings: dict[str, Any]
+    ) -> torch.Tensor:
+        """`model.generate` of one sequence by one of transformers' loops that choose token by token."""
+        stock = partial(model.generate, input_ids, streamer=streamer, **settings)
+        if not self._busy.acquire(blocking=False):  # another thread's text is in the cache
+            return stock()
+        try:
+            self._look_at(model)
+            length = _longest(model, input_ids, settings)
+            cache = None if self._refused or not length else self._cache_for(model, length)
+            if cache is None:
+                return stock()
+            return stock(past_key_values=cache, custom_generate=partial(_decode, self, streamer))
+        finally:
+            if self._step is not None:
+                self._step.finish()
+            self._busy.release()
+
+    def _look_at(self, model: Any) -> None:
+        """Forgets what was captured where the model has changed since."""
+        state = state_of(model, {}, getattr(model, "melinoe_sticky", None))
+        if state != self._state:
+            self._state, self._step, self._cache = state, None, None
+            self._refused = _refused(model)
+
+    def _cache_for(self, model: Any, length: int) -> StaticCache | None:
+        limits = model.melinoe_paged.limits
+        room = _SHORTEST
+        while room < length:
+            room *= 2
+        if limits is not None:  # of which memory was set aside for so many tokens
+            room = max(length, min(room, limits.context))
+        cache = self._cache
+        if cache is None or not length <= cache.layers[0].max_cache_len <= 4 * room:
+            self._step = self._cache = None  # their memory is free before more is taken
+            cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+            if any(type(layer) is not StaticLayer for layer in cache.layers):
+                self._refused = "has attention that is not over all tokens"
+                return None
+            self._cache = cache
+        cache.reset()
+        return cache
+
+    def step_for(self, model: Any, inputs: dict[str, Any], masked: bool) -> CapturedStep | None:
+        """The captured step, where there is one already.
+
+        Args:
+            inputs: of a generation's first step. masked: some of its tokens are none.
+        """
+        self._cannot = "is given a mask" if masked else hindrance(model, _without_mask(inputs))
+        if self._cannot or self._step is None:
+            return None
+        self._step.begin()
+        return self._step
+
+    def capture(self, model: Any, inputs: dict[str, Any], logits: torch.Tensor) -> CapturedStep | None:
+        """Captures the step that has just been computed; None where it cannot be.
+
+        Args:
+            inputs: it was given. logits: it gave.
+        """
+        if self.why_eager or self._cache is None:
+            return None
+        given = {name: inputs[name] for name in _TENSORS if inputs.get(name) is not None}
+        step = CapturedStep(model, self._cache, given)
+        try:
+            same = step.capture(logits)
+        except (RuntimeError, NotImplementedError) as error:  # something in it asks the host
+            self._refused = f"cannot be captured: {str(error).splitlines()[0]}"
+            return None
+        if not same:
+            self._refused = "gives other bits when it is captured"
+            return None
+        self._step = step
+        self.captures += 1
+        return step
+
+
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, DeviceDecoder] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def device_decoder_of(model: Any) -> DeviceDecoder:
+    """The one decoder of a model on a GPU; it lives as long as the model."""
+    with _MAKING:
+        if model not in _DECODERS:
+            _DECODERS[model] = DeviceDecoder(model)
+        return _DECODERS[model]
+
+
+def _refused(model: Any) -> str:
+    """Why a model's steps are not captured, whatever it is given."""
+    paged = getattr(model, "melinoe_paged", None)
+    if paged is None:
+        return "is not paged"
+    reader, modules = paged.pager.reader, [module for _, module in experts_modules(model)]
+    if not isinstance(reader, DeviceReader) or not reader.pinned:
+        return "has records that are not held in host memory as they are computed"
+    if not gathered.usable(reader.device):
+        return "is on a machine without Triton"
+    for module in modules:
+        plain = is_gated_silu(module) and not hasattr(module, "low_rank")
+        if not plain or "expert_forward" in vars(module) or "forward" in vars(module):
+            return "has experts of another kind than silu(gate) * up"
+        if module._is_expert_parallel or getattr(module, "weights_scale_input", False):
+            return "has experts that are computed in another way"
+        if module.config._experts_implementation != NAME:
+            return "has another experts function"
+    if not all(place_of(layer)[1].computed for layer in paged.pager.store.layers):
+        return "has records that are packed in another form"
+    dtypes = {field.dtype for layer in paged.pager.store.layers for field in slot_layout(layer, False).fields}
+    if dtypes != {str(model.dtype).removeprefix("torch.")} or model.dtype not in gathered.DTYPES:
+        return "has experts of another dtype"
+    if paged.tuning:
+        return "is being tuned"
+    return ""
+
+
+def _longest(model: Any, input_ids: torch.Tensor, settings: dict[str, Any]) -> int:
+    """Tokens of a text when it is as long as it may become; 0: nobody says."""
+    config = model._prepare_generation_config(None, **settings)[0]
+    if config.max_new_tokens is not None:
+        return int(input_ids.shape[1] + config.max_new_tokens)
+    return int(config.max_length or 0)
+
+
+def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+
+def _decode(
+    decoder: DeviceDecoder, streamer: Any, model: Any, input_ids: torch.Tensor, **arguments: Any
+) -> Any:
+    """What `generate` calls in place of `_sample`, with the same arguments, but for the streamer."""
+    sample: Any = GenerationMixin._sample
+    arguments["logits_processor"] = Processors.of(arguments["logits_processor"])
+    return sample(_InPlace(model, decoder), input_ids, streamer=streamer, **arguments)
+
+
+class _InPlace:
+    """Stands in a model's place for one call of `_sample`. Prefill is the model's own."""
+
+    def __init__(self, model: Any, decoder: DeviceDecoder) -> None:
+        self._model, self._decoder = model, decoder
+        self._begun = False
+        self._step: CapturedStep | None = None
+        self._position: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def _valid_auto_compile_criteria(self, *_: Any, **__: Any) -> bool:
+        return False  # a step is captured instead
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **arguments: Any) -> dict[str, Any]:
+        """transformers' own, until there is a captured step: that makes its masks by itself."""
+        if self._step is None:
+            inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(input_ids, **arguments)
+            if not self._begun:
+                self._begun = True
+                mask = arguments.get("attention_mask")
+                masked = mask is not None and not (mask.dim() == 2 and bool(mask.all()))
+                self._step = self._decoder.step_for(self._model, inputs, masked)
+            self._position = inputs.get("position_ids")
+            return inputs
+        found = {"input_ids": input_ids[:, -1:]}
+        if self._position is not None:
+            self._position = found["position_ids"] = self._position + 1
+        return found
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], **arguments: Any
+    ) -> dict[str, Any]:
+        if self._step is None or not self._begun:
+            return self._model._update_model_kwargs_for_generation(outputs, model_kwargs, **arguments)
+        return model_kwargs
+
+    def __call__(self, return_dict: bool = True, **inputs: Any) -> Any:
+        if self._step is not None:
+            given = {name: inputs[name] for name in _TENSORS if inputs.get(name) is not None}
+            return Logits(self._step(given))
+        output = self._model(**inputs, return_dict=True)
+        self._step = self._decoder.capture(self._model, inputs, output.logits)
+        return output

@@ -1,0 +1,220 @@
+"""Captured decode steps. On the CPU the same code calls the step each time; Triton interprets the kernels."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import melinoe
+from families import batch, save_tokenizer
+from family_configs import config
+from melinoe.decoding import on_device
+from melinoe.native import gathered
+from melinoe.paging.device_reader import DeviceReader
+from melinoe.paging.pager import ExpertPager
+from melinoe.routing.policies import make_policy
+from melinoe.sticky.settings import Stickiness
+from melinoe.store import rounding
+
+CPU = torch.device("cpu")
+IDS = batch()["input_ids"][:1]
+STICKY = Stickiness(0.3, 3, 2)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch):
+    monkeypatch.setattr(gathered, "interpreted", True)
+
+
+def in_host_memory(folder, slots, policy="decay", **settings):
+    """A paged model as on a GPU: its records in host memory, its slots elsewhere."""
+    model = melinoe.load(folder, slots=slots, **settings)
+    paged = model.melinoe_paged
+    store = paged.pager.store
+    paged.pager.close()
+    made = make_policy(policy, len(store.layers), 8, slots)
+    reader = DeviceReader(store, CPU, pinned=True)
+    paged.pager = ExpertPager(store, slots, made, reader=reader, packed=store.record_format != "auto")
+    return model
+
+
+def settings(new=6, **more):
+    return {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, **more}
+
+
+def generate(model, ids=IDS, **more):
+    return on_device.device_decoder_of(model).generate(model, ids, None, settings(**more))
+
+
+def plainly(model, ids=IDS, **more):
+    """By transformers' own loop over the same kind of cache."""
+    return model.generate(ids, cache_implementation="static", **settings(**more))
+
+
+@pytest.mark.parametrize("sticky", [None, STICKY], ids=["own", "sticky"])
+@pytest.mark.parametrize(("slots", "policy"), [(8, "decay"), (3, "decay"), (2, "lru"), (0, "lru")])
+def test_the_same_tokens(olmoe_store, slots, policy, sticky):
+    model, other = (in_host_memory(olmoe_store, slots, policy, sticky=sticky) for _ in range(2))
+    for ids, new in ((IDS[:, :4], 9), (IDS, 4)):
+        assert torch.equal(generate(model, ids, new=new), plainly(other, ids, new=new))
+    decoder = on_device.device_decoder_of(model)
+    assert (decoder.captures, decoder.why_eager) == (1, "")
+    found, expected = melinoe.stats(model), melinoe.stats(other)
+    assert found.decode_tokens == expected.decode_tokens
+    assert found.decode_requests == expected.decode_requests
+    # what gets a slot crosses the bus a second time, and in the step that runs meanwhile perhaps a third
+    assert expected.decode_bytes <= found.decode_bytes <= 3 * expected.decode_bytes
+
+
+def test_sampling_draws_the_same(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        found = generate(model, do_sample=True, temperature=1.5, top_k=0)
+        torch.manual_seed(seed)
+        assert torch.equal(found, plainly(other, do_sample=True, temperature=1.5, top_k=0))
+
+
+def test_an_eager_pass_goes_on_where_captured_steps_have_ended(olmoe_store):
+    """What sticky routers remember, and the cache, are those of the text whoever has read it."""
+    model, other = (in_host_memory(olmoe_store, 3, sticky=STICKY) for _ in range(2))
+    generate(model)
+    text = generate(model)
+    cache = on_device.device_decoder_of(model)._cache
+    read = int(cache.get_seq_length())
+    assert read == text.shape[1] - 1
+    with torch.no_grad():
+        found = model(text[:, read:], past_key_values=cache).logits
+        expected = other(text[:, :read]).past_key_values
+        expected = other(text[:, read:], past_key_values=expected).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_that_was_changed_is_captured_anew(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    before = generate(model)
+    for one in (model, other):
+        with torch.no_grad():
+            one.lm_head.weight.copy_(one.lm_head.weight.roll(1, 0))
+    assert not torch.equal(generate(model), before)
+    assert torch.equal(generate(model), plainly(other))
+    assert on_device.device_decoder_of(model).captures == 2
+
+
+def test_what_cannot_be_captured_is_generated_all_the_same(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    decoder = on_device.device_decoder_of(model)
+    mask = torch.ones_like(IDS)
+    mask[:, :3] = 0
+    assert torch.equal(generate(model, attention_mask=mask), plainly(other, attention_mask=mask))
+    assert (decoder.captures, decoder.why_eager) == (0, "is given a mask")
+    generate(model)
+    assert (decoder.captures, decoder.why_eager) == (1, "")
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    assert torch.equal(generate(model), plainly(other))
+    assert decoder.why_eager == "has a hook on its Linear"
+    handle.remove()
+
+
+def test_two_threads(olmoe_store):
+    """The second one has transformers' own loop, and a cache of its own."""
+    model = in_host_memory(olmoe_store, 3)
+    expected = {new: generate(model, new=new).tolist() for new in (8, 9)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda new=new: found.update({new: generate(model, new=new).tolist()}))
+        for new in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_prefill_between_captured_steps(olmoe_store):
+    """Other passes of the model move slots; the next step looks the experts up where they are then."""
+    model = in_host_memory(olmoe_store, 2, "lru")
+    expected = generate(model, new=8)
+
+    class Disturbing(torch.nn.Module):
+        def put(self, value):
+            if value.numel() == 1:
+                with torch.no_grad():
+                    model(batch(seed=int(value) + 2)["input_ids"])
+
+        def end(self):
+            pass
+
+    decoder = on_device.device_decoder_of(model)
+    assert torch.equal(decoder.generate(model, IDS, Disturbing(), settings(new=8)), expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_packed_records_are_computed_as_they_lie(tmp_path, name):
+    """To the same tokens as passes that are not captured."""
+    settings = config("olmoe")
+    settings.intermediate_size = 64
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(settings, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    melinoe.convert(tmp_path / "model", tmp_path / "store", format=name, progress=False)
+    model, other = in_host_memory(tmp_path / "store", 3), in_host_memory(tmp_path / "store", 3)
+    assert torch.equal(generate(model), plainly(other))
+    assert (on_device.device_decoder_of(model).captures, model.melinoe_paged.pager.packed) == (1, True)
+
+
+FORMS = [("auto", 0), ("int8", 0), ("int4", 64), ("int4", 32)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(("name", "tile"), FORMS)
+@pytest.mark.parametrize(("hidden", "inner"), [(48, 24), (200, 128), (640, 520)])
+def test_kernels(hidden, inner, name, tile, dtype):
+    form = gathered.Form(inner, name, tile)
+    assert form.computed == (name != "int4" or inner % tile == 0)
+    if not form.computed:
+        return
+    row, stored, expanded = random_experts(hidden, inner, name, tile, dtype)
+    found, expected = gathered.gated(row, stored, form), by_float64(row, expanded)
+    limit = 1e-6 if dtype == torch.float32 else 2e-3
+    assert (found.double() - expected).norm() < limit * expected.norm()
+    if name == "int8":
+        assert torch.equal(found, gathered.gated(row, expanded, gathered.Form(inner)))
+
+
+def random_experts(hidden, inner, name, tile, dtype):
+    """A row, the tensors of three experts, and the weights that these stand for."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, hidden, generator=generator).to(dtype)
+    stored, expanded = [], []
+    for _ in range(3):
+        up = (torch.randn(2 * inner, hidden, generator=generator) * hidden**-0.5).to(dtype)
+        down = (torch.randn(hidden, inner, generator=generator) * inner**-0.5).to(dtype)
+        matrices = [(one, one) if name == "auto" else rounded(one, name, tile) for one in (up, down)]
+        expanded.append([weight for *_, weight in matrices])
+        stored.append([tensor for *tensors, _ in matrices for tensor in tensors])
+    return row, stored, expanded
+
+
+def by_float64(row, experts):
+    """Their outputs, [K, H]."""
+    outputs = []
+    for up, down in experts:
+        gate, value = (row.double() @ up.double().T).chunk(2, -1)
+        outputs.append((torch.nn.functional.silu(gate) * value) @ down.double().T)
+    return torch.cat(outputs)
+
+
+def rounded(weight, name, tile):
+    """Codes, scales and the matrix that they stand for."""
+    codes_shape, scales_shape = rounding.shapes(name, *weight.shape, tile)
+    codes = torch.empty(codes_shape, dtype=torch.int8 if name == "int8" else torch.uint8)
+    scales, expanded = torch.empty(scales_shape, dtype=torch.bfloat16), torch.empty_like(weight)
+    write, expand = rounding.of(name)
+    write(weight, codes, scales)
+    expand(codes, scales, expanded)
+    return codes, scales, expanded

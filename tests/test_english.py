@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.generation.logits_process import TopPLogitsWarper
 
 import chat_tokenizers
 import melinoe
@@ -129,9 +130,9 @@ def test_conversations_that_a_model_makes_up(monkeypatch):
 
     words = copy.deepcopy(chat_tokenizers.tokenizer(template=SMOL))
     words.bos_token, words.eos_token, words.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
-    monkeypatch.setattr(talk, "BATCH", 12)
     monkeypatch.setattr(talk, "QUESTION_TOKENS", 200)
-    monkeypatch.setattr(talk, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(talk, "ANSWER_TOKENS", 200)
+    monkeypatch.setattr(talk, "MOST", 400)  # of the random model any token, the end of a turn too
     config = LlamaConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -144,14 +145,48 @@ def test_conversations_that_a_model_makes_up(monkeypatch):
     model.generation_config.eos_token_id = words.eos_token_id
     given: list[str] = []
     say = talk._say
-    monkeypatch.setattr(talk, "_say", lambda m, t, texts, asks: given.extend(texts) or say(m, t, texts, asks))
-    rows = talk.conversations(model, words, 3)
-    assert talk.conversations(model, words, 3) == rows != talk.conversations(model, words, 4)
+    monkeypatch.setattr(talk, "_say", lambda m, t, texts, *how: given.extend(texts) or say(m, t, texts, *how))
+    rows = talk.conversations(model, words, 3, 12)
+    assert talk.conversations(model, words, 3, 12) == rows != talk.conversations(model, words, 4, 12)
     assert set(given[:12]) == {"<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\n"}
     behind = "<|im_end|>\n<|im_start|>assistant\n"
     assert rows and all(row["completion"] for row in rows)
     for row in rows:
         assert f"{given[0]}{row['prompt']}{behind}" in given[12:24]
+    assert talk.whole_sentences('He said "no." Then 3.5 of th') == 'He said "no."'
+    assert talk.whole_sentences("1. One\n2. Tw") == "1. One" and talk.whole_sentences("No end") == ""
+
+
+def test_the_likeliest_tokens_are_those_of_top_p():
+    from talk import NUCLEUS, Nucleus
+
+    scores = torch.randn(5, 90, generator=torch.Generator().manual_seed(0)) * 3
+    theirs = TopPLogitsWarper(NUCLEUS)(None, scores / 0.7)
+    assert torch.equal(Nucleus(0.7)(None, scores).isinf(), theirs.isinf())
+    assert 1 < theirs.isfinite().sum(-1).float().mean() < 60
+
+
+def test_a_cut_is_repeated_from_what_was_kept_of_it():
+    from cut import cut, cut_as
+
+    first, again, ids = dense(2), dense(2), batches()[0]
+    cut_as(again, cut(first, batches(), EXPERTS, 2, SHARED), 2, SHARED)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, first(ids).logits)
+
+
+def test_training_ends_when_its_time_is_over(tmp_path):
+    import train as training
+    from cut import cut
+    from rows import encoded
+
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "1+1=?", "completion": "2"}))
+    model, data = dense(1), encoded(model_and_tokenizer()[1], [tmp_path], "train")
+    cut(model, batches(), EXPERTS, 2, SHARED)
+    training.train(dense(1), model, data, tmp_path, 10**6, seconds=0.3)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert lines[-1]["step"] == len(lines) < 10**5
+    assert lines[-1]["lr"] == 0 and (tmp_path / "state.pt").exists()
 
 
 SMOL = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\

@@ -40,10 +40,11 @@ def main() -> None:
     parser.add_argument("--completions", type=int, default=30, help="of each folder, for Rouge-L")
     parser.add_argument("--new-tokens", type=int, default=80)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the result")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    opened = {name: _open(options.folder / name) for name in NAMES}
+    opened = {name: _open(options.folder / name, options.device) for name in NAMES}
     result: dict[str, Any] = {"data": {}, "answers": []}
     for data in options.data:
         result["data"][data.name] = _compare(opened, data, options)
@@ -56,9 +57,9 @@ def main() -> None:
         options.output.write_text(json.dumps(result, indent=1))
 
 
-def _open(folder: Path) -> tuple[Any, Any]:
+def _open(folder: Path, device: str) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model.to(device), AutoTokenizer.from_pretrained(folder)
 
 
 def _compare(opened: dict[str, Any], data: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -20,14 +20,19 @@ STEEPNESS = 0.1
 
 
 @torch.no_grad()
-def cut(model: Any, batches: list[Tensor], num_experts: int, num_chosen: int, num_shared: int) -> None:
+def cut(
+    model: Any, batches: list[Tensor], num_experts: int, num_chosen: int, num_shared: int
+) -> dict[str, Tensor]:
     """Replaces every `mlp` of a Llama model by a Mixture.
 
     Args:
         batches: token ids [1, S], of some 10,000 tokens together.
         num_shared: how many of the strongest neurons every token gets.
+
+    Returns:
+        What `cut_as` takes: order [L, I] int16, neurons as they stand now, and router [L, E, H].
     """
-    layers = model.model.layers
+    layers, orders, routers = model.model.layers, [], []
     for layer, inputs in zip(layers, layer_inputs(model, batches), strict=True):
         mlp = layer.mlp
         gate, up, down = (one.weight for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -36,7 +41,7 @@ def cut(model: Any, batches: list[Tensor], num_experts: int, num_chosen: int, nu
         by_strength = strength.abs().mean(0).argsort(descending=True)
         shared, others = by_strength[:num_shared], by_strength[num_shared:].sort().values
         order = torch.cat([shared, others[divide(strength[:, others], num_experts)]])
-        gate, up, down, neurons = gate[order], up[order], down[:, order], neurons[:, order]
+        down, neurons = down[:, order], neurons[:, order]
         energy = torch.stack(
             [
                 (part @ weight.T).square().sum(-1)
@@ -47,16 +52,30 @@ def cut(model: Any, batches: list[Tensor], num_experts: int, num_chosen: int, nu
             ],
             dim=1,
         )  # fmt: skip
-        router = fit_router(inputs, energy.clamp_min(1e-9).log()) * STEEPNESS
-        layer.mlp = Mixture(gate, up, down, router, num_shared, num_chosen)
+        orders.append(order)
+        routers.append(fit_router(inputs, energy.clamp_min(1e-9).log()) * STEEPNESS)
+    found = {"order": torch.stack(orders).short(), "router": torch.stack(routers)}
+    cut_as(model, found, num_chosen, num_shared)
+    return found
+
+
+@torch.no_grad()
+def cut_as(model: Any, found: dict[str, Tensor], num_chosen: int, num_shared: int) -> None:
+    """Cuts as it was cut before; `found` is what `cut` returned."""
+    for layer, order, router in zip(model.model.layers, found["order"].long(), found["router"], strict=True):
+        mlp = layer.mlp
+        gate, up, down = (one.weight for one in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        layer.mlp = Mixture(gate[order], up[order], down[:, order], router, num_shared, num_chosen)
 
 
 def cut_anywhere(model: Any, num_experts: int, num_chosen: int, num_shared: int) -> None:
     """The same modules without a thought for what is in them: a saved state goes there."""
-    for layer in model.model.layers:
-        gate, up, down = (one.weight for one in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj))
-        router = torch.zeros(num_experts, gate.shape[1])
-        layer.mlp = Mixture(gate.detach(), up.detach(), down.detach(), router, num_shared, num_chosen)
+    config, num_layers = model.config, len(model.model.layers)
+    found = {
+        "order": torch.arange(config.intermediate_size).expand(num_layers, -1),
+        "router": torch.zeros(num_layers, num_experts, config.hidden_size),
+    }
+    cut_as(model, found, num_chosen, num_shared)
 
 
 def layer_inputs(model: Any, batches: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,8 @@ of a real model make locality cost something, which is what a test of locality n
 
 Needs the package gguf (`pip install gguf`) to open the dense model, and rows in folders of train.jsonl, of
 which talk.py can make one.
-Writes FOLDER/dense, FOLDER/training (state and log; a run that was interrupted goes on) and FOLDER/english.
+Writes FOLDER/dense, FOLDER/training (the cut, state and log; a run that was interrupted goes on) and
+FOLDER/english. On a GPU: --device cuda --batch-tokens 16384 --learning-rate 8e-4 --seconds 600.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import sys
 from pathlib import Path
 
 import torch
-from cut import cut, cut_anywhere
+from cut import cut, cut_anywhere, cut_as
 from dense import write_dense
 from export import write_mixture
 from rows import batches, encoded
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from train import train
+from train import LEARNING_RATE, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from melinoe.data.encoding import Encoded
@@ -53,7 +55,11 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--chosen", type=int, default=8, help="experts for each token")
     parser.add_argument("--shared", type=int, default=256, help="neurons that every token gets")
-    parser.add_argument("--steps", type=int, default=1000, help="of 2,048 tokens")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of all but the routers")
+    parser.add_argument("--seconds", type=float, help="of training, if the steps are not done before")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -67,12 +73,24 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
     rows = encoded(tokenizer, options.data, "train", options.limit)
     division = (options.experts, options.chosen, options.shared)
+    known = training / f"cut-{options.experts}-{options.shared}.safetensors"
     if (training / "state.pt").exists():
         cut_anywhere(model, *division)
+    elif known.exists():
+        cut_as(model, load_file(known), options.chosen, options.shared)
     else:
-        cut(model, some(rows, NUM_TOKENS, dense.config.pad_token_id), *division)
+        save_file(cut(model, some(rows, NUM_TOKENS, dense.config.pad_token_id), *division), known)
         print("cut", file=sys.stderr, flush=True)
-    train(dense, model, rows, training, options.steps)
+    train(
+        dense,
+        model.to(options.device),
+        rows,
+        training,
+        options.steps,
+        seconds=options.seconds,
+        tokens=options.batch_tokens,
+        learning_rate=options.learning_rate,
+    )
     write_mixture(model, tokenizer, options.folder / "english")
 
 

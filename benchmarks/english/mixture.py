@@ -35,7 +35,7 @@ class Mixture(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
         x = hidden.flatten(0, -2)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             probabilities = (x.float() @ self.router.T).softmax(-1)
         weights, chosen = probabilities.topk(self.num_chosen, dim=-1)
         weights = weights * (self.num_chosen / weights.sum(-1, keepdim=True))

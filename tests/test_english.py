@@ -148,7 +148,8 @@ def test_conversations_that_a_model_makes_up(monkeypatch):
     monkeypatch.setattr(talk, "_say", lambda m, t, texts, *how: given.extend(texts) or say(m, t, texts, *how))
     rows = talk.conversations(model, words, 3, 12)
     assert talk.conversations(model, words, 3, 12) == rows != talk.conversations(model, words, 4, 12)
-    assert set(given[:12]) == {"<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\n"}
+    opening = "<|im_start|>system\nYou are SmolLM<|im_end|>\n<|im_start|>user\n"
+    assert given[:4] == [opening, f"{opening}What is", opening, f"{opening}Who"]
     behind = "<|im_end|>\n<|im_start|>assistant\n"
     assert rows and all(row["completion"] for row in rows)
     for row in rows:

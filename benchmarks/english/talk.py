@@ -3,10 +3,10 @@
     python benchmarks/english/talk.py FOLDER --rows 1000
 
 Given the beginning of a user's turn a chat model writes a user's question, and given the question it answers
-it (Magpie, arXiv:2406.08464). So the mixture sees the kind of text on which the dense model is asked to be
-itself, which tasks alone do not show it. Reads FOLDER/dense (make.py writes it), writes
-FOLDER/talk/train.jsonl; a run that was interrupted goes on, and asking for more rows adds them. On a GPU:
---device cuda --batch 1024, several side by side with their own --name and --seed.
+it (Magpie, arXiv:2406.08464); every other question is given its first word. So the mixture sees the kind of
+text on which the dense model is asked to be itself, which tasks alone do not show it. Reads FOLDER/dense
+(make.py writes it), writes FOLDER/talk/train.jsonl; a run that was interrupted goes on, and asking for more
+rows adds them. On a GPU: --device cuda --batch 1024, several side by side with their own --name and --seed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ QUESTION_TOKENS, ANSWER_TOKENS = 64, 192
 QUESTION_TEMPERATURE, ANSWER_TEMPERATURE = 0.8, 0.7
 NUCLEUS, MOST = 0.95, 128
 PLACE = "PLACE"
+# of every other question: what it makes up by itself is mostly a wish for advice
+FIRST_WORDS = ("What is", "Who", "Why", "How", "Write", "Explain", "Where", "Give")
 
 
 class Nucleus(LogitsProcessor):
@@ -55,7 +57,9 @@ def conversations(
     torch.manual_seed(seed)
     turn = [{"role": "user", "content": PLACE}]
     opening = tokenizer.apply_chat_template(turn, tokenize=False).split(PLACE)[0]
-    asked = [text for text, ended in _say(model, tokenizer, [opening] * batch, True, until) if ended and text]
+    begun = [FIRST_WORDS[number // 2 % len(FIRST_WORDS)] if number % 2 else "" for number in range(batch)]
+    said = _say(model, tokenizer, [opening + beginning for beginning in begun], True, until)
+    asked = [(word + text).strip() for word, (text, ended) in zip(begun, said, strict=True) if ended and text]
     questions = list(dict.fromkeys(asked))
     prompts = [
         tokenizer.apply_chat_template(
@@ -65,9 +69,9 @@ def conversations(
     ]
     answers = _say(model, tokenizer, prompts, False, until) if prompts else []
     return [
-        {"prompt": question, "completion": said}
+        {"prompt": question, "completion": kept}
         for question, (answer, ended) in zip(questions, answers, strict=True)
-        if (said := answer if ended else whole_sentences(answer))
+        if (kept := answer.strip() if ended else whole_sentences(answer))
     ]
 
 
@@ -95,7 +99,7 @@ def _say(
     )[:, given["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     ended = (said == tokenizer.eos_token_id).any(-1).tolist()
-    return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+    return list(zip(texts, ended, strict=True))
 
 
 def main() -> None:

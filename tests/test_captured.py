@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -119,6 +121,27 @@ def test_what_cannot_be_captured_is_generated_all_the_same(olmoe_store):
     handle.remove()
 
 
+def test_a_step_does_not_keep_its_model(olmoe_store):
+    model = in_host_memory(olmoe_store, 3)
+    generate(model)
+    assert on_device.device_decoder_of(model).captures == 1
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_how_long_a_text_may_become_decides_on_its_cache(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    decoder = on_device.device_decoder_of(model)
+    for new, length in ((4, 256), (300, 512), (4, 256)):
+        stopping = {"stopping_criteria": [lambda ids, *_: torch.tensor([ids.shape[1] >= IDS.shape[1] + 4])]}
+        found = generate(model, max_new_tokens=new, min_new_tokens=1, **(stopping if new > 4 else {}))
+        assert decoder._cache.layers[0].max_cache_len == length
+        assert torch.equal(found, plainly(other, new=4))
+    assert decoder.captures == 3
+
+
 def test_two_threads(olmoe_store):
     """The second one has transformers' own loop, and a cache of its own."""
     model = in_host_memory(olmoe_store, 3)
@@ -172,7 +195,7 @@ FORMS = [("auto", 0), ("int8", 0), ("int4", 64), ("int4", 32)]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("name", "tile"), FORMS)
-@pytest.mark.parametrize(("hidden", "inner"), [(48, 24), (200, 128), (640, 520)])
+@pytest.mark.parametrize(("hidden", "inner"), [(48, 24), (200, 128), (600, 40)])
 def test_kernels(hidden, inner, name, tile, dtype):
     form = gathered.Form(inner, name, tile)
     assert form.computed == (name != "int4" or inner % tile == 0)
@@ -182,8 +205,22 @@ def test_kernels(hidden, inner, name, tile, dtype):
     found, expected = gathered.gated(row, stored, form), by_float64(row, expanded)
     limit = 1e-6 if dtype == torch.float32 else 2e-3
     assert (found.double() - expected).norm() < limit * expected.norm()
-    if name == "int8":
-        assert torch.equal(found, gathered.gated(row, expanded, gathered.Form(inner)))
+
+
+def test_rows_are_computed_as_one_alone_is():
+    """However many there are, and whatever experts are computed with them."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(5, 48, generator=generator)
+    _, parts, _ = random_experts(48, 24, "auto", 0, torch.float32)
+    form = gathered.Form(24)
+    alone = torch.stack([gathered.gated(row[None], parts, form) for row in rows])  # [N, K, H]
+    assert torch.equal(gathered.gated(rows, parts, form), alone.transpose(0, 1).flatten(0, 1))
+    choices = [torch.tensor(each) for each in ([1, 4, 9], [0, 5], [3, 2, 8, 7])]
+    found = torch.full((10, 48), 7.0)
+    gathered.gated_rows(rows, choices, parts, found, form)
+    for expert, places in enumerate(choices):
+        assert torch.equal(found[places], alone[places // 2, expert])
+    assert (found[6] == 7).all()
 
 
 def random_experts(hidden, inner, name, tile, dtype):

@@ -171,7 +171,7 @@ def test_through_a_device_reader(int8, slots, packed, pinned):
 @pytest.mark.parametrize("slots", [8, 3, 0])
 def test_on_a_gpu(int8, slots, slots_format):
     inputs = {name: value.cuda() for name, value in batch().items()}
-    reference = melinoe.load(int8, slots=8, device="cuda", slots_format="packed")
+    reference = melinoe.load(int8, slots=8, device="cuda", slots_format=slots_format)
     model = melinoe.load(int8, slots=slots, device="cuda", slots_format=slots_format)
     for _ in range(3):
         assert torch.equal(model(**inputs).logits, reference(**inputs).logits)

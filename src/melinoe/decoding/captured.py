@@ -11,6 +11,7 @@ pass that was run before it in the ordinary way.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -81,17 +82,19 @@ class CapturedStep:
         self._pager = self._paged.pager
         self._table = AddressTable(self._pager)
         device = self._pager.reader.device
-        self._places = [place_of(layer) for layer in self._pager.store.layers]
+        self._records = [place_of(layer) for layer in self._pager.store.layers]
         self._given = {name: one.clone() for name, one in inputs.items()}
         layers = len(self._pager.banks)
         top_k = experts_per_token(model)
         self._chosen = torch.zeros(layers, top_k, dtype=torch.int64, device=device)
+        self._zeros_K = torch.zeros(top_k, dtype=torch.int64, device=device)
+        self._places_K = torch.arange(top_k, device=device)
         self._told = torch.zeros(layers, top_k, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._done = torch.cuda.Event() if device.type == "cuda" else None
         self._open = False  # a step was launched whose experts nobody has looked at yet
         self._sticky = getattr(model, "melinoe_sticky", None)
         self._history: Any = None  # of a sticky model
-        self._model = model
+        self._model = weakref.ref(model)  # who keeps a step must not keep its model
         self._device = device
 
     def capture(self, expected: torch.Tensor) -> bool:
@@ -136,10 +139,11 @@ class CapturedStep:
 
     def _compute(self) -> torch.Tensor:
         """[1, 1, V] logits of the step; writes to the cache and into `_told`."""
+        model: Any = self._model()
         follow = self._sticky.on_device(self._history) if self._sticky is not None else nullcontext()
         with self._paged.computing(self._experts), follow:
             # past the hooks on the model, which look at what it is given
-            output = self._model.forward(**self._given, past_key_values=self.cache, use_cache=True)
+            output = model.forward(**self._given, past_key_values=self.cache, use_cache=True)
         self._told.copy_(self._chosen, non_blocking=True)
         logits: torch.Tensor = output.logits
         return logits
@@ -149,10 +153,11 @@ class CapturedStep:
     ) -> torch.Tensor:
         layer = int(module.melinoe_layer)
         self._chosen[layer].copy_(index_1K[0])
-        row = self._table.addresses[layer]
-        chosen_K = index_1K[0].long().contiguous()
-        offsets, form = self._places[layer]
-        outputs = gathered.gated_at(hidden_1H.contiguous(), [row] * 4, chosen_K, offsets, form)
+        row, top_k = self._table.addresses[layer], index_1K.shape[1]
+        which = self._zeros_K[:top_k], index_1K[0].long().contiguous(), self._places_K[:top_k]
+        outputs = hidden_1H.new_empty(top_k, hidden_1H.shape[1])
+        offsets, form = self._records[layer]
+        gathered.gated_at(hidden_1H.contiguous(), which, outputs, [row] * 4, offsets, form)
         return combine(outputs, weights_1K, len(outputs), hidden_1H.dtype)
 
     def __call__(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -165,6 +170,7 @@ class CapturedStep:
             self._graph.replay()
             if self._done is not None:
                 self._done.record()
+                self._pager.reader.copies_after(self._done)
             self._open = True
             if self._history is not None:
                 self._history.length += 1
@@ -191,4 +197,4 @@ class CapturedStep:
             return
         self._paged.decoded()
         for layer, (experts, in_place) in enumerate(asked):
-            self._pager.follow(layer, self._paged.call(np.array([experts])), in_place)
+            self._table.follow(layer, self._paged.call(np.array([experts])), in_place)

@@ -58,12 +58,15 @@ class DeviceDecoder:
     ) -> torch.Tensor:
         """`model.generate` of one sequence by one of transformers' loops that choose token by token."""
         stock = partial(model.generate, input_ids, streamer=streamer, **settings)
-        if not self._busy.acquire(blocking=False):  # another thread's text is in the cache
+        length = _longest(model, input_ids, settings)
+        if not length:
             return stock()
+        if not self._busy.acquire(blocking=False):
+            # another thread's text is in the cache; one alike gives the same bits
+            return stock() if self._refused else stock(past_key_values=_new_cache(model, length))
         try:
             self._look_at(model)
-            length = _longest(model, input_ids, settings)
-            cache = None if self._refused or not length else self._cache_for(model, length)
+            cache = None if self._refused else self._cache_for(model, length)
             if cache is None:
                 return stock()
             return stock(past_key_values=cache, custom_generate=partial(_decode, self, streamer))
@@ -74,28 +77,26 @@ class DeviceDecoder:
 
     def _look_at(self, model: Any) -> None:
         """Forgets what was captured where the model has changed since."""
-        state = state_of(model, {}, getattr(model, "melinoe_sticky", None))
+        paged = getattr(model, "melinoe_paged", None)
+        sticky = getattr(model, "melinoe_sticky", None)
+        # tensors of one mode cannot be written to in the other
+        modes = torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision()
+        state = state_of(model, {}, sticky), id(paged and paged.pager), modes
         if state != self._state:
             self._state, self._step, self._cache = state, None, None
             self._refused = _refused(model)
 
     def _cache_for(self, model: Any, length: int) -> StaticCache | None:
-        limits = model.melinoe_paged.limits
-        room = _SHORTEST
-        while room < length:
-            room *= 2
-        if limits is not None:  # of which memory was set aside for so many tokens
-            room = max(length, min(room, limits.context))
-        cache = self._cache
-        if cache is None or not length <= cache.layers[0].max_cache_len <= 4 * room:
-            self._step = self._cache = None  # their memory is free before more is taken
-            cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room)
-            if any(type(layer) is not StaticLayer for layer in cache.layers):
-                self._refused = "has attention that is not over all tokens"
-                return None
-            self._cache = cache
-        cache.reset()
-        return cache
+        cache, new = self._cache, _new_cache(model, length)
+        if any(type(layer) is not StaticLayer for layer in new.layers):
+            self._refused = "has attention that is not over all tokens"
+            return None
+        # how long a cache is may show in the last bit: a text's is as long whatever was generated before
+        if cache is None or cache.layers[0].max_cache_len != new.layers[0].max_cache_len:
+            self._step, self._cache = None, new  # which takes no memory yet
+        assert self._cache is not None
+        self._cache.reset()
+        return self._cache
 
     def step_for(self, model: Any, inputs: dict[str, Any], masked: bool) -> CapturedStep | None:
         """The captured step, where there is one already.
@@ -172,12 +173,20 @@ def _refused(model: Any) -> str:
     return ""
 
 
+def _new_cache(model: Any, length: int) -> StaticCache:
+    """For a text of at most so many tokens."""
+    limits, room = model.melinoe_paged.limits, _SHORTEST
+    while room < length:
+        room *= 2
+    if limits is not None:  # of which memory was set aside for so many tokens
+        room = max(length, min(room, limits.context))
+    return StaticCache(config=model.config.get_text_config(), max_cache_len=room)
+
+
 def _longest(model: Any, input_ids: torch.Tensor, settings: dict[str, Any]) -> int:
     """Tokens of a text when it is as long as it may become; 0: nobody says."""
     config = model._prepare_generation_config(None, **settings)[0]
-    if config.max_new_tokens is not None:
-        return int(input_ids.shape[1] + config.max_new_tokens)
-    return int(config.max_length or 0)
+    return int(input_ids.shape[1] + config.max_new_tokens) if config.max_new_tokens else 0
 
 
 def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ bit for bit the same whatever was resident, in whichever order records arrived.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -83,10 +83,8 @@ def _gated(hidden_NH: torch.Tensor, experts: list[Views]) -> torch.Tensor | None
     """[E * N, H] of experts with silu on the same few rows, in one call; None: step by step."""
     first, *others = experts
     if gathered.usable(hidden_NH.device):
-        parts = [matrices(one) for one in experts]
-        form = form_of(first)
-        dtype = first.layer.views[UP].dtype if isinstance(first, PackedExpert) else first[UP].dtype
-        if form.computed and gathered.takes(hidden_NH, dtype, parts):
+        parts, form = [matrices(one) for one in experts], form_of(first)
+        if form.computed and gathered.takes(hidden_NH, _dtype(first), parts):
             return gathered.gated(hidden_NH, parts, form)
     if isinstance(first, PackedExpert):
         return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, UP, DOWN)
@@ -100,6 +98,10 @@ def matrices(weights: Views) -> tuple[torch.Tensor, ...]:
     if isinstance(weights, PackedExpert):
         return *weights.matrix(UP), *weights.matrix(DOWN)
     return weights[UP], weights[DOWN]
+
+
+def _dtype(weights: Views) -> torch.dtype:
+    return (weights.layer.views if isinstance(weights, PackedExpert) else weights)[UP].dtype
 
 
 def form_of(weights: Views) -> gathered.Form:
@@ -179,22 +181,17 @@ def _many_tokens(
     served = _served(module, paged, indices, rows)
     outputs: torch.Tensor | None = None
     parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-    few_rows, together = compiled.few_rows(module, hidden_TH), _together(module, hidden_TH, scale_TK)
+    few_rows, several = compiled.few_rows(module, hidden_TH), _several(module, hidden_TH, scale_TK)
 
     def all_outputs(like: torch.Tensor) -> torch.Tensor:
         return like.new_zeros(tokens * top_k, like.shape[-1]) if outputs is None else outputs
 
     with contextlib.closing(served):
         for group in served:
-            if together and len(group) >= torch.get_num_threads():  # else each matrix is divided
-                here = [(e, w) for e, w in group if _takes_rows(rows[e].stop - rows[e].start, w)]
-                if here:
-                    outputs = all_outputs(hidden_TH)
-                    choices = [order.choice_N[rows[expert]] for expert, _ in here]
-                    ups, downs = ([weights[name] for _, weights in here] for name in (UP, DOWN))
-                    compiled.gated_rows(hidden_TH, choices, ups, downs, outputs)
-                    done = {expert for expert, _ in here}
-                    group = [one for one in group if one[0] not in done]
+            if several is not None:
+                outputs = all_outputs(hidden_TH)
+                done = several(hidden_TH, group, order, outputs)
+                group = [one for one in group if one[0] not in done]
             for expert, weights in group:
                 positions = order.choice_N[rows[expert]]
                 few = weights.few_rows if isinstance(weights, PackedExpert) else few_rows
@@ -203,7 +200,7 @@ def _many_tokens(
                 if scale_TK is not None:
                     inputs_NH = inputs_NH * scale_TK.reshape(-1, 1)[computed]
                 part = expert_output(module, inputs_NH, weights, expert)[: len(positions)]
-                if paged is None and not together:
+                if paged is None and several is None:
                     parts.append((positions, part))  # kept whole for autograd
                     continue
                 outputs = all_outputs(part)
@@ -215,12 +212,46 @@ def _many_tokens(
     return outputs
 
 
-def _together(module: nn.Module, hidden_TH: torch.Tensor, scale_TK: torch.Tensor | None) -> bool:
-    """Whether experts may be computed several at a time, each on few rows of its own (`gated_rows`)."""
+Several = Callable[[torch.Tensor, Group, Order, torch.Tensor], set[int]]
+
+
+def _several(module: nn.Module, hidden_TH: torch.Tensor, scale_TK: torch.Tensor | None) -> Several | None:
+    """What computes those experts of a group that can be computed together, and says which they were.
+
+    It is given the rows, the group, the order of rows, and where outputs are written to. None: there is none.
+    """
     if scale_TK is not None or "low_rank" in module._modules or not hidden_TH.is_contiguous():
-        return False
+        return None
     gradients = torch.is_grad_enabled() and any(one.requires_grad for one in module.parameters())
-    return compiled.few_rows(module, hidden_TH) > 0 and compiled.is_gated_silu(module) and not gradients
+    if gradients or not compiled.is_gated_silu(module):
+        return None
+    if gathered.usable(hidden_TH.device):
+        return _gathered
+    return _compiled if compiled.few_rows(module, hidden_TH) > 0 else None
+
+
+def _compiled(hidden_TH: torch.Tensor, group: Group, order: Order, outputs: torch.Tensor) -> set[int]:
+    rows = order.rows
+    here = [(e, w) for e, w in group if _takes_rows(rows[e].stop - rows[e].start, w)]
+    if not here or len(group) < torch.get_num_threads():  # each matrix is divided among them
+        return set()
+    choices = [order.choice_N[rows[expert]] for expert, _ in here]
+    ups, downs = ([weights[name] for _, weights in here] for name in (UP, DOWN))
+    compiled.gated_rows(hidden_TH, choices, ups, downs, outputs)
+    return {expert for expert, _ in here}
+
+
+def _gathered(hidden_TH: torch.Tensor, group: Group, order: Order, outputs: torch.Tensor) -> set[int]:
+    rows = order.rows
+    here = [(e, w) for e, w in group if rows[e].stop - rows[e].start <= gathered.FEW_ROWS]
+    if not here:
+        return set()
+    first, parts = here[0][1], [matrices(weights) for _, weights in here]
+    form = form_of(first)
+    if not form.computed or not gathered.fits(hidden_TH, _dtype(first), parts):
+        return set()
+    gathered.gated_rows(hidden_TH, [order.choice_N[rows[e]] for e, _ in here], parts, outputs, form)
+    return {expert for expert, _ in here}
 
 
 def _takes_rows(count: int, weights: Views) -> bool:

@@ -17,6 +17,7 @@ import torch
 
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.pager import ExpertPager
+from melinoe.routing.calls import Call
 
 
 class AddressTable:
@@ -28,14 +29,15 @@ class AddressTable:
     def __init__(self, pager: ExpertPager) -> None:
         reader = pager.reader
         assert isinstance(reader, DeviceReader)
-        self._banks, self._reader = pager.banks, reader
+        self._pager, self._banks, self._reader = pager, pager.banks, reader
         self._hosts = [reader.addresses(layer) for layer in range(len(pager.banks))]
         self._slots = [bank.buffer.tensor.data_ptr() for bank in pager.banks]
         shape = len(self._hosts), max(map(len, self._hosts))
         pinned = reader.device.type == "cuda"
         self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=pinned)
         self.addresses = torch.zeros(shape, dtype=torch.int64, device=reader.device)
-        self._seen = [-1] * len(self._hosts)  # of each bank: its changes
+        self._seen = [-1] * len(self._hosts)  # of each bank: its changes that are in the table
+        self._followed = [-1] * len(self._hosts)  # its changes when it was last left by `follow`
         self._here: list[set[int]] = [set() for _ in self._hosts]
 
     def refresh(self) -> None:
@@ -43,9 +45,21 @@ class AddressTable:
 
         The step before must have ended: the copy of the table to the device reads what is written here.
         """
+        banks = zip(self._banks, self._seen, self._followed, strict=True)
+        if any(bank.changes not in (seen, followed) for bank, seen, followed in banks):
+            # other passes have filled slots since, perhaps on another stream, and waited for them there
+            self._reader.wait_for_copies()
         changed = [layer for layer in range(len(self._hosts)) if self._fill(layer)]
         if changed:
             self.addresses.copy_(self._host, non_blocking=True)
+
+    def follow(self, layer: int, call: Call, read_in_place: int) -> None:
+        """`ExpertPager.follow`; what it does to slots the table knows how to wait for."""
+        bank = self._banks[layer]
+        own = bank.changes in (self._seen[layer], self._followed[layer])
+        self._pager.follow(layer, call, read_in_place)
+        if own:
+            self._followed[layer] = bank.changes
 
     def _fill(self, layer: int) -> bool:
         bank, changed = self._banks[layer], False

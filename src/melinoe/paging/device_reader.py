@@ -23,7 +23,7 @@ import torch
 from melinoe.machine import free_memory
 from melinoe.paging.disk_reader import DiskReader
 from melinoe.paging.reader import READER_THREADS
-from melinoe.paging.slots import RecordBuffer
+from melinoe.paging.slots import HostRecords, RecordBuffer
 from melinoe.store.manifest import Store
 
 HOST_SHARE = 0.8  # of the free host memory that the pinned store may take
@@ -41,12 +41,14 @@ class _Stream:
         """Everything launched on the caller's stream until now."""
         return torch.cuda.current_stream(self.device).record_event() if self.stream is not None else None
 
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
-        """Copies behind `after`; returns the event of the copy's end (None on the CPU)."""
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, after: list[Any]) -> Any:
+        """Copies behind all of `after`; returns the event of the copy's end (None on the CPU)."""
         if self.stream is None:
             destination.copy_(source)
             return None
-        self.stream.wait_event(after)
+        for event in after:
+            if event is not None:
+                self.stream.wait_event(event)
         with torch.cuda.stream(self.stream):
             destination.copy_(source, non_blocking=True)
             return self.stream.record_event()
@@ -66,11 +68,13 @@ class DeviceReader:
         self._disk = DiskReader(store)
         self._stream = _Stream(device)
         self._lock = threading.Lock()
+        self._reading: Any = None  # the end of the last pass that reads slots without asking for them
         self.bytes_read = 0
         sizes = [layer.num_experts * layer.layout.record_bytes for layer in store.layers]
         self.pinned = sum(sizes) < free_memory() * HOST_SHARE if pinned is None else pinned
         if self.pinned:
-            self._records = [self._load(layer) for layer in range(len(store.layers))]
+            self._held = [self._load(layer) for layer in range(len(store.layers))]
+            self._records = [held.tensor for held in self._held]
         else:
             self._pool = self._new_pool()
             self._buffers: queue.Queue[torch.Tensor] = queue.Queue()
@@ -92,15 +96,17 @@ class DeviceReader:
         """Seconds in which the disk was read; the benchmarks time copies over the bus, with events."""
         return self._disk.busy_seconds
 
-    def _load(self, layer: int) -> torch.Tensor:
+    def _load(self, layer: int) -> HostRecords:
         """All records of a layer, [E, record_bytes], read once."""
         stored = self.store.layers[layer]
-        records = self._host(stored.num_experts, stored.layout.record_bytes)
+        held = HostRecords(stored.num_experts, stored.layout.record_bytes, self.device)
+        records = held.tensor
         futures = [self._disk.read(layer, expert, records[expert]) for expert in range(stored.num_experts)]
         wait(futures)
         for future in futures:
             future.result()
-        return records
+        held.pin()
+        return held
 
     def addresses(self, layer: int) -> list[int]:
         """Where the records of a layer lie in host memory, which a GPU reads by these very addresses."""
@@ -111,18 +117,27 @@ class DeviceReader:
         """Whether a copy has ended by now."""
         return event is None or bool(event.query())
 
+    def copies_after(self, event: Any) -> None:
+        """Copies that are asked for from now on wait for this event too, whichever stream asks."""
+        self._reading = event
+
+    def wait_for_copies(self) -> None:
+        """Orders what the caller computes from now on behind all copies so far; the host goes on."""
+        if self._stream.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream.stream)
+
     def read(self, layer: int, expert: int, destination: torch.Tensor) -> Future[Any]:
         """Starts moving one record; the future's result is for `arrived`."""
         with self._lock:
             self.bytes_read += destination.nbytes
-        after = self._stream.mark()
+        after = [self._stream.mark(), self._reading]
         if self.pinned:
             done: Future[Any] = Future()
             done.set_result(self._stream.copy(destination, self._records[layer][expert], after))
             return done
         return self._pool.submit(self._through_buffer, layer, expert, destination, after)
 
-    def _through_buffer(self, layer: int, expert: int, destination: torch.Tensor, after: Any) -> Any:
+    def _through_buffer(self, layer: int, expert: int, destination: torch.Tensor, after: list[Any]) -> Any:
         buffer = self._buffers.get()
         try:
             length = destination.nbytes
@@ -147,6 +162,9 @@ class DeviceReader:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def close(self) -> None:
-        if not self.pinned:
+        if self.pinned:
+            for held in self._held:
+                held.free()
+        else:
             self._pool.shutdown(wait=True)
         self._disk.close()

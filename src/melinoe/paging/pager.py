@@ -216,6 +216,7 @@ class ExpertPager:
         """
         bank, size = self.banks[layer], self.store.layers[layer].layout.record_bytes
         with self._lock:
+            self._unfinished = True  # as in `serve_groups`
             decision = self._decide(layer, call)
             copied = [load for load in decision.loads if load.admit]
             for load in copied:
@@ -223,6 +224,7 @@ class ExpertPager:
                 bank.pending[load.expert] = self.reader.read(layer, load.expert, bank.record(slot))
             # as it was, not as the policy has it: in place, and once more for those that stay
             self.statistics.decode_bytes += size * (read_in_place + len(copied) - len(decision.loads))
+            self._unfinished = False
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

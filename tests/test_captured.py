@@ -21,6 +21,8 @@ from melinoe.routing.policies import make_policy
 from melinoe.sticky.settings import Stickiness
 from melinoe.store import rounding
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted there: test_gpu.py")
+
 CPU = torch.device("cpu")
 IDS = batch()["input_ids"][:1]
 STICKY = Stickiness(0.3, 3, 2)

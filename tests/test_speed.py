@@ -144,3 +144,13 @@ def test_matrices_bookkeeping_and_reading_can_be_probed(olmoe, monkeypatch):
     assert len(probe.group_seconds(files, 5000, (2,))) == 1  # type: ignore[arg-type]
     assert probe.group_seconds(files, 2**40, (2,)) is None
     assert probe.group_seconds([], 4096, (2,)) is None
+
+
+def test_a_described_gpu_is_as_fast_as_one_that_was_measured():
+    """OLMoE-1B-7B's shape in bfloat16 on an H100, captured steps (benchmarks/gpu-h100.json)."""
+    machine = parse_machine("gpu=80GiB,ram=125GiB,read=3GB/s,bus=53.8GB/s,memory=2400GB/s")
+    record = 3 * 2048 * 1024 * 2
+    rates = machine.rates(record, 1024 * record, 8)
+    shape = Shape(16, 64, 8, (16 * 4 * 2048 * 2048 + 50304 * 2048) * 2)
+    for hits, measured in ((0.997, 259.5), (0.987, 224.2), (0.0, 28.5)):
+        assert 1 / token_seconds(shape, rates, hits) == pytest.approx(measured, rel=0.15)

@@ -25,7 +25,9 @@ HIT_ODDS = {"decay": 3.3, "lfu": 3.0, "lru": 2.7}  # over the odds of the share 
 EVEN, NARROW = 1.0, 12.0  # the same at the ends of the band: even routing, routing that keeps to few
 MARGIN = 0.15  # of the rates themselves
 # where a machine is described and not measured: bytes a second of weights in memory, and seconds per layer
-HOST_MEMORY, DEVICE_MEMORY, LAYER_SECONDS, MISSED_SECONDS = 20e9, 600e9, 3e-4, 6e-4
+HOST_MEMORY, LAYER_SECONDS, MISSED_SECONDS = 20e9, 3e-4, 6e-4
+# on a GPU, with captured steps; the seconds are those of an H100 (docs/results.md, On a GPU)
+DEVICE_MEMORY, DEVICE_LAYER_SECONDS, DEVICE_MISSED_SECONDS = 600e9, 1.8e-4, 1.3e-4
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,8 @@ class Machine:
         """Of experts in records of so many bytes, all together so many; a token asks for top_k of a layer."""
         record = record_bytes / self.record_rate(expert_bytes)
         return Rates(
-            LAYER_SECONDS,
-            MISSED_SECONDS,
+            DEVICE_LAYER_SECONDS if self.gpu else LAYER_SECONDS,
+            DEVICE_MISSED_SECONDS if self.gpu else MISSED_SECONDS,
             self.memory,
             record_bytes / self.memory,
             tuple(record * count for count in range(1, top_k + 1)),

@@ -3,12 +3,12 @@
     python benchmarks/gpu.py --folder /big/disk --output benchmarks/gpu-NAME.json
 
 Random weights of OLMoE-1B-7B's shape are written on the machine: what is measured is the machinery, not the
-method. Greedy text of random weights soon repeats itself, so wherever there are slots nearly all is hits; what
-misses cost is in the row without a cache. Rows of ours run twice: by transformers' own loop, and with the step
-captured as one CUDA graph (`melinoe generate` does that). Each contestant generates the same tokens from the
-same prompts; a row of ours that generates other tokens than ours with every expert in its slots stops the run.
-Slots are empty at the beginning of every generation. `--device cpu --layers 2` runs the same code without a
-GPU, for its own sake.
+method. Greedy text of random weights soon repeats itself, so wherever there are slots nearly all is hits;
+what misses cost is in the row without a cache. Rows of ours run twice: by transformers' own loop, and with
+the step captured as one CUDA graph (`melinoe generate` does that). Each contestant generates the same tokens
+from the same prompts; a row of ours that generates other tokens than ours with every expert in its slots
+stops the run. Slots are empty at the beginning of every generation. `--device cpu --layers 2` runs the same
+code without a GPU, for its own sake.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
 from collections.abc import Callable
@@ -49,7 +50,8 @@ class HostRecords:
     def __init__(self, count: int, record_bytes: int, device: torch.device) -> None:
         self._bytes = max(1, count) * record_bytes
         self._memory = mmap.mmap(-1, self._bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8).view(-1, record_bytes)
         self._device = device
         self.free: Callable[[], None] = lambda: None  # nobody reads them any more

@@ -4,11 +4,11 @@
 
 Random weights of OLMoE-1B-7B's shape are written on the machine: what is measured is the machinery, not the
 method. Greedy text of random weights soon repeats itself, so wherever there are slots nearly all is hits;
-what misses cost is in the row without a cache. Rows of ours run twice: by transformers' own loop, and with
-the step captured as one CUDA graph (`melinoe generate` does that). Each contestant generates the same tokens
-from the same prompts; a row of ours that generates other tokens than ours with every expert in its slots
-stops the run. Slots are empty at the beginning of every generation. `--device cpu --layers 2` runs the same
-code without a GPU, for its own sake.
+what misses cost is in the row without a cache, or in all rows with --sample. Rows of ours run twice: by
+transformers' own loop, and with the step captured as one CUDA graph (`melinoe generate` does that). Each
+contestant generates the same tokens from the same prompts; a row of ours that generates other tokens than
+ours with every expert in its slots stops the run. Slots are empty at the beginning of every generation.
+`--device cpu --layers 2` runs the same code without a GPU, for its own sake.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def measure(
     """
     tokens, speeds, first_seconds = [], [], []
     for count in warm_up:  # the second one with the step that the first one has captured
-        generate(prompts[:1], max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        generate(prompts[:1], max_new_tokens=count, min_new_tokens=count)
     for prompt in prompts:
         seconds = []
         for count in (1, new_tokens):
@@ -80,7 +81,7 @@ def measure(
                 reset_slots(paged)
             synchronize(device)
             began = time.perf_counter()
-            out = generate(prompt[None], max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            out = generate(prompt[None], max_new_tokens=count, min_new_tokens=count)
             synchronize(device)
             seconds.append(time.perf_counter() - began)
         tokens.append(out[0].tolist())
@@ -168,19 +169,31 @@ def contestants(source: Path, stores: dict[str, Path], device: str) -> dict[str,
     }
 
 
+def choosing(generate: Generate, sample: bool) -> Generate:
+    """`generate` with greedy tokens, or with tokens drawn by one seed."""
+    choice = {"do_sample": True, "top_k": 0} if sample else {"do_sample": False}
+
+    def chosen(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return generate(ids, **choice, **settings)
+
+    return chosen
+
+
 def measured(name: str, model: Any, prompts: torch.Tensor, options: Any) -> dict[str, Row]:
     """The rows of one contestant, by name."""
     device, tokens = options.device, options.tokens
     paged = model if hasattr(model, "melinoe_paged") else None
+    stock = choosing(model.generate, options.sample)
     if name == "accelerate offload":  # seconds a token: a few of them say enough
-        return {name: measure(model.generate, None, prompts[:1], 3, device, warm_up=())}
+        return {name: measure(stock, None, prompts[:1], 3, device, warm_up=())}
     if paged is None:
-        rows = {name: measure(model.generate, None, prompts, tokens, device)}
+        rows = {name: measure(stock, None, prompts, tokens, device)}
         found = by_hand(model, prompts, tokens, device) if device != "cpu" else None
         return rows | ({f"{name}, captured": found} if found else {})
-    rows, ways = {}, {name: model.generate}
+    rows, ways = {}, {name: stock}
     if device != "cpu":
-        ways[f"{name}, captured"] = lambda ids, **settings: loop.generate(model, ids, **settings)
+        ways[f"{name}, captured"] = choosing(partial(loop.generate, model), options.sample)
     for way, generate in ways.items():
         melinoe.stats(model).reset()
         row = measure(generate, paged, prompts, tokens, device)
@@ -196,6 +209,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--sample", action="store_true", help="draw the tokens, by one seed")
     parser.add_argument("--only", nargs="*", help="contestants; all of them")
     options = begin(parser)
     folder, device = options.folder, options.device

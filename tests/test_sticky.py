@@ -183,6 +183,34 @@ def test_a_pass_that_broke_off_is_forgotten(sticky):
         assert torch.allclose(sticky(tokens[:, 20:], past_key_values=kept).logits, whole[:, 20:], atol=1e-5)
 
 
+def test_a_first_pass_that_broke_off_is_forgotten_by_an_emptied_cache(sticky):
+    tokens = ids()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        whole = sticky(tokens).logits
+        cache = DynamicCache(config=sticky.config)
+        handle = moe_layers(sticky)[-1].experts.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            sticky(tokens.flip(1), past_key_values=cache)
+        handle.remove()
+        cache.reset()
+        assert torch.allclose(sticky(tokens, past_key_values=cache).logits, whole, atol=1e-5)
+
+
+def test_an_emptied_cache_is_filled_anew_in_any_mode(sticky):
+    """A history is kept with its cache, and torch does not let one mode's tensors be changed in another."""
+    tokens, cache = ids(), DynamicCache(config=sticky.config)
+    with torch.no_grad():
+        whole = sticky(tokens).logits
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad):
+        cache.reset()
+        with mode():
+            assert torch.allclose(sticky(tokens, past_key_values=cache).logits, whole, atol=1e-5)
+
+
 def test_what_cannot_be_followed_is_refused(sticky, olmoe):
     with pytest.raises(melinoe.MelinoeError, match="use one beam"):
         generate(sticky, "beams")

@@ -35,6 +35,7 @@ class History:
     can be captured in a CUDA graph.
     """
 
+    @torch.inference_mode(False)  # a cache outlives the mode in which it was first filled
     def __init__(self, layers: int, batch: int, num_experts: int, device: torch.device) -> None:
         self.length = 0
         self.num_experts = num_experts
@@ -48,9 +49,8 @@ class History:
 
     def clear(self) -> None:
         """Forgets everything; the tensors stay where they are."""
-        if self.length:
+        if self.length or self._open:  # a first pass that was broken off has counted, too
             self.cut(0)
-        self._open = False
 
     @property
     def batch(self) -> int:
@@ -83,7 +83,8 @@ class History:
         if room > self._valid_BT.shape[1]:
             with torch.inference_mode(False):
                 self._reserve(room, self._chosen_LBTK.shape[-1])
-        self.place_1 = torch.tensor([self.length], device=self.ranks_LBE.device)
+        with torch.inference_mode(False):
+            self.place_1 = torch.tensor([self.length], device=self.ranks_LBE.device)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import melinoe
 from families import batch, save_tokenizer
 from family_configs import config
 from melinoe.decoding import on_device
+from melinoe.decoding.captured import CapturedStep
 from melinoe.native import gathered
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.pager import ExpertPager
@@ -121,6 +122,55 @@ def test_what_cannot_be_captured_is_generated_all_the_same(olmoe_store):
     assert torch.equal(generate(model), plainly(other))
     assert decoder.why_eager == "has a hook on its Linear"
     handle.remove()
+
+
+def other_numbers(outputs):
+    return outputs + 1
+
+
+def no_numbers(_):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("sticky", [None, STICKY], ids=["own", "sticky"])
+@pytest.mark.parametrize("spoil", [other_numbers, no_numbers])
+def test_a_try_to_capture_leaves_no_trace_in_the_text(olmoe_store, monkeypatch, spoil, sticky):
+    """Where it breaks off in the middle, and where it has written other keys and values."""
+    model, other = (in_host_memory(olmoe_store, 3, sticky=sticky) for _ in range(2))
+    experts = CapturedStep._experts
+    monkeypatch.setattr(CapturedStep, "_experts", lambda *given: spoil(experts(*given)))
+    cache = on_device._new_cache(other, 256)
+    expected = other.generate(IDS, past_key_values=cache, **settings(new=20))
+    assert torch.equal(generate(model, new=20), expected)
+    decoder = on_device.device_decoder_of(model)
+    assert decoder.captures == 0 and "captured" in decoder.why_eager
+    read = decoder._cache.get_seq_length()
+    assert read == cache.get_seq_length()
+    for found, layer in zip(decoder._cache.layers, cache.layers, strict=True):
+        assert torch.equal(found.keys, layer.keys) and torch.equal(found.values, layer.values)
+
+
+def test_a_generation_that_ends_in_an_error_leaves_the_step_to_the_next(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    decoder, pager = on_device.device_decoder_of(model), model.melinoe_paged.pager
+
+    def watch(*_):
+        raise ValueError("seen enough")
+
+    class Ending(torch.nn.Module):
+        def put(self, value):
+            pass
+
+        def end(self):
+            pager.watcher = watch
+
+    with pytest.raises(ValueError, match="seen enough"):
+        decoder.generate(model, IDS, Ending(), settings())
+    pager.watcher = None
+    assert torch.equal(generate(model), plainly(other))
+    assert not decoder._busy.locked()
+    assert torch.equal(generate(model, new=9), plainly(other, new=9))
+    assert decoder.captures == 1 and melinoe.stats(model).decode_tokens == 5 + 5 + 8
 
 
 def test_a_step_does_not_keep_its_model(olmoe_store):

@@ -106,7 +106,7 @@ class CapturedStep:
         Returns:
             Whether the captured step gives the same bits.
         """
-        lengths = [layer.cumulative_length - 1 for layer in self.cache.layers]
+        lengths = self._lengths = [layer.cumulative_length - 1 for layer in self.cache.layers]
         if self._sticky is not None:
             room = self.cache.layers[0].max_cache_len
             self._history = self._sticky.prepare_on_device(self.cache, room)
@@ -124,6 +124,14 @@ class CapturedStep:
             self._rewind(lengths)
             self._graph.replay()
             return same_bits(self._graph.output.cpu(), expected.cpu())
+
+    def take_back(self) -> None:
+        """Takes the last token out of the cache, after a capture that failed or gave other bits.
+
+        Its keys and values are whatever the try has left: it is to be read once more.
+        """
+        for layer, length in zip(self.cache.layers, self._lengths, strict=True):
+            layer.cumulative_length.copy_(length)
 
     def _rewind(self, lengths: list[torch.Tensor]) -> None:
         """Takes the last token back, or what a try has made of it."""

@@ -71,9 +71,11 @@ class DeviceDecoder:
                 return stock()
             return stock(past_key_values=cache, custom_generate=partial(_decode, self, streamer))
         finally:
-            if self._step is not None:
-                self._step.finish()
-            self._busy.release()
+            try:
+                if self._step is not None:
+                    self._step.finish()
+            finally:
+                self._busy.release()
 
     def _look_at(self, model: Any) -> None:
         """Forgets what was captured where the model has changed since."""
@@ -121,16 +123,16 @@ class DeviceDecoder:
         given = {name: inputs[name] for name in _TENSORS if inputs.get(name) is not None}
         step = CapturedStep(model, self._cache, given)
         try:
-            same = step.capture(logits)
+            if step.capture(logits):
+                self._step = step
+                self.captures += 1
+                return step
+            self._refused = "gives other bits when it is captured"
         except (RuntimeError, NotImplementedError) as error:  # something in it asks the host
             self._refused = f"cannot be captured: {str(error).splitlines()[0]}"
-            return None
-        if not same:
-            self._refused = "gives other bits when it is captured"
-            return None
-        self._step = step
-        self.captures += 1
-        return step
+        step.take_back()
+        model(**inputs)
+        return None
 
 
 _DECODERS: weakref.WeakKeyDictionary[nn.Module, DeviceDecoder] = weakref.WeakKeyDictionary()

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
 
 import melinoe
 from families import batch, save_tokenizer
@@ -17,6 +18,7 @@ from melinoe.decoding import on_device
 from melinoe.decoding.captured import CapturedStep
 from melinoe.native import gathered
 from melinoe.paging.device_reader import DeviceReader
+from melinoe.paging.paged_experts import Limits
 from melinoe.paging.pager import ExpertPager
 from melinoe.routing.policies import make_policy
 from melinoe.sticky.settings import Stickiness
@@ -181,6 +183,55 @@ def test_a_step_does_not_keep_its_model(olmoe_store):
     del model
     gc.collect()
     assert gone() is None
+
+
+def growing(model, **more):
+    """By transformers' own loop over its own kind of cache."""
+    return model.generate(IDS, **settings(**more))
+
+
+def test_a_cache_that_was_asked_for_is_the_one_that_is_used(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    cache = DynamicCache(config=model.config)
+    assert torch.equal(generate(model, past_key_values=cache), growing(other))
+    assert cache.get_seq_length() == IDS.shape[1] + 5
+    assert torch.equal(generate(model, cache_implementation="dynamic"), growing(other))
+    assert on_device.device_decoder_of(model).captures == 0
+
+
+def test_what_may_become_longer_than_the_budget_but_does_not_is_generated(olmoe_store):
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    model.melinoe_paged.limits = Limits(1, IDS.shape[1] + 6, 512)
+    stopping = [lambda ids, *_: torch.tensor([ids.shape[1] >= IDS.shape[1] + 6])]
+    found = generate(model, max_new_tokens=90, min_new_tokens=1, stopping_criteria=stopping)
+    assert torch.equal(found, growing(other))
+    assert torch.equal(generate(model), plainly(other))
+    assert on_device.device_decoder_of(model).captures == 1
+
+
+def test_a_second_thread_while_the_first_looks_at_a_model_that_is_not_paged(olmoe):
+    model = AutoModelForCausalLM.from_pretrained(olmoe).eval()
+    decoder = on_device.device_decoder_of(model)
+    with decoder._busy:
+        assert torch.equal(generate(model), growing(model))
+
+
+@pytest.mark.parametrize("setting", ["flash", "tf32", "autocast"])
+def test_a_setting_of_torch_is_in_the_step(olmoe_store, setting):
+    model, cuda = in_host_memory(olmoe_store, 3), torch.backends.cuda
+    before = cuda.flash_sdp_enabled(), cuda.matmul.fp32_precision, torch.is_autocast_enabled("cuda")
+    expected = generate(model)
+    try:
+        cuda.enable_flash_sdp(before[0] ^ (setting == "flash"))
+        if setting == "tf32":
+            cuda.matmul.fp32_precision = "tf32"
+        torch.set_autocast_enabled("cuda", setting == "autocast")
+        assert torch.equal(generate(model), expected)
+        assert on_device.device_decoder_of(model).captures == 2
+    finally:
+        cuda.enable_flash_sdp(before[0])
+        cuda.matmul.fp32_precision = before[1]
+        torch.set_autocast_enabled("cuda", before[2])
 
 
 def test_how_long_a_text_may_become_decides_on_its_cache(olmoe_store):

@@ -62,13 +62,15 @@ class DeviceDecoder:
         if not length:
             return stock()
         if not self._busy.acquire(blocking=False):
-            # another thread's text is in the cache; one alike gives the same bits
-            return stock() if self._refused else stock(past_key_values=_new_cache(model, length))
+            # another thread's text is in the cache; one alike gives the same bits. It may just be finding out
+            # whether the model is refused
+            refused = self._refused or _refused(model)
+            return stock() if refused else stock(past_key_values=_new_cache(model, length))
         try:
             self._look_at(model)
-            cache = None if self._refused else self._cache_for(model, length)
-            if cache is None:
+            if self._refused:
                 return stock()
+            cache = self._cache_for(model, length)
             return stock(past_key_values=cache, custom_generate=partial(_decode, self, streamer))
         finally:
             try:
@@ -81,18 +83,13 @@ class DeviceDecoder:
         """Forgets what was captured where the model has changed since."""
         paged = getattr(model, "melinoe_paged", None)
         sticky = getattr(model, "melinoe_sticky", None)
-        # tensors of one mode cannot be written to in the other
-        modes = torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision()
-        state = state_of(model, {}, sticky), id(paged and paged.pager), modes
+        state = state_of(model, {}, sticky), id(paged and paged.pager), _modes()
         if state != self._state:
             self._state, self._step, self._cache = state, None, None
             self._refused = _refused(model)
 
-    def _cache_for(self, model: Any, length: int) -> StaticCache | None:
+    def _cache_for(self, model: Any, length: int) -> StaticCache:
         cache, new = self._cache, _new_cache(model, length)
-        if any(type(layer) is not StaticLayer for layer in new.layers):
-            self._refused = "has attention that is not over all tokens"
-            return None
         # how long a cache is may show in the last bit: a text's is as long whatever was generated before
         if cache is None or cache.layers[0].max_cache_len != new.layers[0].max_cache_len:
             self._step, self._cache = None, new  # which takes no memory yet
@@ -172,7 +169,24 @@ def _refused(model: Any) -> str:
         return "has experts of another dtype"
     if paged.tuning:
         return "is being tuned"
+    if any(type(layer) is not StaticLayer for layer in _new_cache(model, 1).layers):
+        return "has attention that is not over all tokens"
     return ""
+
+
+def _modes() -> tuple[Any, ...]:
+    """What else of torch's settings a captured step has in it."""
+    cuda = torch.backends.cuda
+    return (
+        torch.is_inference_mode_enabled(),  # tensors of one mode cannot be written to in the other
+        cuda.matmul.fp32_precision,
+        cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        (cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        torch.are_deterministic_algorithms_enabled(),
+        (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+    )
 
 
 def _new_cache(model: Any, length: int) -> StaticCache:
@@ -186,9 +200,18 @@ def _new_cache(model: Any, length: int) -> StaticCache:
 
 
 def _longest(model: Any, input_ids: torch.Tensor, settings: dict[str, Any]) -> int:
-    """Tokens of a text when it is as long as it may become; 0: nobody says."""
+    """Tokens of a text when it is as long as it may become.
+
+    0: nobody says, the cache is the caller's affair, or memory was set aside for shorter ones: a cache that
+    grows may do, as the text may end before.
+    """
     config = model._prepare_generation_config(None, **settings)[0]
-    return int(input_ids.shape[1] + config.max_new_tokens) if config.max_new_tokens else 0
+    chosen = config.cache_implementation or settings.get("past_key_values") is not None
+    if chosen or not config.max_new_tokens:
+        return 0
+    length = int(input_ids.shape[1] + config.max_new_tokens)
+    limits = getattr(getattr(model, "melinoe_paged", None), "limits", None)
+    return 0 if limits is not None and length > limits.context else length
 
 
 def _without_mask(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,4 +96,39 @@ def test_no_step_reads_a_record_that_is_being_written(olmoe_store, data):
         for _ in range(data.draw(halves, "copies after it")):
             streams.advance()
         before = asked
+    pager.close()
+
+
+class Elsewhere(DeviceReader):
+    """Passes that are served wait for copies on a stream of their own."""
+
+    waited = 0
+
+    def arrived(self, event):
+        assert not event.done
+
+    def wait_for_copies(self):
+        self.waited += 1
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["unseen", "seen on its way"])
+def test_a_record_that_another_pass_has_waited_for_is_waited_for_again(olmoe_store, seen):
+    """And is named by its slot from then on, whether or not the table saw it on its way."""
+    store = open_store(olmoe_store)
+    reader = Elsewhere(store, CPU, pinned=True)
+    reader._stream = Streams()
+    made = make_policy("lru", len(store.layers), EXPERTS, 4)
+    pager = ExpertPager(store, 4, made, reader=reader)
+    table, bank = AddressTable(pager), pager.banks[0]
+    table.refresh()
+    table.follow(0, decode_call([1, 2]), 2)
+    if seen:
+        table.refresh()
+    waited = reader.waited
+    assert [expert for expert, _ in pager.serve(0, decode_call([1, 2]))] == [1, 2]
+    for _ in range(2):
+        table.refresh()
+        assert reader.waited == waited + 1
+        for expert in (1, 2):
+            assert table.addresses[0, expert] == bank.views(expert)["gate_up_proj"].data_ptr()
     pager.close()

@@ -39,6 +39,7 @@ class AddressTable:
         self._seen = [-1] * len(self._hosts)  # of each bank: its changes that are in the table
         self._followed = [-1] * len(self._hosts)  # its changes when it was last left by `follow`
         self._here: list[set[int]] = [set() for _ in self._hosts]
+        self._arriving: list[set[int]] = [set() for _ in self._hosts]  # when the table last looked
 
     def refresh(self) -> None:
         """Makes the table what the next step may rely on; in the order of the caller's stream.
@@ -46,8 +47,10 @@ class AddressTable:
         The step before must have ended: the copy of the table to the device reads what is written here.
         """
         banks = zip(self._banks, self._seen, self._followed, strict=True)
-        if any(bank.changes not in (seen, followed) for bank, seen, followed in banks):
-            # other passes have filled slots since, perhaps on another stream, and waited for them there
+        others = any(bank.changes not in (seen, followed) for bank, seen, followed in banks)
+        if others or any(map(self._taken, range(len(self._hosts)))):
+            # other passes have filled slots since, or used what was arriving, perhaps on another stream, and
+            # waited for it there
             self._reader.wait_for_copies()
         changed = [layer for layer in range(len(self._hosts)) if self._fill(layer)]
         if changed:
@@ -57,18 +60,25 @@ class AddressTable:
         """`ExpertPager.follow`; what it does to slots the table knows how to wait for."""
         bank = self._banks[layer]
         own = bank.changes in (self._seen[layer], self._followed[layer])
+        taken = self._taken(layer)
         self._pager.follow(layer, call, read_in_place)
+        self._arriving[layer] = bank.pending.keys() | taken
         if own:
             self._followed[layer] = bank.changes
+
+    def _taken(self, layer: int) -> set[int]:
+        """Experts that were arriving, whom somebody else has waited for."""
+        return self._arriving[layer] - self._banks[layer].pending.keys()
 
     def _fill(self, layer: int) -> bool:
         bank, changed = self._banks[layer], False
         for expert in [one for one, future in bank.pending.items() if self._arrived(future)]:
             del bank.pending[expert]
             changed = True
-        if not changed and self._seen[layer] == bank.changes:
+        known = self._seen[layer] == bank.changes
+        if not changed and known and len(self._here[layer]) + len(bank.pending) == len(bank.slot_of):
             return False
-        self._seen[layer] = bank.changes
+        self._seen[layer], self._arriving[layer] = bank.changes, set(bank.pending)
         row, size = list(self._hosts[layer]), bank.buffer.record_bytes
         self._here[layer] = bank.slot_of.keys() - bank.pending.keys()
         for expert in self._here[layer]:

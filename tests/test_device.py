@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import melinoe
 from families import batch
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.pager import ExpertPager
+from melinoe.paging.slots import HostRecords
 from melinoe.routing.policies import make_policy
 
 CPU = torch.device("cpu")
@@ -53,6 +57,39 @@ def test_read_errors_pass_through(olmoe_store, monkeypatch):
         model(**batch())
     monkeypatch.setattr(os, "preadv", real)
     assert torch.equal(model(**batch()).logits, expected)
+
+
+def flags(address):
+    """The kernel's words for a mapping; dc: a fork's children do not get it."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first:
+            start, end = (int(one, 16) for one in first.split("-"))
+            here = start <= address < end
+        elif here and first == "VmFlags:":
+            return line.split()[1:]
+    return []
+
+
+def test_host_records_are_no_childs_while_they_are_filled():
+    held = HostRecords(3, 4096, torch.device("cpu"))
+    assert "dc" in flags(held.tensor.data_ptr())
+    held.pin()
+    assert "dc" not in flags(held.tensor.data_ptr())
+
+
+def test_host_records_do_without_huge_pages(monkeypatch):
+    class Kernel(mmap.mmap):
+        def madvise(self, advice):
+            if advice == mmap.MADV_HUGEPAGE:
+                raise OSError(errno.EINVAL, "no such advice")
+            super().madvise(advice)
+
+    monkeypatch.setattr(mmap, "mmap", Kernel)
+    held = HostRecords(3, 4096, torch.device("cpu"))
+    held.pin()
+    assert held.tensor.shape == (3, 4096)
 
 
 def test_devices_are_checked(olmoe_store):

@@ -40,8 +40,8 @@ class HostRecords:
     """`count` records of host memory that a GPU reads by itself, filled first and pinned then.
 
     Huge pages that are pinned when they are filled take 0.22 s a GB on a machine where torch's pinned memory
-    takes 0.55, and are read as fast (docs/log.md). Never written again, so that a fork's children, who share
-    them, do no harm.
+    takes 0.55, and are read as fast (docs/log.md). Never written after `pin`, so that a fork's children, who
+    share them from then on, do no harm.
 
     Args:
         device: of the GPU; the CPU pins nothing.
@@ -52,16 +52,20 @@ class HostRecords:
         self._memory = mmap.mmap(-1, self._bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError):  # a kernel without huge pages
             self._memory.madvise(mmap.MADV_HUGEPAGE)
+        # while they are filled a fork's children must not have them: a private page that is copied on a fork
+        # while the disk writes to it can be lost (man 2 open, O_DIRECT)
+        self._memory.madvise(mmap.MADV_DONTFORK)
         self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8).view(-1, record_bytes)
         self._device = device
         self.free: Callable[[], None] = lambda: None  # nobody reads them any more
 
     def pin(self) -> None:
-        """Makes them such as a GPU may read.
+        """Makes them, filled by now, such as a GPU may read.
 
         Raises:
             MelinoeError: the driver refuses.
         """
+        self._memory.madvise(mmap.MADV_DOFORK)
         if self._device.type != "cuda":
             return
         with torch.cuda.device(self._device):

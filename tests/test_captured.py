@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
@@ -324,6 +325,28 @@ def test_rows_are_computed_as_one_alone_is():
     for expert, places in enumerate(choices):
         assert torch.equal(found[places], alone[places // 2, expert])
     assert (found[6] == 7).all()
+
+
+class Largest(TorchFunctionMode):
+    """Bytes of the largest tensor that torch.empty makes."""
+
+    found = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.found = max(self.found, made.nbytes if function is torch.empty else 0)
+        return made
+
+
+def test_sums_of_int4_take_as_much_memory_for_any_number_of_rows(monkeypatch):
+    rows = torch.randn(9, 200, generator=torch.Generator().manual_seed(1))
+    _, parts, _ = random_experts(200, 128, "int4", 64, torch.float32)
+    form = gathered.Form(128, "int4", 64)
+    expected = gathered.gated(rows, parts, form)
+    monkeypatch.setattr(gathered, "_SUMS_BYTES", 10_000, raising=False)
+    with Largest() as largest:
+        assert torch.equal(gathered.gated(rows, parts, form), expected)
+    assert 0 < largest.found <= 10_000
 
 
 def random_experts(hidden, inner, name, tile, dtype):

@@ -30,6 +30,7 @@ FORMATS = ("auto", "int8", "int4")
 # measured on an H100 (docs/log.md); other numbers give other sums, so none is chosen while running
 _ROWS, _WIDTH, _WARPS = 8, 512, 4  # of a tile: outputs, inputs; warps that share it
 _GROUP, _GROUPS, _WARPS4 = 64, 2, 2  # of int4: inputs that share a scale, such groups at a time; warps
+_SUMS_BYTES = 1 << 25  # of int4, for rows that are computed at once: no budget knows of it
 interpreted = False  # the CPU computes by these kernels too
 
 
@@ -171,16 +172,30 @@ def gated_at(
     rows, experts, places = which
     count, hidden, inner = len(experts), hidden_TH.shape[1], form.inner
     act_NI = hidden_TH.new_empty(count, inner)
-    up = hidden_TH, rows, tables[0], tables[1], experts, act_NI, *offsets[:2], hidden, inner
-    down = act_NI, places, tables[2], tables[3], experts, outputs_NH, *offsets[2:], inner, hidden
     if form.format == "int4":
-        _by_parts(up, form, gated=True)
-        _by_parts(down, form, gated=False)
+        most = max(_parts(hidden) * _padded(2 * inner), _parts(inner) * _padded(hidden))
+        at_once = max(2, _SUMS_BYTES // (4 * most) // 2 * 2)  # even, so that what they begin with is aligned
+        for start in range(0, count, at_once):
+            some = slice(start, start + at_once)
+            up = hidden_TH, rows[some], *tables[:2], experts[some], act_NI[some]
+            down = act_NI[some], places[some], *tables[2:], experts[some], outputs_NH
+            _by_parts((*up, *offsets[:2], hidden, inner), form, gated=True)
+            _by_parts((*down, *offsets[2:], inner, hidden), form, gated=False)
         return
+    up = hidden_TH, rows, *tables[:2], experts, act_NI, *offsets[:2], hidden, inner
+    down = act_NI, places, *tables[2:], experts, outputs_NH, *offsets[2:], inner, hidden
     settings: dict[str, Any] = {"num_warps": _WARPS, "WIDTH": _WIDTH, "CODES": form.format == "int8"}
     kernels.up[-(-inner // _ROWS), count](*up, ROWS=_ROWS, **settings)
     # twice the outputs: as many weights as of both matrices above
     kernels.down[-(-hidden // (2 * _ROWS)), count](*down, ROWS=2 * _ROWS, **settings)
+
+
+def _padded(size_out: int) -> int:
+    return -(-size_out // _GROUP) * _GROUP
+
+
+def _parts(size_in: int) -> int:
+    return -(-size_in // (_GROUP * _GROUPS))
 
 
 def _by_parts(given: tuple[Any, ...], form: Form, gated: bool) -> None:
@@ -193,7 +208,7 @@ def _by_parts(given: tuple[Any, ...], form: Form, gated: bool) -> None:
 
     rows, which, table, scale_table, experts, out, offset, scale_offset, size_in, width = given
     size_out, count = width * (2 if gated else 1), len(experts)
-    padded, parts = -(-size_out // _GROUP) * _GROUP, -(-size_in // (_GROUP * _GROUPS))
+    padded, parts = _padded(size_out), _parts(size_in)
     sums = torch.empty(count, parts, padded, dtype=torch.float32, device=out.device)
     sizes: dict[str, Any] = {"HALF": form.tile // 2, "GROUP": _GROUP, "GROUPS": _GROUPS, "num_warps": _WARPS4}
     grid = padded // form.tile, parts, count

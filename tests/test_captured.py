@@ -35,6 +35,9 @@ STICKY = Stickiness(0.3, 3, 2)
 @pytest.fixture(autouse=True)
 def _on_the_cpu(monkeypatch):
     monkeypatch.setattr(gathered, "interpreted", True)
+    # larger tiles, and prompts by torch: a program takes the interpreter a millisecond
+    monkeypatch.setattr(gathered, "_ROWS", 64)
+    monkeypatch.setattr(gathered, "FEW_ROWS", 1)
 
 
 def in_host_memory(folder, slots, policy="decay", **settings):
@@ -300,7 +303,9 @@ FORMS = [("auto", 0), ("int8", 0), ("int4", 64), ("int4", 32)]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("name", "tile"), FORMS)
 @pytest.mark.parametrize(("hidden", "inner"), [(48, 24), (200, 128), (600, 40)])
-def test_kernels(hidden, inner, name, tile, dtype):
+def test_kernels(hidden, inner, name, tile, dtype, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(gathered, "interpreted", True)
     form = gathered.Form(inner, name, tile)
     assert form.computed == (name != "int4" or inner % tile == 0)
     if not form.computed:

@@ -189,6 +189,16 @@ def test_a_step_does_not_keep_its_model(olmoe_store):
     assert gone() is None
 
 
+def test_a_closed_reader_is_not_read_in_place(olmoe_store):
+    """Its memory is no longer the GPU's to read; copies of it can be made all the same."""
+    model, other = in_host_memory(olmoe_store, 3), in_host_memory(olmoe_store, 3)
+    assert torch.equal(generate(model), plainly(other))
+    model.melinoe_paged.pager.close()
+    assert torch.equal(generate(model), growing(other))
+    decoder = on_device.device_decoder_of(model)
+    assert decoder._step is None and decoder.why_eager.startswith("has records that are not held in host")
+
+
 def growing(model, **more):
     """By transformers' own loop over its own kind of cache."""
     return model.generate(IDS, **settings(**more))

@@ -39,7 +39,8 @@ class Graph:
 
     def __init__(self, device: torch.device, function: Callable[[], torch.Tensor]) -> None:
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._function = function
+        # one that was captured is not kept: it may hold who holds this, and with it the graph's memory
+        self._function = function if device.type != "cuda" else None
         if device.type == "cuda":
             self._graph = torch.cuda.CUDAGraph()
             # other threads may read records meanwhile
@@ -51,7 +52,7 @@ class Graph:
     def replay(self) -> None:
         if self._graph is not None:
             self._graph.replay()
-        else:
+        elif self._function is not None:
             self.output.copy_(self._function())
 
 

@@ -67,11 +67,12 @@ class DeviceDecoder:
             refused = self._refused or _refused(model)
             return stock() if refused else stock(past_key_values=_new_cache(model, length))
         try:
-            self._look_at(model)
-            if self._refused:
-                return stock()
-            cache = self._cache_for(model, length)
-            return stock(past_key_values=cache, custom_generate=partial(_decode, self, streamer))
+            with torch.cuda.device_of(input_ids):  # graphs, events and kernels are the current device's
+                self._look_at(model)
+                if self._refused:
+                    return stock()
+                cache = self._cache_for(model, length)
+                return stock(past_key_values=cache, custom_generate=partial(_decode, self, streamer))
         finally:
             try:
                 if self._step is not None:
@@ -83,7 +84,8 @@ class DeviceDecoder:
         """Forgets what was captured where the model has changed since."""
         paged = getattr(model, "melinoe_paged", None)
         sticky = getattr(model, "melinoe_sticky", None)
-        state = state_of(model, {}, sticky), id(paged and paged.pager), _modes()
+        in_place = paged is not None and getattr(paged.pager.reader, "in_place", False)
+        state = state_of(model, {}, sticky), id(paged and paged.pager), in_place, _modes()
         if state != self._state:
             self._state, self._step, self._cache = state, None, None
             self._refused = _refused(model)
@@ -150,7 +152,7 @@ def _refused(model: Any) -> str:
     if paged is None:
         return "is not paged"
     reader, modules = paged.pager.reader, [module for _, module in experts_modules(model)]
-    if not isinstance(reader, DeviceReader) or not reader.pinned:
+    if not isinstance(reader, DeviceReader) or not reader.in_place:
         return "has records that are not held in host memory as they are computed"
     if not gathered.usable(reader.device):
         return "is on a machine without Triton"

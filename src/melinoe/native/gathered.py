@@ -185,9 +185,10 @@ def gated_at(
     up = hidden_TH, rows, *tables[:2], experts, act_NI, *offsets[:2], hidden, inner
     down = act_NI, places, *tables[2:], experts, outputs_NH, *offsets[2:], inner, hidden
     settings: dict[str, Any] = {"num_warps": _WARPS, "WIDTH": _WIDTH, "CODES": form.format == "int8"}
-    kernels.up[-(-inner // _ROWS), count](*up, ROWS=_ROWS, **settings)
-    # twice the outputs: as many weights as of both matrices above
-    kernels.down[-(-hidden // (2 * _ROWS)), count](*down, ROWS=2 * _ROWS, **settings)
+    with torch.cuda.device_of(hidden_TH):  # Triton's launches are the current device's
+        kernels.up[-(-inner // _ROWS), count](*up, ROWS=_ROWS, **settings)
+        # twice the outputs: as many weights as of both matrices above
+        kernels.down[-(-hidden // (2 * _ROWS)), count](*down, ROWS=2 * _ROWS, **settings)
 
 
 def _padded(size_out: int) -> int:
@@ -213,5 +214,6 @@ def _by_parts(given: tuple[Any, ...], form: Form, gated: bool) -> None:
     sizes: dict[str, Any] = {"HALF": form.tile // 2, "GROUP": _GROUP, "GROUPS": _GROUPS, "num_warps": _WARPS4}
     grid = padded // form.tile, parts, count
     matrix = table, scale_table, experts, sums, offset, scale_offset, size_in, size_out
-    kernels.part4[grid](rows, which, *matrix, PICKED=gated, **sizes)
-    kernels.sum4[-(-width // 256), count](sums, out, which, width, padded, parts, gated, 256)
+    with torch.cuda.device_of(out):
+        kernels.part4[grid](rows, which, *matrix, PICKED=gated, **sizes)
+        kernels.sum4[-(-width // 256), count](sums, out, which, width, padded, parts, gated, 256)

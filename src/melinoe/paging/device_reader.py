@@ -72,6 +72,7 @@ class DeviceReader:
         self.bytes_read = 0
         sizes = [layer.num_experts * layer.layout.record_bytes for layer in store.layers]
         self.pinned = sum(sizes) < free_memory() * HOST_SHARE if pinned is None else pinned
+        self.in_place = self.pinned  # a GPU may read records where they lie, until `close`
         if self.pinned:
             self._held = [self._load(layer) for layer in range(len(store.layers))]
             self._records = [held.tensor for held in self._held]
@@ -110,7 +111,7 @@ class DeviceReader:
 
     def addresses(self, layer: int) -> list[int]:
         """Where the records of a layer lie in host memory, which a GPU reads by these very addresses."""
-        assert self.pinned
+        assert self.in_place
         return [record.data_ptr() for record in self._records[layer]]
 
     def arrival(self, event: Any) -> bool:
@@ -162,6 +163,7 @@ class DeviceReader:
             torch.cuda.current_stream(self.device).wait_event(event)
 
     def close(self) -> None:
+        self.in_place = False
         if self.pinned:
             for held in self._held:
                 held.free()

@@ -154,6 +154,9 @@ def test_a_try_to_capture_leaves_no_trace_in_the_text(olmoe_store, monkeypatch, 
     assert read == cache.get_seq_length()
     for found, layer in zip(decoder._cache.layers, cache.layers, strict=True):
         assert torch.equal(found.keys, layer.keys) and torch.equal(found.values, layer.values)
+    # and the next text is read by the same attention, over a cache of the same kind
+    assert torch.equal(generate(model), expected[:, : IDS.shape[1] + 6])
+    assert decoder._cache.get_seq_length() == IDS.shape[1] + 5 and decoder.captures == 0
 
 
 def test_a_generation_that_ends_in_an_error_leaves_the_step_to_the_next(olmoe_store):

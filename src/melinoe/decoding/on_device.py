@@ -45,13 +45,14 @@ class DeviceDecoder:
         self._step: CapturedStep | None = None
         self._state: Any = None
         self._refused = ""  # whatever it is given
+        self._failed = ""  # it was tried: over the same kind of cache from then on, in the ordinary way
         self._cannot = ""  # in the last generation
         self.captures = 0
 
     @property
     def why_eager(self) -> str:
         """Why its steps are not captured, in words that follow "the model"; empty where they are."""
-        return self._refused or self._cannot
+        return self._refused or self._failed or self._cannot
 
     def generate(
         self, model: Any, input_ids: torch.Tensor, streamer: Any, settings: dict[str, Any]
@@ -88,7 +89,7 @@ class DeviceDecoder:
         state = state_of(model, {}, sticky), id(paged and paged.pager), in_place, _modes()
         if state != self._state:
             self._state, self._step, self._cache = state, None, None
-            self._refused = _refused(model)
+            self._refused, self._failed = _refused(model), ""
 
     def _cache_for(self, model: Any, length: int) -> StaticCache:
         cache, new = self._cache, _new_cache(model, length)
@@ -126,9 +127,9 @@ class DeviceDecoder:
                 self._step = step
                 self.captures += 1
                 return step
-            self._refused = "gives other bits when it is captured"
+            self._failed = "gives other bits when it is captured"
         except (RuntimeError, NotImplementedError) as error:  # something in it asks the host
-            self._refused = f"cannot be captured: {str(error).splitlines()[0]}"
+            self._failed = f"cannot be captured: {str(error).splitlines()[0]}"
         step.take_back()
         model(**inputs)
         return None

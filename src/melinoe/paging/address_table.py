@@ -21,7 +21,7 @@ from melinoe.routing.calls import Call
 
 
 class AddressTable:
-    """The table of one pager, made for a reader that `DeviceReader.pinned` is true of.
+    """The table of one pager, made for a reader that `DeviceReader.in_place` is true of.
 
     addresses: [L, E] int64 on the device.
     """

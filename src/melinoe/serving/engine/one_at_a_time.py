@@ -1,6 +1,7 @@
 """One request after the other through `generate`: exact to the bit, and for families that cannot batch.
 
-The answer is computed as `melinoe generate` computes it, whoever else is waiting.
+The answer is computed as `melinoe generate` computes it, whoever else is waiting; on a GPU as transformers'
+own loop does over a cache that grows, whose last bit may be another than a captured step's (decision 19).
 """
 
 from __future__ import annotations

@@ -329,6 +329,19 @@ def test_kernels(hidden, inner, name, tile, dtype, monkeypatch):
     assert (found.double() - expected).norm() < limit * expected.norm()
 
 
+def test_the_kernels_are_tried_before_they_are_used(monkeypatch, capsys):
+    found = gathered._found.__wrapped__
+    assert found(CPU)
+    other = gathered.Form
+    monkeypatch.setattr(gathered, "Form", lambda inner: other(inner // 2))  # computes something else
+    assert not found(CPU)
+    monkeypatch.setattr(gathered, "Form", lambda inner: 1 / 0)
+    assert not found(CPU)
+    assert (
+        "no Triton kernels on this machine, decoding is slower: division by zero" in capsys.readouterr().err
+    )
+
+
 def test_rows_are_computed_as_one_alone_is():
     """However many there are, and whatever experts are computed with them."""
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,7 @@ from families import batch, save_tokenizer
 from family_configs import config
 from melinoe.decoding import on_device
 from melinoe.decoding.captured import CapturedStep
+from melinoe.experts import forward
 from melinoe.native import gathered
 from melinoe.paging.device_reader import DeviceReader
 from melinoe.paging.paged_experts import Limits
@@ -378,6 +379,20 @@ def test_sums_of_int4_take_as_much_memory_for_any_number_of_rows(monkeypatch):
     with Largest() as largest:
         assert torch.equal(gathered.gated(rows, parts, form), expected)
     assert 0 < largest.found <= 10_000
+
+
+@pytest.mark.parametrize("slots", [8, 2, 0])
+def test_a_prompt_takes_one_launch_for_what_is_at_hand(olmoe_store, slots, monkeypatch):
+    """To the bits of one expert after the other, whatever is in slots."""
+    monkeypatch.setattr(gathered, "FEW_ROWS", 16)
+    calls, own = [], gathered.gated_rows
+    monkeypatch.setattr(gathered, "gated_rows", lambda *given: (calls.append(len(given[1])), own(*given)))
+    model = in_host_memory(olmoe_store, slots)
+    with torch.no_grad():
+        cold, warm = model(IDS[:, :4]).logits, model(IDS[:, :4]).logits
+        assert calls and (slots != 8 or max(calls) > 1)
+        monkeypatch.setattr(forward, "_several", lambda *given: None)
+        assert torch.equal(cold, model(IDS[:, :4]).logits) and torch.equal(cold, warm)
 
 
 def random_experts(hidden, inner, name, tile, dtype):

@@ -211,7 +211,7 @@ def test_a_batch_takes_one_call_for_what_is_at_hand(slots, tmp_path, monkeypatch
         together = logits()
         assert calls and (slots not in (8, None) or max(calls) > 1)
         with monkeypatch.context() as apart:
-            apart.setattr(forward, "_together", lambda *given: False)
+            apart.setattr(forward, "_several", lambda *given: None)
             assert torch.equal(logits(), together)
 
 

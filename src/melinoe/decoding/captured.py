@@ -107,22 +107,22 @@ class CapturedStep:
         Returns:
             Whether the captured step gives the same bits.
         """
-        lengths = self._lengths = [layer.cumulative_length - 1 for layer in self.cache.layers]
+        self._lengths = [layer.cumulative_length - 1 for layer in self.cache.layers]
         if self._sticky is not None:
             room = self.cache.layers[0].max_cache_len
             self._history = self._sticky.prepare_on_device(self.cache, room)
         with self._pager.alone():
             self._table.refresh()
-            self._rewind(lengths)
+            self._rewind()
             if self._device.type == "cuda":  # what libraries do at their first call is no part of a graph
                 here, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
                 aside.wait_stream(here)
                 with torch.cuda.stream(aside):
                     self._compute()
                 here.wait_stream(aside)
-                self._rewind(lengths)
+                self._rewind()
             self._graph = Graph(self._device, self._compute)
-            self._rewind(lengths)
+            self._rewind()
             self._graph.replay()
             return same_bits(self._graph.output.cpu(), expected.cpu())
 
@@ -134,10 +134,9 @@ class CapturedStep:
         for layer, length in zip(self.cache.layers, self._lengths, strict=True):
             layer.cumulative_length.copy_(length)
 
-    def _rewind(self, lengths: list[torch.Tensor]) -> None:
-        """Takes the last token back, or what a try has made of it."""
-        for layer, length in zip(self.cache.layers, lengths, strict=True):
-            layer.cumulative_length.copy_(length)
+    def _rewind(self) -> None:
+        """Takes the last token back, or what a try has made of it, also out of what sticky routers know."""
+        self.take_back()
         if self._history is not None:
             self._history.cut_on_device(self._history.length - 1)
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from melinoe.decoding.one_token import one_token
+from melinoe.decoding.per_model import PerModel
 from melinoe.decoding.recording import record
 from melinoe.decoding.replay import OtherStep, Replay
 from melinoe.decoding.segment import Different, Functions
@@ -143,16 +144,7 @@ class Decoder:
         return faster or function
 
 
-_DECODERS: weakref.WeakKeyDictionary[nn.Module, Decoder] = weakref.WeakKeyDictionary()
-_MAKING = threading.Lock()
-
-
-def decoder_of(model: Any) -> Decoder:
-    """The one decoder of a model; it lives as long as the model."""
-    with _MAKING:
-        if model not in _DECODERS:
-            _DECODERS[model] = Decoder(model)
-        return _DECODERS[model]
+decoder_of = PerModel(Decoder)  # the one decoder of a model
 
 
 def _eager(model: Any, inputs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from melinoe.decoding.decoder import Decoder, decoder_of
 from melinoe.decoding.on_device import device_decoder_of
-from melinoe.decoding.processors import Processors
+from melinoe.decoding.processors import sample
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -61,9 +61,7 @@ def why_stock(model: Any, input_ids: torch.Tensor, settings: dict[str, Any]) -> 
 
 def _decode(decoder: Decoder, streamer: Any, model: Any, input_ids: torch.Tensor, **arguments: Any) -> Any:
     """What `generate` calls in place of `_sample`, with the same arguments, but for the streamer."""
-    sample: Any = GenerationMixin._sample
-    arguments["logits_processor"] = Processors.of(arguments["logits_processor"])
-    return sample(_InPlace(model, decoder), input_ids, streamer=streamer, **arguments)
+    return sample(_InPlace(model, decoder), input_ids, streamer, arguments)
 
 
 class _InPlace:

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationMixin, StaticCache
+from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
 from melinoe.decoding.captured import CapturedStep, place_of
 from melinoe.decoding.decoder import Logits, hindrance
-from melinoe.decoding.processors import Processors
+from melinoe.decoding.per_model import PerModel
+from melinoe.decoding.processors import sample
 from melinoe.decoding.state import state_of
 from melinoe.experts.compiled import is_gated_silu
 from melinoe.experts.forward import NAME
@@ -135,16 +135,7 @@ class DeviceDecoder:
         return None
 
 
-_DECODERS: weakref.WeakKeyDictionary[nn.Module, DeviceDecoder] = weakref.WeakKeyDictionary()
-_MAKING = threading.Lock()
-
-
-def device_decoder_of(model: Any) -> DeviceDecoder:
-    """The one decoder of a model on a GPU; it lives as long as the model."""
-    with _MAKING:
-        if model not in _DECODERS:
-            _DECODERS[model] = DeviceDecoder(model)
-        return _DECODERS[model]
+device_decoder_of = PerModel(DeviceDecoder)  # the one decoder of a model on a GPU
 
 
 def _refused(model: Any) -> str:
@@ -225,9 +216,7 @@ def _decode(
     decoder: DeviceDecoder, streamer: Any, model: Any, input_ids: torch.Tensor, **arguments: Any
 ) -> Any:
     """What `generate` calls in place of `_sample`, with the same arguments, but for the streamer."""
-    sample: Any = GenerationMixin._sample
-    arguments["logits_processor"] = Processors.of(arguments["logits_processor"])
-    return sample(_InPlace(model, decoder), input_ids, streamer=streamer, **arguments)
+    return sample(_InPlace(model, decoder), input_ids, streamer, arguments)
 
 
 class _InPlace:

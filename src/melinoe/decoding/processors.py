@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import GenerationMixin, LogitsProcessorList
 
 
 class Processors(LogitsProcessorList):
@@ -22,3 +22,10 @@ class Processors(LogitsProcessorList):
         for processor in self:
             scores = processor(input_ids, scores)
         return scores
+
+
+def sample(in_place: Any, input_ids: torch.Tensor, streamer: Any, arguments: dict[str, Any]) -> Any:
+    """transformers' loop that chooses token by token, with an object in the model's place."""
+    loop: Any = GenerationMixin._sample
+    arguments["logits_processor"] = Processors.of(arguments["logits_processor"])
+    return loop(in_place, input_ids, streamer=streamer, **arguments)

@@ -82,15 +82,25 @@ def experts_outputs(module: nn.Module, hidden_1H: torch.Tensor, experts: list[Vi
 def _gated(hidden_NH: torch.Tensor, experts: list[Views]) -> torch.Tensor | None:
     """[E * N, H] of experts with silu on the same few rows, in one call; None: step by step."""
     first, *others = experts
-    if gathered.usable(hidden_NH.device):
-        parts, form = [matrices(one) for one in experts], form_of(first)
-        if form.computed and gathered.takes(hidden_NH, _dtype(first), parts):
-            return gathered.gated(hidden_NH, parts, form)
+    on_device = _on_device(hidden_NH, experts) if 0 < len(hidden_NH) <= gathered.FEW_ROWS else None
+    if on_device is not None:
+        return gathered.gated(hidden_NH, *on_device)
     if isinstance(first, PackedExpert):
         return first.gated([one for one in others if isinstance(one, PackedExpert)], hidden_NH, UP, DOWN)
     if not compiled.few(hidden_NH):
         return None
     return compiled.gated(hidden_NH, [one[UP] for one in experts], [one[DOWN] for one in experts])
+
+
+def _on_device(
+    hidden_NH: torch.Tensor, experts: list[Views]
+) -> tuple[list[tuple[torch.Tensor, ...]], gathered.Form] | None:
+    """The matrices of experts and how they lie, for a GPU's kernels; None: these do not compute them."""
+    if not gathered.usable(hidden_NH.device):
+        return None
+    parts, form = [matrices(one) for one in experts], form_of(experts[0])
+    fits = form.computed and gathered.fits(hidden_NH, _dtype(experts[0]), parts)
+    return (parts, form) if fits else None
 
 
 def matrices(weights: Views) -> tuple[torch.Tensor, ...]:
@@ -246,10 +256,10 @@ def _gathered(hidden_TH: torch.Tensor, group: Group, order: Order, outputs: torc
     here = [(e, w) for e, w in group if rows[e].stop - rows[e].start <= gathered.FEW_ROWS]
     if not here:
         return set()
-    first, parts = here[0][1], [matrices(weights) for _, weights in here]
-    form = form_of(first)
-    if not form.computed or not gathered.fits(hidden_TH, _dtype(first), parts):
+    on_device = _on_device(hidden_TH, [weights for _, weights in here])
+    if on_device is None:
         return set()
+    parts, form = on_device
     gathered.gated_rows(hidden_TH, [order.choice_N[rows[e]] for e, _ in here], parts, outputs, form)
     return {expert for expert, _ in here}
 

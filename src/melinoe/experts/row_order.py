@@ -43,7 +43,7 @@ class Order:
             ends = np.bincount(indices.ravel(), minlength=num_experts)[:num_experts].cumsum().tolist()
         return cls(choice_N, top_k_index.shape[1], ends)
 
-    @property
+    @cached_property
     def rows(self) -> dict[int, slice]:
         """The rows of every expert that has any."""
         starts = [0, *self.ends[:-1]]

@@ -84,16 +84,11 @@ def _agrees(device: torch.device, dtype: torch.dtype, limit: float) -> bool:
     return bool((found - expected).norm() < limit * expected.norm())
 
 
-def takes(hidden_NH: torch.Tensor, dtype: torch.dtype, parts: Parts) -> bool:
-    """Whether rows [N, H] and experts are such as the kernels compute: few rows, no gradients.
+def fits(hidden_NH: torch.Tensor, dtype: torch.dtype, parts: Parts) -> bool:
+    """Whether rows [N, H] and experts are such as the kernels compute, but for the number of rows.
 
     dtype: of the weights, whatever they are packed in. parts: as for `gated`.
     """
-    return 0 < len(hidden_NH) <= FEW_ROWS and fits(hidden_NH, dtype, parts)
-
-
-def fits(hidden_NH: torch.Tensor, dtype: torch.dtype, parts: Parts) -> bool:
-    """`takes`, but for the number of rows."""
     tensors = [hidden_NH, *[one for each in parts for one in each]]
     return (
         usable(hidden_NH.device)

@@ -112,14 +112,14 @@ def test_a_prompt_reads_an_expert_at_most_once(olmoe_store, monkeypatch, slots):
 
 def test_long_prompts_go_through_in_chunks(tiny_store, monkeypatch):
     """The work space holds what the budget says; every chunk is a prefill, and tokens are the same."""
-    from melinoe.runtime import generation
+    from melinoe.runtime import division
 
     tokenizer = load_tokenizer("tiny")
     prompt = tokenizer("sort 31,58,18,28,44,12,9,77")["input_ids"]
     model = melinoe.load(tiny_store, slots=8)
     settings = {"max_new_tokens": 12, "ignore_eos": True}
     expected = [piece.token for piece in stream_generate(model, tokenizer, prompt, **settings)]
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(division, "PREFILL_CHUNK", 7)
     calls, real = [], model.melinoe_paged.pager.policy.request
 
     def request(layer, call):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from melinoe.machine import makes_kernels
+from melinoe.models.positions import fixed_length
 from melinoe.paging.slots import STAGING_RECORDS
 from melinoe.runtime import division
 from melinoe.runtime.division import Budget, Needs, divide
@@ -71,11 +72,12 @@ def needs_of(
     context = context or min(
         DEFAULT_CONTEXT, getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     )
-    needed = kept_work_space(model, batch, min(context, division.PREFILL_CHUNK), context)
+    length = division.pass_length(context, fixed_length(config))
+    needed = kept_work_space(model, batch, length, context)
     cache = batch * (needed.cache_bytes + context * needed.cache_bytes_per_token)
     work = int((1 + HOLES) * needed.num_bytes)
     work += cache // config.num_hidden_layers  # a layer's cache grows by being copied
     device = device or torch.device("cpu")
     library = LIBRARY_BYTES if device.type == "cpu" else 0
     shapes = needed.shapes if makes_kernels(device, model.dtype) else 0  # type: ignore[arg-type]
-    return Needs(library, resident, cache, work, shapes, STAGING_RECORDS, batch, context)
+    return Needs(library, resident, cache, work, shapes, STAGING_RECORDS, batch, context, length)

@@ -16,7 +16,7 @@ from melinoe.machine import KERNEL_BYTES, free_memory, kept_kernels, total_memor
 if TYPE_CHECKING:
     import torch
 
-PREFILL_CHUNK = 2048  # tokens of one call that the work space is sized for
+PREFILL_CHUNK = 2048  # tokens of one call that the work space is sized for, but for `pass_length`
 FREE_MARGIN = 0.8  # share of the free memory taken where no budget is given
 
 
@@ -25,6 +25,7 @@ class Needs:
     """Bytes that a model takes whatever its slots are, and how many kernels it would like to keep (0: none).
 
     staging_records: of the largest size. batch: sequences at once. context: tokens of KV cache of each.
+    pass_length: of which so many go through a forward pass at once.
     """
 
     library_bytes: int
@@ -35,13 +36,15 @@ class Needs:
     staging_records: int
     batch: int
     context: int
+    pass_length: int
 
 
 @dataclass(frozen=True)
 class Budget:
     """Bytes by purpose. `slots` are records per layer; each layer has the same number.
 
-    batch: sequences at once. context: tokens of KV cache of each. pass_tokens: tokens of one forward pass.
+    batch: sequences at once. context: tokens of KV cache of each. pass_length: of which so many go through a
+    forward pass at once. pass_tokens: tokens of one forward pass.
     kernels: shapes of matrix products whose code is kept; part of library_bytes.
     process_bytes: what the process had when the model was opened; no part of the budget. 0: not known.
     """
@@ -55,6 +58,7 @@ class Budget:
     slot_bytes: int
     batch: int
     context: int
+    pass_length: int
     kernels: int = 0
     process_bytes: int = 0
 
@@ -65,7 +69,7 @@ class Budget:
 
     @property
     def pass_tokens(self) -> int:
-        return self.batch * min(self.context, PREFILL_CHUNK)
+        return self.batch * self.pass_length
 
     def __str__(self) -> str:
         return (
@@ -76,6 +80,15 @@ class Budget:
             f" = {format_bytes(self.total_bytes)}"
             + (f"; the process had {format_bytes(self.process_bytes)} before" if self.process_bytes else "")
         )
+
+
+def pass_length(tokens: int, fixed_length: int | None) -> int:
+    """How many tokens of a text of so many are computed at once.
+
+    fixed_length: as `models.positions.fixed_length`; a longer text is one pass, whatever it takes.
+    """
+    whole = fixed_length is not None and tokens > fixed_length
+    return tokens if whole else min(tokens, PREFILL_CHUNK)
 
 
 def given_bytes(memory: int | str | None, device: torch.device | None) -> int:
@@ -170,4 +183,5 @@ def divide(
         raise MelinoeError(
             "slots does not suit this model", got=slots, allowed=f"0 to {most}, the experts of a layer"
         )
-    return Budget(library, resident, cache, work, staging, slots, slots * per_slot, batch, context, kernels)
+    sizes = (batch, context, needs.pass_length, kernels)
+    return Budget(library, resident, cache, work, staging, slots, slots * per_slot, *sizes)

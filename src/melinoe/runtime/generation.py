@@ -19,9 +19,10 @@ from melinoe.data.encoding import encode_prompt
 from melinoe.decoding import loop as decoding
 from melinoe.errors import MelinoeError
 from melinoe.machine import peak_memory
+from melinoe.models.positions import fixed_length
 from melinoe.paging.statistics import Statistics
 from melinoe.runtime.answer_text import AnswerText
-from melinoe.runtime.division import PREFILL_CHUNK
+from melinoe.runtime.division import pass_length
 from melinoe.runtime.generation_settings import Sampling, context_length, request
 
 DEFAULT_NEW_TOKENS = 256
@@ -178,8 +179,9 @@ def stream_generate(
     sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty)
     asked = request(model, tokenizer, max_new_tokens, sampling=sampling, exactly=ignore_eos)
     settings = asked.arguments
-    if len(ids) > PREFILL_CHUNK:  # resident models too: what is computed must not depend on where experts are
-        settings["prefill_chunk_size"] = PREFILL_CHUNK
+    at_once = pass_length(len(ids), fixed_length(model.config))
+    if len(ids) > at_once:  # resident models too: what is computed must not depend on where experts are
+        settings["prefill_chunk_size"] = at_once
     if seed is not None:
         torch.manual_seed(seed)
     counters = getattr(getattr(model, "melinoe_paged", None), "pager", None)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,28 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class _NoValues(TorchDispatchMode):
+    """Where a model asks a tensor without values for a number: 1, and for a condition: it does not hold.
+
+    Models ask how long the longest text is, for positions that are scaled by it (dynamic, longrope): the same
+    shapes whatever is answered.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Inside of it, a model on the meta device can run, though it looks at numbers."""
+    every = patch(meta_nonzero_assume_all_nonzero=True)  # qwen4_exp looks for what a token may see: all
+    with every, _NoValues():
+        yield
+
+
 class _NoScores(TorchFunctionMode):
     """Attention by torch's own kernels: an output as large as the queries, and no scores.
 
@@ -168,8 +191,7 @@ def _run(skeleton: Any, rows: int, length: int, use_cache: bool = False) -> Live
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
-    every = patch(meta_nonzero_assume_all_nonzero=True)  # qwen4_exp looks for what a token may see: all
-    with torch.no_grad(), every, LiveBytes() as live, _NoScores() as attention:
+    with torch.no_grad(), without_values(), LiveBytes() as live, _NoScores() as attention:
         live.ignore((*skeleton.parameters(), *skeleton.buffers()))
         found = skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=use_cache)
     live.attention = attention

@@ -26,6 +26,7 @@ from transformers.generation.continuous_batching.model_runner import (
 )
 
 from melinoe.errors import MelinoeError
+from melinoe.models.positions import fixed_length
 from melinoe.runtime.division import PREFILL_CHUNK
 from melinoe.serving.engine import packed_attention
 from melinoe.serving.engine.request import EngineRequest
@@ -102,6 +103,9 @@ class BatchedEngine:
             raise CannotBatchError(
                 f"transformers {transformers.__version__} has no {missing}; tested with {TESTED}"
             )
+        fixed = fixed_length(self.model.config)
+        if fixed is not None and self._context > fixed:
+            raise CannotBatchError(f"beyond {fixed} tokens its positions hang on the longest text of a batch")
         blocks = -(-self._cached_tokens // PAGE_TOKENS)
         pages = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS,

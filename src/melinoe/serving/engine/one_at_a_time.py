@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from melinoe.errors import MelinoeError
-from melinoe.runtime.division import PREFILL_CHUNK
+from melinoe.models.positions import fixed_length
+from melinoe.runtime.division import pass_length
 from melinoe.serving.engine.request import EngineRequest
 
 
@@ -106,8 +107,9 @@ class OneAtATimeEngine:
     def _generate(self, request: EngineRequest, cancelled: threading.Event) -> None:
         inputs = torch.tensor([request.prompt], device=self.model.device)
         settings: dict[str, Any] = {"max_new_tokens": request.max_new_tokens}
-        if len(request.prompt) > PREFILL_CHUNK:
-            settings["prefill_chunk_size"] = PREFILL_CHUNK
+        at_once = pass_length(len(request.prompt), fixed_length(self.model.config))
+        if len(request.prompt) > at_once:
+            settings["prefill_chunk_size"] = at_once
         _without_settings(self.model).generate(
             inputs,
             attention_mask=torch.ones_like(inputs),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental._config import patch  # type: ignore[attr-defined]
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -27,7 +26,7 @@ from melinoe.losses.likelihood import tokens_at_once
 from melinoe.models.layers import MoeLayer, experts_per_token
 from melinoe.models.logits import output_layer_given
 from melinoe.models.undecorated import take_over
-from melinoe.runtime.work_space import LiveBytes
+from melinoe.runtime.work_space import LiveBytes, without_values
 from melinoe.tuning.settings import TuneSettings
 
 _STAND_IN = "melinoe_planning"
@@ -69,8 +68,7 @@ def count(model: nn.Module, layers: list[MoeLayer], batch: BatchShape, settings:
             attach_low_rank(layer.experts, settings.rank, settings.alpha, device="meta")
     own: dict[str | None, int] = {}  # bytes by decoder layer; None: outside of all
     inputs: dict[str, int] = {}
-    every = patch(meta_nonzero_assume_all_nonzero=True)  # qwen4_exp looks for what a token may see: all
-    with _counting(model, layers, settings.form.experts, own, inputs), every:
+    with _counting(model, layers, settings.form.experts, own, inputs), without_values():
         ids_BS = torch.zeros(batch.rows, batch.length, dtype=torch.long, device="meta")
         # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
         shape = (batch.rows, 1, batch.length, batch.length)

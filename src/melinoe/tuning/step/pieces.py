@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental._config import patch  # type: ignore[attr-defined]
 
 from melinoe.losses.likelihood import tokens_at_once
 from melinoe.models.logits import output_layer_given, unwrapped
-from melinoe.runtime.work_space import twin, use_stand_in
+from melinoe.runtime.work_space import twin, use_stand_in, without_values
 
 
 class Pieces:
@@ -44,7 +43,7 @@ def logits_are_plain(model: Any) -> bool:
     use_stand_in(empty)
     ids_BS = torch.zeros(1, 2, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool, device="meta")  # of four dimensions: not looked into
-    with output_layer_given(empty, ids_BS) as seen, patch(meta_nonzero_assume_all_nonzero=True):
+    with output_layer_given(empty, ids_BS) as seen, without_values():
         try:
             logits = empty(input_ids=ids_BS, attention_mask=mask, use_cache=False).logits
         except NotImplementedError:  # shapes that hang on values

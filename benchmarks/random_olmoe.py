@@ -36,23 +36,28 @@ def small_config(hidden: int, inner: int, experts: int, layers: int, top_k: int,
     )
 
 
-def _layer_tensors(layer: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One decoder layer under the hub's names; scales as a trained model has them, roughly."""
+def layer_tensors(layer: int, generator: torch.Generator, added: float = 1.0) -> dict[str, torch.Tensor]:
+    """One decoder layer under the hub's names; scales as a trained model has them, roughly.
 
-    def random(*shape: int) -> torch.Tensor:
+    Args:
+        added: scale of what attention and experts add to the residual stream.
+    """
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
         weight = torch.empty(shape, dtype=torch.bfloat16, device=generator.device)
-        return weight.normal_(std=shape[-1] ** -0.5, generator=generator).cpu()
+        return weight.normal_(std=scale * shape[-1] ** -0.5, generator=generator).cpu()
 
     prefix = f"model.layers.{layer}"
     ones = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     tensors = {f"{prefix}.{name}.weight": torch.ones(HIDDEN, dtype=torch.bfloat16) for name in ones}
     for name in "qkvo":
-        tensors[f"{prefix}.self_attn.{name}_proj.weight"] = random(HIDDEN, HIDDEN)
+        scale = added if name == "o" else 1.0
+        tensors[f"{prefix}.self_attn.{name}_proj.weight"] = random(HIDDEN, HIDDEN, scale=scale)
     tensors[f"{prefix}.mlp.gate.weight"] = random(EXPERTS, HIDDEN)
     for expert in range(EXPERTS):
         for name in ("gate_proj", "up_proj"):
             tensors[f"{prefix}.mlp.experts.{expert}.{name}.weight"] = random(INTERMEDIATE, HIDDEN)
-        tensors[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = random(HIDDEN, INTERMEDIATE)
+        tensors[f"{prefix}.mlp.experts.{expert}.down_proj.weight"] = random(HIDDEN, INTERMEDIATE, scale=added)
     return tensors
 
 
@@ -70,7 +75,7 @@ def _other_tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
     }
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """One word for every id, so that texts are equal exactly where tokens are."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -93,6 +98,21 @@ def write_olmoe(folder: Path, num_layers: int, context: int = 4096, device: str 
         The bytes of all shards.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder, num_layers, context)
+    write_tokenizer(folder)
+    for layer in range(num_layers + 1):
+        shard = shard_of(folder, layer, num_layers + 1)
+        if not shard.exists():
+            generator = torch.Generator(device).manual_seed(layer)
+            tensors = layer_tensors(layer, generator) if layer < num_layers else _other_tensors(generator)
+            write_shard(shard, tensors)
+            del tensors
+            gc.collect()
+    return write_index(folder)
+
+
+def write_config(folder: Path, num_layers: int, context: int = 4096) -> None:
+    """OLMoE-1B-7B's, but for the number of layers and of tokens."""
     config = OlmoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -110,21 +130,32 @@ def write_olmoe(folder: Path, num_layers: int, context: int = 4096, device: str 
         pad_token_id=0,
     )
     config.save_pretrained(folder)
-    _write_tokenizer(folder)
+
+
+def shard_of(folder: Path, number: int, of: int) -> Path:
+    """Where the hub's naming puts a shard; they are counted from 0 here."""
+    return folder / f"model-{number + 1:05d}-of-{of:05d}.safetensors"
+
+
+def write_shard(shard: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes a shard, whole or not at all."""
+    with whole_file(shard) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    print(f"wrote {shard.name}", flush=True)
+
+
+def write_index(folder: Path) -> int:
+    """Writes the index of a folder's shards.
+
+    Returns:
+        The bytes of all shards.
+    """
     names: dict[str, str] = {}
-    for layer in range(num_layers + 1):
-        shard = folder / f"model-{layer + 1:05d}-of-{num_layers + 1:05d}.safetensors"
-        if not shard.exists():
-            generator = torch.Generator(device).manual_seed(layer)
-            tensors = _layer_tensors(layer, generator) if layer < num_layers else _other_tensors(generator)
-            with whole_file(shard) as partial:
-                save_file(tensors, partial, metadata={"format": "pt"})
-            print(f"wrote {shard.name}", flush=True)
-            del tensors
-            gc.collect()
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
         with safe_open(shard, "pt") as opened:
             names |= dict.fromkeys(opened.keys(), shard.name)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    total = sum(shard.stat().st_size for shard in shards)
     index = {"metadata": {"total_size": total}, "weight_map": names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return total

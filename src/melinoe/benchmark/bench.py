@@ -422,7 +422,7 @@ class _Bench:
         }
         checkpoint = arena.checkpoints[row.weights]
         if row.kind == LLAMA_CPP:
-            path = arena.gguf[row.precision]
+            path = arena.gguf[row.weights, row.precision]
             fits = 2 * path.stat().st_size < limit_bytes  # the mapped file and what is laid out anew of it
             ends = ends_of(checkpoint)
             return Task(path=str(path), repack=fits, ends=ends, **common)

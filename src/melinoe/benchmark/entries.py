@@ -57,6 +57,11 @@ def entries(weights: list[str], predictor: bool, formats: tuple[str, ...] = ("in
         Entry("resident transformers, no limit", RESIDENT, limited=False),
         Entry("accelerate disk_offload", ACCELERATE),
         *(Entry(f"llama.cpp mmap {name}", LLAMA_CPP, precision=name) for name in ("bf16", "q8_0", "q4_0")),
+        *(
+            Entry(f"llama.cpp mmap bf16 {name}", LLAMA_CPP, weights=name, precision="bf16")
+            for name in weights
+            if name == TUNED
+        ),
         Entry("no cache", OURS, policy="lru", slots=0, source="loading on demand"),
         Entry("LRU per layer", OURS, policy="lru", source="mixtral-offloading, moe-policylang"),
         Entry("visit counts", OURS, policy="lfu", source="MoE-Infinity"),

@@ -42,14 +42,15 @@ class Arena:
     """Everything that the rows share.
 
     checkpoints: {weights: folder}, widened where the records were to be larger.
-    stores: {(weights, format): folder}. gguf: {precision: file}. offload: accelerate's folder, or None.
+    stores: {(weights, format): folder}. gguf: {(weights, precision): file}.
+    offload: accelerate's folder, or None.
     skipped: {row: why it cannot run}. plain: {weights: folder} as they were before widening.
     """
 
     folder: Path
     checkpoints: dict[str, Path]
     stores: dict[tuple[str, str], Path]
-    gguf: dict[str, Path]
+    gguf: dict[tuple[str, str], Path]
     offload: Path | None
     skipped: dict[str, str]
     plain: dict[str, Path]
@@ -146,14 +147,14 @@ def _write_gguf(arena: Arena, row: Entry, note: Callable[[str], None]) -> str:
     for found, package in ((gguf_available(), "gguf"), (llama_cpp.available(), "xllamacpp")):
         if not found:
             return f"{package} is not installed: pip install 'melinoe-moe[bench]'"
-    path = arena.folder / f"{row.precision}.gguf"
+    path = arena.folder / f"{row.weights}-{row.precision}.gguf"
     if not path.is_file():
         note(f"writing {path.name}")
         try:
-            write_gguf(arena.checkpoints[BASE], path, row.precision)
+            write_gguf(arena.checkpoints[row.weights], path, row.precision)
         except MelinoeError as error:
             return str(error)
-    arena.gguf[row.precision] = path
+    arena.gguf[row.weights, row.precision] = path
     return ""
 
 

@@ -1,7 +1,8 @@
 """What the weights of a row still know: NLL and Rouge-L beside the speed, for every precision that runs.
 
 Ours is measured through the store that the row reads. Of a GGUF file the weights are measured: its experts,
-expanded, in transformers. llama.cpp rounds activations besides, which is not in that number.
+expanded, in transformers. llama.cpp rounds activations besides, which is not in that number. It knows nothing
+of sticky routing, so what it runs of tuned weights is measured without.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ COMPLETION_TOKENS = 32  # of a completion that is compared with its reference
 def key_of(row: Entry) -> str:
     """Rows of the same weights in the same precision have the same quality."""
     precision = "auto" if row.precision in ("auto", "bf16") else row.precision
-    return f"{row.weights} {precision}"
+    plain = " as other engines route" if row.kind == LLAMA_CPP and row.weights != BASE else ""
+    return f"{row.weights} {precision}{plain}"
 
 
 def quality(arena: Arena, row: Entry, rows: list[Row], prompt: list[int]) -> dict[str, Any]:
     """{"nll", "rouge_l", "num_rows"} on the rows, and the "answer" to a prompt, which ends where it ends."""
     model: Any
-    if row.kind == LLAMA_CPP and row.precision != "bf16":
-        model, tokenizer = load_resident(arena.checkpoints[BASE])
-        expand_experts(model, arena.gguf[row.precision])
+    if row.kind == LLAMA_CPP and (row.precision != "bf16" or row.weights != BASE):
+        model, tokenizer = load_resident(arena.checkpoints[row.weights], sticky=0.0)
+        if row.precision != "bf16":
+            expand_experts(model, arena.gguf[row.weights, row.precision])
     else:
         precision = row.precision if row.kind == OURS else "auto"
         path: Path = arena.stores[row.weights, precision]

@@ -61,6 +61,18 @@ def test_completions_equal_row_by_row_generation():
     assert "nll" not in result
 
 
+def test_an_answer_beside_a_longer_prompt_has_the_room_it_has_alone():
+    """The context is full sooner for a longer prompt, and for nobody beside it."""
+    model, words = model_and_tokenizer()
+    model = copy.deepcopy(model)
+    model.generation_config.eos_token_id = 1
+    model.config.max_position_embeddings = 40
+    prompts = [encode_prompt(words, "ab" * n) for n in (3, 17, 16, 4)]
+    alone = [greedy_completions(model, words, [one], 20, progress=False)[0] for one in prompts]
+    assert len(set(map(len, alone))) > 2
+    assert greedy_completions(model, words, prompts, 20, batch_size=4, progress=False) == alone
+
+
 def test_perfect_references_score_one():
     """The model's own completions as references."""
     model, tokenizer = model_and_tokenizer()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,20 +17,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from transformers import GenerationConfig
 
 import melinoe
+from melinoe.errors import MelinoeError
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import INITIAL_TRUST, DecayedCounts, decode_call
 from melinoe.runtime.answer_text import AnswerText
-from melinoe.runtime.generation_settings import Sampling, end_tokens
+from melinoe.runtime.generation_settings import Sampling, end_tokens, stop_strings
 from melinoe.serving.engine import batched
 from melinoe.serving.engine.sampling import sampler
+from melinoe.serving.engine.start import start_engine
 from melinoe.serving.http.admission import Admission
 from melinoe.serving.http.errors import ApiError
 from melinoe.serving.http.protocol import ChatRequest, CompletionRequest
 from melinoe.serving.http.responses import ResponsesRequest
 from melinoe.serving.http.tools import ToolCalls
 from melinoe.serving.metrics import Metrics
+from melinoe.serving.settings import ServeSettings
 from text_model import tokenizer as characters
 from tokenizers_of_all_kinds import byte_fallback, byte_level
 
@@ -93,6 +99,69 @@ def test_a_sampler_chooses_what_generate_chooses(kind, olmoe_store):
             torch.tensor([prompt]), do_sample=drawn, max_new_tokens=12, min_new_tokens=12, **plain
         )
     assert tokens == made[0].tolist()
+
+
+# everything else in a generation_config that changes which token is chosen
+OF_CHECKPOINTS = {
+    "repeats": {"no_repeat_ngram_size": 2},
+    "repeats of the prompt": {"encoder_no_repeat_ngram_size": 1},
+    "words of the prompt": {"encoder_repetition_penalty": 3.0},
+    "penalty": {"repetition_penalty": 1.7},
+    "lengths": {"min_length": 12, "eos_token_id": [1, *range(5, 60, 2)]},
+    "new tokens": {"min_new_tokens": 9, "eos_token_id": [1, *range(5, 60, 2)]},
+    "ends": {"exponential_decay_length_penalty": (2, 1.7), "eos_token_id": 9},
+    "words": {"bad_words_ids": [[5], [7, 8]], "begin_suppress_tokens": [33]},
+    "forced": {"forced_bos_token_id": 4, "forced_eos_token_id": 6},
+    "biases": {"sequence_bias": [[[5], -3.0], [[6], 4.0]]},
+    "guided": {"guidance_scale": 1.6},
+    "typical": {"do_sample": True, "typical_p": 0.7},
+    "cut off": {"do_sample": True, "epsilon_cutoff": 0.03, "eta_cutoff": 0.02},
+    "drawn": {"do_sample": True, "temperature": 1.4, "top_k": 9, "top_p": 0.9, "min_p": 0.01},
+    "normal": {"do_sample": True, "renormalize_logits": True, "remove_invalid_values": True},
+}
+
+
+@pytest.mark.parametrize("kind", OF_CHECKPOINTS)
+def test_a_sampler_follows_the_checkpoint_as_generate_does(kind, olmoe_store):
+    model, prompt = melinoe.load(olmoe_store, slots=8), [3, 4, 5, 33, 9]
+    model.generation_config.update(**OF_CHECKPOINTS[kind])
+    ends = end_tokens(model.generation_config, LETTERS)
+    with torch.no_grad():
+        torch.manual_seed(5)
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=12)[0].tolist()
+        chooser, tokens = sampler(model, LETTERS, prompt, 12, seed=5), list(prompt)
+        while len(tokens) < len(prompt) + 12 and (tokens == prompt or tokens[-1] not in ends):
+            tokens.append(chooser.choose(model(torch.tensor([tokens])).logits[0, -1].float()).token)
+    assert tokens == expected
+
+
+def test_what_runs_the_model_between_tokens_is_not_batched(olmoe_store, capsys):
+    model = melinoe.load(olmoe_store, slots=8)
+    model.generation_config.guidance_scale = 1.6
+    settings = ServeSettings(concurrency=2, context=64, engine="batched")
+    with pytest.raises(MelinoeError, match="guidance_scale"):
+        start_engine(model, LETTERS, settings)
+    engine = start_engine(model, LETTERS, replace(settings, engine="auto"))
+    engine.stop()
+    assert engine.name == "one at a time" and "guidance_scale" in capsys.readouterr().err
+
+
+def test_a_stop_string_that_is_a_token_of_its_own_ends_the_text():
+    """It has no text among tokens; one that is asked for, and one of the checkpoint's."""
+    words = copy.deepcopy(LETTERS)
+    words.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
+    over, seen = words.convert_tokens_to_ids("<|over|>"), words("abc")["input_ids"]
+    for stops in (["<|over|>"], ["xyz", "<|over|>", "cx"]):
+        answer = AnswerText(words, stops)
+        shown = "".join(map(answer.add, [*seen, over]))
+        assert answer.stopped and shown + answer.finish() == "abc"
+
+
+@pytest.mark.parametrize("named", ["ab", ["ab"], ["x", "ab"], None])
+def test_one_stop_string_is_not_its_letters(named):
+    assert stop_strings(GenerationConfig(stop_strings=named)) == (
+        [] if named is None else [named] if isinstance(named, str) else named
+    )
 
 
 def test_what_the_checkpoint_says_holds_where_the_request_says_nothing(olmoe_store):

@@ -26,7 +26,14 @@ from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
 from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, rows_at_once, track, usable_rows
 from melinoe.models.logits import logits_at
-from melinoe.runtime.generation_settings import Request, Sampling, context_length, end_tokens, request
+from melinoe.runtime.generation_settings import (
+    Request,
+    Sampling,
+    context_length,
+    end_tokens,
+    request,
+    stop_strings,
+)
 
 METRICS = ("perplexity", "exact_match", "rouge_l")
 GENERATION_BATCH = 64  # rows decoded side by side, where no batch size is given,
@@ -71,9 +78,9 @@ def greedy_completions(
     result = [""] * len(prompts)
     context = context_length(model)
     ends = set(end_tokens(model.generation_config, tokenizer))
-    stops = model.generation_config.stop_strings or []
-    at_once = rows_at_once(model, batch_size)
-    for batch in track(_completion_batches(prompts, max_new_tokens, at_once), "completions", progress):
+    stops = stop_strings(model.generation_config)
+    batches = _completion_batches(prompts, max_new_tokens, rows_at_once(model, batch_size), context)
+    for batch in track(batches, "completions", progress):
         width = max(len(prompts[position]) for position in batch)
         room = max_new_tokens if context is None else max(1, min(max_new_tokens, context - width))
         settings = greedy_request(model, tokenizer, room).arguments
@@ -82,7 +89,7 @@ def greedy_completions(
         for position, said in zip(batch, output, strict=True):
             end = next((place for place, token in enumerate(said) if token in ends), len(said))
             text = tokenizer.decode(said[:end], skip_special_tokens=True)
-            for stop in [stops] if isinstance(stops, str) else stops:
+            for stop in stops:
                 text = text.partition(stop)[0]
             result[position] = text
     return result
@@ -95,10 +102,17 @@ def greedy_request(model: Any, tokenizer: Any, max_new_tokens: int) -> Request:
     return replace(asked, arguments=asked.arguments | {"prompt_lookup_num_tokens": None})  # of one row alone
 
 
-def _completion_batches(prompts: list[list[int]], new: int, batch_size: int | None) -> list[list[int]]:
-    batches = length_batches([len(prompt) + new for prompt in prompts], COMPLETION_TOKENS, batch_size)
+def _completion_batches(
+    prompts: list[list[int]], new: int, batch_size: int | None, context: int | None
+) -> list[list[int]]:
+    """A prompt that leaves less room than `new` is alone: the answers beside it would have no more."""
+    lengths = [len(prompt) + new for prompt in prompts]
+    long = [one for one, length in enumerate(lengths) if context is not None and length > context]
+    others = sorted({*range(len(prompts))} - {*long})
+    batches = length_batches(lengths, COMPLETION_TOKENS, batch_size, positions=others)
     size = batch_size or GENERATION_BATCH
-    return [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    cut = [batch[start : start + size] for batch in batches for start in range(0, len(batch), size)]
+    return [[one] for one in long] + cut
 
 
 def rouge_l(completions: list[str], references: list[str]) -> np.ndarray:

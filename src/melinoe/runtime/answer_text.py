@@ -12,17 +12,24 @@ class AnswerText:
 
     Args:
         tokenizer: of transformers.
-        stops: the answer ends before the first of these; none of them is empty.
+        stops: the answer ends before the first of these; none of them is empty. One that is a token of its
+            own, such as `<|im_end|>`, need not have text in the answer.
     """
 
     def __init__(self, tokenizer: Any, stops: list[str]) -> None:
         self._pieces = Detokenizer(tokenizer)
         self._stops = stops
+        added = tokenizer.get_added_vocab() if stops else {}
+        self._stop_tokens = {added[stop] for stop in stops if stop in added}
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def add(self, token: int) -> str:
         """What may be shown after this token. `stopped` tells whether the answer ends here."""
+        if token in self._stop_tokens:
+            text = self.finish()
+            self.stopped = True
+            return text
         return self._check(self._pieces.add(token))
 
     def finish(self) -> str:

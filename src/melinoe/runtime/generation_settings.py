@@ -55,6 +55,12 @@ def end_tokens(settings: GenerationConfig, tokenizer: Any) -> list[int]:
     )
 
 
+def stop_strings(settings: GenerationConfig) -> list[str]:
+    """The texts that end a generation; transformers takes one as well as a list of them."""
+    named = settings.stop_strings or []
+    return [named] if isinstance(named, str) else list(named)
+
+
 def context_length(model: Any) -> int | None:
     """How many tokens a model can see; None where its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -178,7 +184,7 @@ def of_one_answer(model: Any, tokenizer: Any, max_new_tokens: int, sampling: Sam
     """What `model.generate` would follow, as an object: one answer, one token at a time.
 
     For whoever chooses tokens himself (`melinoe.serving`): several beams, guessed tokens and stop strings,
-    which need more than the last logits, are left out.
+    which need more than the last logits, are left out; stop strings are looked for in the text.
 
     Raises:
         MelinoeError: as `request`.

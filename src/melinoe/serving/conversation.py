@@ -17,7 +17,7 @@ from melinoe.config import format_bytes
 from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.runtime.answer_text import AnswerText
-from melinoe.runtime.generation_settings import AS_THE_CHECKPOINT, Sampling, end_tokens
+from melinoe.runtime.generation_settings import AS_THE_CHECKPOINT, Sampling, end_tokens, stop_strings
 from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.request import EngineRequest, Progress
 from melinoe.serving.engine.sampling import sampler
@@ -152,7 +152,7 @@ class Conversation:
             f"turn-{next(self._names)}",
             prompt,
             sampler(self._model, self._tokenizer, prompt, length, self.sampling, seed=self.seed),
-            AnswerText(self._tokenizer, [*(theirs.stop_strings or ()), *self.stops]),
+            AnswerText(self._tokenizer, [*stop_strings(theirs), *self.stops]),
             length,
             end_tokens(theirs, self._tokenizer),
             arrived.put,

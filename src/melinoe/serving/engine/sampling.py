@@ -66,9 +66,10 @@ class Sampler:
         self, model: Any, config: GenerationConfig, prompt: list[int], seed: int | None, logprobs: int | None
     ) -> None:
         device = model.device
+        said = torch.tensor([prompt], device=device)
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=device, batch_size=1)
         self._processors = model._get_logits_processor(
-            config, input_ids_seq_length=len(prompt), device=device, model_kwargs={}
+            config, input_ids_seq_length=len(prompt), encoder_input_ids=said, device=device, model_kwargs={}
         )
         self._drawn = bool(config.do_sample)
         self.seed = _within_64_bits(seed) if seed is not None else secrets.randbits(63)
@@ -78,7 +79,7 @@ class Sampler:
         self._logprobs = logprobs
         self._length = len(prompt)
         self._ids = torch.empty((1, len(prompt) + config.max_new_tokens), dtype=torch.long, device=device)
-        self._ids[0, : self._length] = torch.tensor(prompt)
+        self._ids[0, : self._length] = said[0]
 
     def choose(self, logits: torch.Tensor) -> Choice:
         """logits: [V] float32 behind the last token. The chosen token counts as said."""

@@ -68,8 +68,15 @@ def start_engine(model: Any, tokenizer: Any, settings: ServeSettings) -> Engine:
             "sticky routing does not know continuous batching yet",
             next_step="--engine one-at-a-time, or --sticky 0",
         )
-    if sticky:
-        print("melinoe: one request at a time, because: the model is sticky", file=sys.stderr)
+    guided = model.generation_config.guidance_scale not in (None, 1)
+    if guided and settings.engine == "batched":
+        raise MelinoeError(
+            "guidance_scale of the checkpoint's generation settings runs the model for one request alone",
+            next_step="--engine one-at-a-time",
+        )
+    if sticky or guided:
+        why = "the model is sticky" if sticky else "its generation settings have a guidance_scale"
+        print(f"melinoe: one request at a time, because: {why}", file=sys.stderr)
     elif settings.engine != "one-at-a-time":
         batched = BatchedEngine(model, settings.concurrency, context, cached_tokens(context, settings))
         try:

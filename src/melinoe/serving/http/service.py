@@ -14,7 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from melinoe.runtime.answer_text import AnswerText
-from melinoe.runtime.generation_settings import AS_THE_CHECKPOINT, Sampling, end_tokens, of_one_answer
+from melinoe.runtime.generation_settings import (
+    AS_THE_CHECKPOINT,
+    Sampling,
+    end_tokens,
+    of_one_answer,
+    stop_strings,
+)
 from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.request import EngineRequest, Progress
 from melinoe.serving.engine.sampling import Choice, sampler
@@ -56,7 +62,7 @@ class Service:
             model, tokenizer, 1, AS_THE_CHECKPOINT
         )  # what cannot be followed is said before clients come
         self.end_tokens = end_tokens(model.generation_config, tokenizer)
-        self.stop_strings = list(model.generation_config.stop_strings or [])
+        self.stop_strings = stop_strings(model.generation_config)
         paged = getattr(model, "melinoe_paged", None)
         self.predictor = paged.predictor if paged is not None else None
         self.experts = ExpertEvents(paged.pager) if paged is not None else None
@@ -171,12 +177,6 @@ class Service:
         logprobs: int | None,
     ) -> EngineRequest:
         most = self.prompts.answer_length(prompt, *wanted)
-        ends, stops = list(self.end_tokens), list(self.stop_strings)
-        special = self.tokenizer.get_added_vocab()
-        for stop in body.stops:
-            if stop in special:  # special tokens have no text to look for
-                ends.append(special[stop])
-            stops.append(stop)
         sampling = Sampling(
             temperature=body.temperature,
             top_p=body.top_p,
@@ -197,9 +197,9 @@ class Service:
                 logprobs=logprobs,
                 ignore_eos=bool(body.ignore_eos),
             ),
-            AnswerText(self.tokenizer, stops),
+            AnswerText(self.tokenizer, [*self.stop_strings, *body.stops]),
             most,
-            ends,
+            self.end_tokens,
             answer.deliver(len(answer.requests)),
             self.predictor.predict(prompt) if self.predictor is not None else None,
         )

@@ -13,68 +13,35 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-
 from melinoe._version import __version__
-from melinoe.benchmark.entries import (
-    ACCELERATE,
-    BASE,
-    CONTROL,
-    LLAMA_CPP,
-    OURS,
-    RESIDENT,
-    TUNED,
-    Entry,
-    chosen,
-    entries,
-)
+from melinoe.benchmark.entries import BASE, CONTROL, OURS, TUNED, Entry, chosen, entries
+from melinoe.benchmark.folder import FORMAT, VERSION, begin, slug
 from melinoe.benchmark.page import write_bench_page
-from melinoe.benchmark.prepare import Arena, ends_of, prepare, prompts_of
+from melinoe.benchmark.predicted import INTERPRETER_BYTES, budget_of, prediction_of
+from melinoe.benchmark.prepare import Arena, prepare, prompts_of
 from melinoe.benchmark.quality import key_of, quality
-from melinoe.benchmark.run_entry import Task
 from melinoe.benchmark.simulated import routing
 from melinoe.benchmark.summary import SPEED, rank, summarise
+from melinoe.benchmark.turns import Runs, Turns, agreement
 from melinoe.config import default_slots, parse_bytes
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.data.rows import Row, read_rows
-from melinoe.demonstration.limited_process import MemoryLimit, run_module
-from melinoe.demonstration.race import drop_page_cache
+from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.errors import MelinoeError
-from melinoe.files import empty, write_json
+from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.outputs import Kind, Output
 from melinoe.report.setting import commit, data_folder, machine
-from melinoe.runtime.forecast import NO_CACHE
 from melinoe.runtime.load import load_tokenizer
 from melinoe.runtime.plan import plan
-from melinoe.runtime.speed import Rates, Shape, token_seconds
 from melinoe.verbs import Stages
 
-FORMAT, VERSION = "melinoe-bench", "1"
-SETTINGS = "bench.json"
 RECORD_BYTES = 3 * 2**20
-# what Python, torch and transformers have when a model is opened, as `melinoe.plan(model)` says of a process
-# (338 MiB); what they take beyond it is part of a budget
-INTERPRETER_BYTES = 344 * 2**20
 RANDOM = "random"  # in place of data: prompts of random tokens, for weights that were never trained
-
-
-def _foreign(folder: Path) -> str:
-    try:
-        found = json.loads((folder / SETTINGS).read_text()).get("format")
-    except (OSError, ValueError, AttributeError):
-        found = None
-    return "" if found == FORMAT else f"a folder without the {SETTINGS} of a bench"
-
-
-BENCH = Kind("a bench", True, _foreign)
 
 
 @dataclass(frozen=True)
@@ -173,7 +140,7 @@ def bench(
         "threads": threads,
         "seed": seed,
     }
-    _begin(output, reads, settings, overwrite)
+    begin(output, reads, settings, overwrite)
     run = _Bench(output, settings, models, wanted, size, held_out, Stages(4, progress))
     result = run.run(None if predictor is None else str(predictor), memory, record_bytes)
     write_json(output / "result.json", result, indent=1, default=float)
@@ -181,25 +148,6 @@ def bench(
     if not keep:
         shutil.rmtree(output / "work", ignore_errors=True)
     return result
-
-
-def _begin(output: Path, reads: dict[str, Any], settings: dict[str, Any], overwrite: bool) -> None:
-    """A new folder, or one that was begun with the same settings."""
-    Output(output, BENCH, reads, replace=True).check()
-    card = {"format": FORMAT, "version": VERSION, "settings": settings}
-    if (output / SETTINGS).is_file():
-        before = json.loads((output / SETTINGS).read_text())["settings"]
-        if before == settings and not overwrite:
-            return
-        if not overwrite:
-            changed = sorted(name for name in settings if before.get(name) != settings[name])
-            raise MelinoeError(
-                f"{output} has a bench of other settings",
-                got=", ".join(changed),
-                next_step="choose another folder, or begin anew with --overwrite",
-            )
-        empty(output)
-    write_json(output / SETTINGS, card, indent=1)
 
 
 class _Bench:
@@ -221,7 +169,6 @@ class _Bench:
         self.answers: dict[str, str] = {}
         self.timeline: dict[str, Any] = {}
         self.budget: dict[str, Any] = {}
-        self.predicted: list[dict[str, Any]] = []  # before each repeat
 
     def run(self, predictor: str | None, memory: int | str | None, record_bytes: int) -> dict[str, Any]:
         self.stages.start("preparing weights, stores and files")
@@ -248,7 +195,6 @@ class _Bench:
         finally:
             limit.close()
         for row in table:
-            row |= _prediction(row, self.predicted)
             row |= known.get(row.pop("quality_key"), {})
         return {
             "format": FORMAT,
@@ -279,34 +225,9 @@ class _Bench:
         layer = max(layer.num_experts * layer.layout.record_bytes for layer in store.layers)
         return INTERPRETER_BYTES + int(needed) + layer
 
-    def _budget(self, limit_bytes: int) -> int:
-        """What ours may take of the limit: what the process has before a model is opened counts too."""
-        return limit_bytes - INTERPRETER_BYTES
-
     def _slots(self, arena: Arena, limit_bytes: int) -> int:
-        found = plan(arena.store.folder, self._budget(limit_bytes), measure_seconds=0)
+        found = plan(arena.store.folder, budget_of(limit_bytes), measure_seconds=0)
         return int(found["budget"]["slots"])
-
-    def _predict(self, arena: Arena, limit_bytes: int, prompts: list[list[int]], repeat: int) -> None:
-        """What `melinoe plan` says before a repeat, by format and policy: what else the machine does meets
-        its probes as it meets the rows."""
-        file = self.output / "predicted" / f"{repeat}.json"
-        if not file.is_file():
-            before = torch.get_num_threads()
-            torch.set_num_threads(self.threads)
-            try:
-                found = plan(
-                    arena.store.folder,
-                    self._budget(limit_bytes),
-                    context=max(map(len, prompts)) + self.size.new_tokens,
-                    measure_seconds=0,
-                    speeds=True,
-                )
-            finally:
-                torch.set_num_threads(before)
-            rows = {f"{row['format']} {row['policy']}": row for row in found["speeds"]}
-            write_json(file, rows, default=float)
-        self.predicted.append(json.loads(file.read_text()))
 
     def _quality(self, arena: Arena, rows: list[Entry], prompt: list[int]) -> dict[str, dict[str, Any]]:
         if self.held_out is None or not self.size.quality_rows:
@@ -314,7 +235,7 @@ class _Bench:
         known = {}
         for row in rows:
             key = key_of(row)
-            file = self.output / "quality" / f"{_slug(key)}.json"
+            file = self.output / "quality" / f"{slug(key)}.json"
             if key in known:
                 continue
             if not file.is_file():
@@ -344,31 +265,24 @@ class _Bench:
         prompts: list[list[int]],
         predictor: str | None,
     ) -> list[dict[str, Any]]:
-        runs: dict[str, list[dict[str, Any]]] = {row.name: [] for row in rows}
-        failed: dict[str, str] = {}
-        for repeat in range(self.size.repeats):
-            if any(row.kind == OURS for row in rows):
-                self._predict(arena, limit.limit_bytes, prompts, repeat)
-            for row in rows if repeat % 2 == 0 else rows[::-1]:
-                if row.name in failed:
-                    continue
-                try:
-                    runs[row.name].append(self._run(arena, row, repeat, limit, prompts, predictor))
-                except MelinoeError as error:
-                    failed[row.name] = str(error)
-                    self.stages.note(failed[row.name])
-        arena.skipped |= failed
-        rows = [row for row in rows if row.name not in failed]
+        size = self.size
+        turns = Turns(
+            arena, self.output, limit, prompts, predictor, size.repeats, size.new_tokens, size.seconds,
+            self.threads, self.stages.note,
+        )  # fmt: skip
+        runs, predicted = turns.run(rows)
+        rows = [row for row in rows if row.name in runs]
         table = []
         for row in rows:
             found = {**row.to_json(), "limited": row.limited and limit.available}
             found |= summarise(runs[row.name]) | {"quality_key": key_of(row)}
-            table.append(found | _agreement(row, runs, rows))
+            found |= agreement(row, runs, rows)
+            table.append(found | prediction_of(found, predicted))
         rank(table)
         self._show(arena, table, runs)
         return table
 
-    def _show(self, arena: Arena, table: list[dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> None:
+    def _show(self, arena: Arena, table: list[dict[str, Any]], runs: Runs) -> None:
         """What the page shows of single runs: an answer of all weights, one generation, its memory."""
         own = [row for row in table if row["kind"] == OURS and row["slots"]]
         tokenizer = load_tokenizer(arena.checkpoints[BASE])
@@ -382,107 +296,3 @@ class _Bench:
             names = ("times", "waits", "reads")
             self.timeline = {name: run["requests"][0][name] for name in names} | {"name": best["name"]}
             self.budget = {"name": best["name"], **run["budget"]}
-
-    def _run(
-        self,
-        arena: Arena,
-        row: Entry,
-        repeat: int,
-        limit: MemoryLimit,
-        prompts: list[list[int]],
-        predictor: str | None,
-    ) -> dict[str, Any]:
-        file = self.output / "runs" / f"{repeat}-{_slug(row.name)}.json"
-        if file.is_file():
-            return json.loads(file.read_text())
-        drop_page_cache(arena.folder)
-        under = limit if row.limited and limit.available else None
-        if under is not None:
-            under.peak_bytes()  # forgets the peak of whoever ran before
-        task = self._task(arena, row, limit.limit_bytes, prompts, predictor)
-        found = run_module(
-            "melinoe.benchmark.run_entry", task.to_json(), arena.folder / "task.json", under, repr(row.name)
-        )
-        found["peak_bytes"] = under.peak_bytes() if under is not None else None
-        write_json(file, found)
-        self.stages.note(
-            f"{repeat + 1}/{self.size.repeats} {row.name}: {summarise([found])[SPEED]:.1f} tok/s"
-        )
-        return found
-
-    def _task(
-        self, arena: Arena, row: Entry, limit_bytes: int, prompts: list[list[int]], predictor: str | None
-    ) -> Task:
-        common: dict[str, Any] = {
-            "kind": row.kind,
-            "prompts": prompts,
-            "new_tokens": self.size.new_tokens,
-            "seconds": self.size.seconds,
-            "threads": self.threads,
-        }
-        checkpoint = arena.checkpoints[row.weights]
-        if row.kind == LLAMA_CPP:
-            path = arena.gguf[row.weights, row.precision]
-            fits = 2 * path.stat().st_size < limit_bytes  # the mapped file and what is laid out anew of it
-            ends = ends_of(checkpoint)
-            return Task(path=str(path), repack=fits, ends=ends, **common)
-        if row.kind in (RESIDENT, ACCELERATE):
-            return Task(path=str(checkpoint), offload_folder=str(arena.offload), **common)
-        assert row.kind == OURS
-        return Task(
-            path=str(arena.stores[row.weights, row.precision]),
-            memory=None if row.slots is not None else self._budget(limit_bytes),
-            slots=row.slots,
-            policy=row.policy,
-            predictor=predictor if row.predicted else None,
-            **common,
-        )
-
-
-def _agreement(row: Entry, runs: dict[str, list[dict[str, Any]]], rows: list[Entry]) -> dict[str, Any]:
-    """How many answers are those of the first row of ours with the same weights and precision.
-
-    Raises:
-        MelinoeError: one of ours gave another token: paging must not change a result.
-    """
-    own = [one["tokens"] for run in runs[row.name] for one in run["requests"]]
-    alike = [one for one in rows if one.kind == OURS and key_of(one) == key_of(row)]
-    if not alike:
-        return {"answers_equal": None}
-    reference = [one["tokens"] for one in runs[alike[0].name][0]["requests"]]
-    references = reference * (len(own) // len(reference))
-    equal = sum(a[: len(b)] == b[: len(a)] for a, b in zip(own, references, strict=True))
-    if row.kind == OURS and equal < len(own):
-        raise MelinoeError(
-            f"{row.name} generated other tokens than {alike[0].name}",
-            got=f"{len(own) - equal} of {len(own)} answers",
-            next_step="this is a mistake of melinoe's: please report it",
-        )
-    return {"answers_equal": equal / len(own)}
-
-
-def _prediction(row: dict[str, Any], predicted: list[dict[str, Any]]) -> dict[str, Any]:
-    """What was predicted for a row of ours on the base's weights: nobody told the plan of a tuning.
-
-    The error has two causes, so it is given without the one of them, too: at the hits that came.
-    """
-    name = f"{row['precision']} {NO_CACHE if row['slots'] == 0 else row['policy']}"
-    found = [one[name] for one in predicted if name in one]
-    if row["kind"] != OURS or row["weights"] != BASE or row["predicted"] or not found:
-        return {}
-    speed = median(one["tokens_per_second"] for one in found)
-    at_hits = median(
-        1 / token_seconds(Shape(**one["shape"]), Rates(**one["rates"]), row["hit_rate"] or 0.0)
-        for one in found
-    )
-    return {
-        "predicted_tokens_per_second": speed,
-        "predicted_range": [median(one[end] for one in found) for end in ("low", "high")],
-        "predicted_hit_rate": found[0]["hit_rate"],
-        "prediction_error": speed / row[SPEED] - 1,
-        "prediction_error_at_hits": at_hits / row[SPEED] - 1,
-    }
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")

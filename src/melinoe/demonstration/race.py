@@ -40,7 +40,7 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
     references: dict[tuple[str, bool], list[list[int]]] = {}  # by weights, and whether it is ours
     try:
         for contestant in rows:
-            drop_page_cache(arena.folder)
+            drop_page_cache(arena.folder, *arena.models.values())
             bare = record_bandwidth(store, BARE_SECONDS)  # beside each row: a disk is not the same all day
             measured.append(bare)
             result = _run(contestant, limit, arena.folder)
@@ -121,9 +121,10 @@ def _moved(contestant: Contestant, arena: Arena, store: Store) -> dict[str, Any]
     return {}
 
 
-def drop_page_cache(folder: Path) -> None:
-    """Takes every file below `folder` out of the page cache, so that no contestant starts warm."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                to_disk(file)
+def drop_page_cache(*folders: Path) -> None:
+    """Takes every file below these folders out of the page cache, so that no contestant starts warm."""
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    to_disk(file)

@@ -6,13 +6,33 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import melinoe
 from families import save_checkpoint
+from melinoe.adapters.peft_folder import Base, write_adapter
 from melinoe.benchmark.gguf_file import write_gguf
+from melinoe.experts.low_rank import attach_low_rank
+from melinoe.models.layers import fingerprint, moe_layers
+from melinoe.models.pretrained import load_model
 
 STEPS = {"max_steps": 20, "learning_rate": 2e-2, "router_learning_rate": 5e-2}
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gemma4_text", "glm4_moe"])
+def test_a_merged_checkpoint_has_the_dtypes_of_its_base(family, tmp_path):
+    """Buffers too, which are float32 while the sum is made."""
+    base = save_checkpoint(tmp_path / "base", family, dtype=torch.bfloat16)
+    tuned = load_model(base, dtype="auto").float()
+    for layer in moe_layers(tuned):
+        attach_low_rank(layer.experts, 2, 4.0)
+    write_adapter(tuned, tmp_path / "adapter", Base(str(base), fingerprint(load_model(base, dtype="auto"))))
+    melinoe.merge(base, tmp_path / "adapter", tmp_path / "merged")
+    old, new = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    loaded = load_model(base, dtype="auto").state_dict()
+    expected = {name: loaded.get(name, value).dtype for name, value in old.items()}
+    assert {name: value.dtype for name, value in new.items()} == expected
 
 
 def test_a_tuned_checkpoint_gives_the_same_tokens_in_llama_cpp(tmp_path):

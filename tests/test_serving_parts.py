@@ -30,6 +30,7 @@ from melinoe.serving.engine.sampling import sampler
 from melinoe.serving.engine.start import start_engine
 from melinoe.serving.http.admission import Admission
 from melinoe.serving.http.errors import ApiError
+from melinoe.serving.http.prompts import Prompts
 from melinoe.serving.http.protocol import ChatRequest, CompletionRequest
 from melinoe.serving.http.responses import ResponsesRequest
 from melinoe.serving.http.tools import ToolCalls
@@ -316,6 +317,17 @@ def test_calls_of_tools_are_read_where_transformers_can():
     broken = SimpleNamespace(tokens=tokenizer("<tool_call>{")["input_ids"], prompt=prompt)
     message, reason = calls.message(broken, "<tool_call>{", "length")
     assert reason == "length" and "tool_calls" not in message
+
+
+def test_tools_that_the_template_does_not_write_are_refused():
+    """The answer would be that to another question, without a word."""
+    words = copy.deepcopy(LETTERS)
+    prompts = Prompts(words, 99, 64)
+    with pytest.raises(ApiError, match="does not write tools"):
+        prompts.of_chat(chat())
+    assert prompts.of_chat(chat(tool_choice="none")) == prompts.of_chat(chat(tools=None))
+    words.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + words.chat_template
+    assert words.decode(prompts.of_chat(chat())).startswith("weather")
 
 
 def test_the_dashboard_draws_what_the_server_counts(olmoe_store):

@@ -49,7 +49,7 @@ def merge(
     model = resolve_model(model)
     folder = local_folder(model)
     network = load_model(folder, dtype="auto")
-    dtypes = {name: parameter.dtype for name, parameter in network.named_parameters()}
+    dtypes = {name: tensor.dtype for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     network.float()
     apply_adapter(network, adapter)
     for layer in moe_layers(network):
@@ -60,8 +60,8 @@ def merge(
                 next_step="merge the checkpoint it was converted from",
             )
         fold_low_rank(layer.experts)
-    for name, parameter in network.named_parameters():
-        parameter.data = parameter.data.to(dtypes[name])
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        tensor.data = tensor.data.to(dtypes[name])
     network.set_experts_implementation("eager")  # our function's name means nothing to others
     with whole_folder(output.path, output.check) as new:
         network.save_pretrained(new)

@@ -39,17 +39,26 @@ class Prompts:
                 raise ApiError(400, "this model has no chat template, so it cannot take tools", param="tools")
             return self.of_text("".join(message["content"] for message in messages), param)
         self._check_length(sum(len(message["content"]) for message in messages), param)
+        text = self._rendered(messages, param, tools)
+        if tools and text == self._rendered(messages, param, None):
+            raise ApiError(
+                400, "this model's chat template does not write tools, so they would be lost", param="tools"
+            )
+        return self.of_text(text, param, add_special_tokens=False)
+
+    def _rendered(self, messages: list[dict[str, Any]], param: str, tools: list[Any] | None) -> str:
         settings = {"tools": tools} if tools else {}
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **settings
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **settings
+                )
             )
         except Exception as error:  # the template is a program of the checkpoint's
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ApiError(
                 400, f"the model's chat template refuses this conversation: {reason}", param=param
             ) from None
-        return self.of_text(text, param, add_special_tokens=False)
 
     def of_text(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of plain text."""

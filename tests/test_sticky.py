@@ -297,6 +297,8 @@ def test_a_model_is_as_sticky_as_it_was_tuned(olmoe, tuned, monkeypatch):
     assert torch.equal(
         melinoe.load(store, slots=4)(ids()).logits, melinoe.load(tuned / "merged", slots=4)(ids()).logits
     )
+    by_transformers = AutoModelForCausalLM.from_pretrained(store)  # the same folder, the same answers
+    assert torch.equal(by_transformers(ids()).logits, melinoe.load(store, slots=4)(ids()).logits)
     assert torch.allclose(rounded(ids()).logits, expected, atol=1e-4)
     plain = AutoModelForCausalLM.from_pretrained(tuned / "merged").eval()  # what others see
     off = load_resident(tuned / "merged", sticky=0)[0]

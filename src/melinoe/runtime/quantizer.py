@@ -132,11 +132,15 @@ class MelinoeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         from melinoe.runtime import attach
+        from melinoe.sticky.model import settle_stickiness
 
         attach.unmap(model)  # before the reader checks, as it opens them, that the shards are still the same
         if self.store.fingerprint:  # none yet while a store is being written
             attach.check_weights(model, self.store)
         attach.attach(model, self.store, self.quantization_config.settings)
+        settle_stickiness(
+            model, None
+        )  # as its config says: who opens a store without melinoe.load gets the same
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         vars(model.config).pop("transformers_weights", None)
         for module in model.modules():

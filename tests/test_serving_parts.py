@@ -17,9 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from tokenizers import processors
 from transformers import GenerationConfig
 
 import melinoe
+from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import INITIAL_TRUST, DecayedCounts, decode_call
@@ -328,6 +330,22 @@ def test_tools_that_the_template_does_not_write_are_refused():
     assert prompts.of_chat(chat(tool_choice="none")) == prompts.of_chat(chat(tools=None))
     words.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + words.chat_template
     assert words.decode(prompts.of_chat(chat())).startswith("weather")
+
+
+def test_a_text_to_go_on_with_does_not_end_with_an_end_token():
+    """Which some tokenizers put behind every text; `generate --raw` goes on behind the last word."""
+    words = copy.deepcopy(LETTERS)
+    special = [(token, words.convert_tokens_to_ids(token)) for token in ("<sep>", "<eos>")]
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<sep> $A <eos>", special_tokens=special
+    )
+    whole = words("abc")["input_ids"]
+    assert (
+        Prompts(words, 99, 64).of_text("abc", "prompt") == encode_prompt(words, "abc", raw=True) == whole[:-1]
+    )
+    words.chat_template = None
+    asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "abc"}]})
+    assert Prompts(words, 99, 64).of_chat(asked) == encode_prompt(words, "abc") == whole[:-1]
 
 
 def test_the_dashboard_draws_what_the_server_counts(olmoe_store):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from melinoe.data.encoding import encode_prompt
 from melinoe.serving.http.errors import ApiError, too_long
 from melinoe.serving.http.protocol import ChatRequest, Message
 
@@ -44,7 +45,7 @@ class Prompts:
             raise ApiError(
                 400, "this model's chat template does not write tools, so they would be lost", param="tools"
             )
-        return self.of_text(text, param, add_special_tokens=False)
+        return self.of_text(text, param, rendered=True)
 
     def _rendered(self, messages: list[dict[str, Any]], param: str, tools: list[Any] | None) -> str:
         settings = {"tools": tools} if tools else {}
@@ -60,15 +61,19 @@ class Prompts:
                 400, f"the model's chat template refuses this conversation: {reason}", param=param
             ) from None
 
-    def of_text(self, text: str, param: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of plain text."""
+    def of_text(self, text: str, param: str, rendered: bool = False) -> list[int]:
+        """Token ids of plain text, to be gone on with as `generate --raw` does.
+
+        rendered: by a chat template, which has written every special token.
+        """
         self._check_length(len(text), param)
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise ApiError(400, "the text holds half of a surrogate pair", param=param) from None
-        ids = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        return self.of_ids(ids, param)
+        if rendered:
+            return self.of_ids(self._tokenizer(text, add_special_tokens=False)["input_ids"], param)
+        return self.of_ids(encode_prompt(self._tokenizer, text, raw=True), param)
 
     def of_ids(self, ids: list[int], param: str) -> list[int]:
         """The ids, checked."""

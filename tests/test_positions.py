@@ -9,6 +9,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import melinoe
 from families import save_checkpoint
+from melinoe.data.columns import Row
+from melinoe.data.encoding import encode
+from melinoe.measure.quality import completion_nll, greedy_completions
+from melinoe.measure.trace import read_routing
 from melinoe.models.positions import fixed_length
 from melinoe.runtime import division
 from melinoe.runtime.load import align, load_tokenizer
@@ -108,6 +112,25 @@ def test_texts_that_change_each_other_are_not_batched(tmp_path):
     engine = BatchedEngine(model, 2, ORIGINAL, 4 * ORIGINAL)
     engine.start()
     engine.stop()
+
+
+def test_rows_beside_each_other_are_measured_as_if_alone(tmp_path):
+    folder = checkpoint(tmp_path / "model", "mixtral", "longrope")
+    model, tokenizer = melinoe.load(folder, slots=8), load_tokenizer(folder)
+    words = [f"w{3 + (7 * place) % 40}" for place in range(2 * ORIGINAL)]
+    lengths = (5, ORIGINAL - 8, ORIGINAL + 3, 2 * ORIGINAL)
+    texts = [" ".join(words[: length - 3]) + " " for length in lengths]
+    rows = [Row(({"role": "user", "content": text},), "w9 w8") for text in texts]
+    encoded = [encode(tokenizer, row) for row in rows]
+    assert [len(one.ids) for one in encoded] == list(lengths)
+    together = read_routing(model, encoded, batch_size=4, progress=False)
+    for one, found in zip(encoded, together, strict=True):
+        assert (found == read_routing(model, [one], progress=False)[0]).all()
+    alone = [completion_nll(model, [one], progress=False)[0] for one in encoded]
+    assert completion_nll(model, encoded, batch_size=4, progress=False) == pytest.approx(alone, rel=1e-4)
+    prompts = [one.ids[: one.prompt_length] for one in encoded]
+    said = [greedy_completions(model, tokenizer, [one], NEW, progress=False) for one in prompts]
+    assert greedy_completions(model, tokenizer, prompts, NEW, 4, progress=False) == [one for (one,) in said]
 
 
 def test_every_layer_type_counts(tmp_path):

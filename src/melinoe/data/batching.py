@@ -21,6 +21,7 @@ def length_batches(
     *,
     positions: Iterable[int] | None = None,
     parts: int = 1,
+    fixed_length: int | None = None,
 ) -> list[list[int]]:
     """Positions in batches of like length, longest first (so that a lack of memory shows at once).
 
@@ -34,13 +35,17 @@ def length_batches(
         batch_size: sequences per batch, whatever they hold; None: as many as `tokens` allows.
         positions: which sequences, in the order of those that are equally long; None: all.
         parts: that a batch is computed in, each of which may hold `tokens`.
+        fixed_length: as `models.positions.fixed_length`: a longer sequence would change a shorter one.
     """
     order = sorted(range(len(lengths)) if positions is None else positions, key=lambda one: -lengths[one])
     batches, start = [], 0
     while start < len(order):
         size = batch_size or parts * max(1, tokens // lengths[order[start]])
-        batches.append(order[start : start + size])
-        start += size
+        batch = order[start : start + size]
+        if fixed_length is not None and lengths[batch[0]] > fixed_length:
+            batch = [one for one in batch if lengths[one] > fixed_length]
+        batches.append(batch)
+        start += len(batch)
     return batches
 
 

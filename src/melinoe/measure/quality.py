@@ -26,6 +26,7 @@ from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
 from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, rows_at_once, track, usable_rows
 from melinoe.models.logits import logits_at
+from melinoe.models.positions import fixed_length
 from melinoe.runtime.generation_settings import (
     Request,
     Sampling,
@@ -53,7 +54,10 @@ def completion_nll(
     result = np.zeros(len(sequences))
     budget = max(1, min(TOKENS_PER_BATCH, MAX_LOGITS // model.config.get_text_config().vocab_size))
     at_once = rows_at_once(model, batch_size)
-    batches = length_batches([len(sequence.ids) for sequence in sequences], budget, at_once)
+    fixed = fixed_length(model.config)
+    batches = length_batches(
+        [len(sequence.ids) for sequence in sequences], budget, at_once, fixed_length=fixed
+    )
     for positions in track(batches, "likelihood", progress):
         batch = batch_of([sequences[position] for position in positions], pad_token_id, model.device)
         _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
@@ -79,7 +83,8 @@ def greedy_completions(
     context = context_length(model)
     ends = set(end_tokens(model.generation_config, tokenizer))
     stops = stop_strings(model.generation_config)
-    batches = _completion_batches(prompts, max_new_tokens, rows_at_once(model, batch_size), context)
+    most = min((one for one in (context, fixed_length(model.config)) if one is not None), default=None)
+    batches = _completion_batches(prompts, max_new_tokens, rows_at_once(model, batch_size), most)
     for batch in track(batches, "completions", progress):
         width = max(len(prompts[position]) for position in batch)
         room = max_new_tokens if context is None else max(1, min(max_new_tokens, context - width))
@@ -103,11 +108,15 @@ def greedy_request(model: Any, tokenizer: Any, max_new_tokens: int) -> Request:
 
 
 def _completion_batches(
-    prompts: list[list[int]], new: int, batch_size: int | None, context: int | None
+    prompts: list[list[int]], new: int, batch_size: int | None, most: int | None
 ) -> list[list[int]]:
-    """A prompt that leaves less room than `new` is alone: the answers beside it would have no more."""
+    """A prompt that leaves less room than `new` is alone: the answers beside it would have no more, or other
+    positions.
+
+    most: tokens of the model's context, or up to which its positions are fixed.
+    """
     lengths = [len(prompt) + new for prompt in prompts]
-    long = [one for one, length in enumerate(lengths) if context is not None and length > context]
+    long = [one for one, length in enumerate(lengths) if most is not None and length > most]
     others = sorted({*range(len(prompts))} - {*long})
     batches = length_batches(lengths, COMPLETION_TOKENS, batch_size, positions=others)
     size = batch_size or GENERATION_BATCH

@@ -25,6 +25,7 @@ from melinoe.data.rows import Row, data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
 from melinoe.models.layers import experts_per_token, fingerprint, moe_layers
+from melinoe.models.positions import fixed_length
 from melinoe.models.router_tap import RouterTap
 from melinoe.outputs import Output
 from melinoe.routing.trace import TRACE, Trace, from_sequences
@@ -124,7 +125,8 @@ def read_routing(
     whole = _room(shape, folder)
     result = [whole[end - length : end] for end, length in zip(ends, lengths, strict=True)]
     at_once = rows_at_once(model, batch_size)
-    for batch in track(length_batches(lengths, TOKENS_PER_BATCH, at_once), "tracing", progress):
+    batches = length_batches(lengths, TOKENS_PER_BATCH, at_once, fixed_length=fixed_length(model.config))
+    for batch in track(batches, "tracing", progress):
         fed = [sequences[position].ids[: lengths[position]] for position in batch]
         ids, mask = pad(fed, pad_token_id, device=next(model.parameters()).device)
         with RouterTap(layers, choices_only=True) as tap:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -402,6 +404,28 @@ def test_adapter_of_another_model_is_refused(tmp_path, tuned, data):
     with pytest.raises(MelinoeError, match="another model"):
         merge(checkpoint(tmp_path / "mixtral", "mixtral"), folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+ADDED = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "q_proj")
+
+
+@pytest.mark.parametrize("changed", ADDED)
+def test_what_peft_would_add_otherwise_is_refused(tmp_path, tuned, base, changed):
+    """Somebody went on with an adapter in PEFT, in its folder: half of it is worse than none."""
+    folder = shutil.copytree(tuned[0], tmp_path / "adapter")
+    if changed == "q_proj":
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        save_file({**weights, name: torch.ones(2, 32)}, folder / "adapter_model.safetensors")
+    else:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config[changed] = {"experts": 7} if "pattern" in changed else True
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    model = load(base)
+    before = logits(model)
+    with pytest.raises(MelinoeError, match=f"{changed}.*with PEFT"):
+        apply_adapter(model, folder)
+    assert torch.equal(logits(model), before)
 
 
 def test_adapter_is_not_applied_twice_and_broken_ones_are_named(tmp_path, tuned, base):

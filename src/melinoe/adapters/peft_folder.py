@@ -45,6 +45,12 @@ ADAPTER = carded_folder(
     "an adapter", CARD, "melinoe-adapter", files=(WEIGHTS, CONFIG, "losses.jsonl", "evaluations.jsonl")
 )
 _PREFIX = "base_model.model."
+_SIDES: tuple[Projection, ...] = ("up", "down")
+# of PEFT's settings for LoRA; none of ours has one, but PEFT may have gone on with an adapter in its folder
+_CHANGES_THE_SUM = (
+    "use_rslora", "use_dora", "use_qalora", "lora_bias", "rank_pattern", "alpha_pattern", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config",
+)  # fmt: skip
 _PEFT_VERSION = "0.21.2"  # whose names and shapes these are
 
 
@@ -224,6 +230,14 @@ def read_adapter(folder: str | Path) -> Adapter:
             got=f"format {version}",
             allowed=f"up to {FORMAT_VERSION}",
         )
+    for name in _CHANGES_THE_SUM:
+        if config.get(name):
+            raise MelinoeError(
+                f"{folder} asks for a sum that melinoe does not compute",
+                got=f"{name} {config[name]} ({CONFIG})",
+                allowed="W + (lora_alpha / r) B A",
+                next_step="merge it with PEFT",
+            )
     return Adapter(folder, card, rank, alpha)
 
 
@@ -272,6 +286,16 @@ def adapter_parts(model: nn.Module, adapter: Adapter) -> list[tuple[LowRankExper
             allowed=f"fingerprint {adapter.base_fingerprint}, as of {adapter.card.get('base')}",
         )  # fmt: skip
     tensors = adapter.tensors()
+    known = {name for layer in layers for side in _SIDES for name in _factor_names(layer, side)}
+    known |= {
+        f"{_PREFIX}{layer.router_name}.{name}" for layer in layers for name in layer.router.state_dict()
+    }
+    if unknown := sorted(tensors.keys() - known):
+        raise MelinoeError(
+            f"the adapter {adapter.folder} changes more than routers and experts",
+            got=unknown[0] + (f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""),
+            next_step="merge it with PEFT",
+        )
     try:
         return [_parts_of(layer, adapter, tensors) for layer in layers]
     except (KeyError, RuntimeError) as error:

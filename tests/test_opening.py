@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import families
 import melinoe
-from families import batch, save_checkpoint
+from families import batch, save_checkpoint, save_tokenizer
 from melinoe.config import parse_bytes
 from melinoe.conversion.in_place import index_in_place
 from melinoe.conversion.verify import verify
@@ -295,3 +296,20 @@ def test_a_stamp_needs_no_parsing(olmoe, tmp_path):
     for name in ("short", "text", "missing"):
         with pytest.raises(MelinoeError, match="cannot read"):
             read_stamp(tmp_path / name)
+
+
+def test_experts_whose_rows_torchs_grouped_mm_refuses(tmp_path):
+    """transformers' default raises for them, so the resident model computes its experts one by one."""
+    shape = families.config("olmoe")
+    shape.intermediate_size = 20
+    stock = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).eval()
+    stock.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, "olmoe")
+    with pytest.raises(RuntimeError, match="16 bytes"):
+        stock(**batch())
+    resident, _ = load_resident(tmp_path)
+    own = melinoe.load(tmp_path, slots=2)(**batch()).logits
+    assert torch.allclose(resident(**batch()).logits[:, -1], own[:, -1], atol=0.05)
+    (tmp_path / "test.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n')
+    found = melinoe.evaluate(tmp_path, tmp_path / "test.jsonl", metrics=("perplexity",), progress=False)
+    assert found["nll"] > 0

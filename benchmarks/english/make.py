@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from melinoe.data.encoding import Encoded
 
 NUM_TOKENS = 10_000  # that decide how neurons are divided
+WIDTH = 8  # neurons of an expert come in eights: torch's grouped_mm wants rows of 16 bytes
 
 
 def some(rows: list[Encoded], tokens: int, pad: int) -> list[Tensor]:
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="rows of each folder; all of them")
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--chosen", type=int, default=8, help="experts for each token")
-    parser.add_argument("--shared", type=int, default=256, help="neurons that every token gets")
+    parser.add_argument(
+        "--shared", type=int, default=256, help="neurons that every token gets; 512 with 64 experts"
+    )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of all but the routers")
@@ -70,6 +73,12 @@ def main() -> None:
     training.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(dense_folder)
     dense = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
+    width, left = divmod(dense.config.intermediate_size - options.shared, options.experts)
+    if left or width % WIDTH:
+        raise SystemExit(
+            f"{options.experts} experts get {width} neurons each, {left} are left: with another --shared, "
+            f"such as 512 for 64 experts, it comes out even and in multiples of {WIDTH}"
+        )
     model = AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
     rows = encoded(tokenizer, options.data, "train", options.limit)
     division = (options.experts, options.chosen, options.shared)

@@ -13,7 +13,7 @@ from melinoe.conversion.first_use import store_of
 from melinoe.errors import MelinoeError
 from melinoe.machine import resident_memory, usable_device
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.models.layers import check_experts_per_token, moe_layers
+from melinoe.models.layers import check_experts_per_token, experts_modules, moe_layers
 from melinoe.models.pretrained import load_model, read_config, read_tokenizer
 from melinoe.paging.expansion import slots_packed
 from melinoe.paging.paged_experts import PagedExperts
@@ -27,6 +27,8 @@ from melinoe.sticky.model import settle_stickiness
 from melinoe.sticky.settings import Stickiness
 from melinoe.store.layout import FIELD_ALIGNMENT
 from melinoe.store.manifest import is_store
+
+GROUPED_MM_BYTES = 16  # torch's grouped_mm wants rows of a multiple of it
 
 
 def load(
@@ -170,12 +172,24 @@ def load_resident(
     model = load_model(folder, dtype=dtype or "auto")
     check_experts_per_token(model, max(layer.num_experts for layer in moe_layers(model)))
     align(model)
+    _settle_experts_function(model)
     if adapter is not None:
         from melinoe.adapters.peft_folder import apply_adapter
 
         apply_adapter(model, Path(adapter))
     settle_stickiness(model, sticky)
     return model.eval(), load_tokenizer(folder)
+
+
+def _settle_experts_function(model: Any) -> None:
+    """Lets transformers compute experts one by one where its default would raise for the length of rows."""
+    odd = any(
+        weight.dim() == 3 and weight.shape[-1] * weight.element_size() % GROUPED_MM_BYTES
+        for _, experts in experts_modules(model)
+        for weight in experts.parameters()
+    )
+    if odd and model.config._experts_implementation == "grouped_mm":
+        model.set_experts_implementation("eager")
 
 
 def align(model: Any) -> None:

@@ -76,13 +76,18 @@ def _other_tensors(generator: torch.Generator) -> dict[str, torch.Tensor]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One word for every id, so that texts are equal exactly where tokens are."""
+    """One word for every id, so that texts are equal exactly where tokens are.
+
+    Special tokens are found inside of words, too, so none may be the beginning of one.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCABULARY)}, unk_token="w0"))
+    special = {0: "<pad>", 2: "<eos>"}
+    ids = {special.get(token, f"w{token}"): token for token in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def write_olmoe(folder: Path, num_layers: int, context: int = 4096, device: str = "cpu") -> int:

@@ -13,9 +13,10 @@ import torch
 
 import melinoe
 from melinoe.routing.trace import from_sequences
+from melinoe.runtime.load import load_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SMALL = {"HIDDEN": 64, "INTERMEDIATE": 16, "EXPERTS": 8, "TOP_K": 2, "HEADS": 4, "VOCABULARY": 160}
+SMALL = {"HIDDEN": 64, "INTERMEDIATE": 16, "EXPERTS": 8, "TOP_K": 2, "HEADS": 4, "VOCABULARY": 320}
 PROMPT, NEW = 6, 8
 
 
@@ -44,6 +45,7 @@ def written(tmp_path, monkeypatch):
         trace.save(tmp_path / f"{name}.trace")
         arguments += ["--trace", f"{name}={tmp_path / f'{name}.trace'}"]
     monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(modules[1], "FIRST_ID", 190)  # w2 is the beginning of words
     modules[1].main()
     return tmp_path, traces
 
@@ -53,8 +55,10 @@ def test_a_greedy_answer_walks_through_the_trace(written, name):
     folder, traces = written
     rows = [json.loads(line) for line in (folder / "rows" / "test.jsonl").read_text().splitlines()]
     found = melinoe.trace(folder / name, folder / "rows", split="test", progress=False)
-    model = melinoe.load(folder / name, slots=2)
+    model, tokenizer = melinoe.load(folder / name, slots=2), load_tokenizer(folder / name)
     for number, (sequence, row) in enumerate(zip((1, 2), rows, strict=True)):
+        text = row["prompt"]
+        assert tokenizer(text).input_ids == [int(word[1:]) for word in text.split()]
         words = (row["prompt"] + row["completion"]).split()
         ids = [int(word[1:]) for word in words]
         prompt = torch.tensor([ids[:PROMPT]])

@@ -87,7 +87,8 @@ def write_tokenizer(folder: Path) -> None:
     ids = {special.get(token, f"w{token}"): token for token in range(VOCABULARY)}
     words = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
 
 
 def write_olmoe(folder: Path, num_layers: int, context: int = 4096, device: str = "cpu") -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +89,14 @@ BATCHED = {
     "gpt_oss": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma4_text": {"sliding_window": 8},
     "glm4_moe": {},
-    "phimoe": {},
+    "phimoe": {"sliding_window": 8},  # windows of these two are in the mask alone
+    "qwen2_moe": {
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "dots1": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "dbrx": {},
 }
 ALONE = ("deepseek_v3", "jamba", "qwen3_next", "llama4_text", "lfm2_moe")
@@ -109,8 +118,13 @@ def test_the_tokens_are_those_of_generate(family, tmp_path, monkeypatch, capsys)
     drawn = generated(model, given, do_sample=True, temperature=0.8, top_k=20)
     settings = ServeSettings(concurrency=3, context=64, cached_tokens=192)
     tokenizer = NoTokenizer()
+    logged: list[logging.LogRecord] = []
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    monkeypatch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=logged.append)])
     engine = start.start_engine(model, tokenizer, settings)
     try:
+        assert not [one for one in logged if one.levelno >= logging.ERROR]  # the reason is one line
+        assert not logger.disabled
         assert engine.name == ("batched" if family in BATCHED else "one at a time")
         assert ("because" in capsys.readouterr().err) == (family in ALONE)
         found, _ = answers(engine, model, tokenizer, given, temperature=0.0)

@@ -36,10 +36,14 @@ def packed_attention(
         cache: transformers' PagedAttentionCache; takes the new keys and gives back everybody's, one after
             the other.
         cu_seq_lens_q: [N + 1] where each sequence starts in the row, and the last one ends.
-        sliding_window: how many tokens back a token looks, where the layer has a window.
+        sliding_window: how many tokens back a token looks, where the layer has a window and says so. Some
+            (qwen2_moe, phimoe) leave it to the mask, which is not made here: the cache knows it as well.
     """
     assert cache is not None and cu_seq_lens_q is not None, "only for continuous batching"
     key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=settings)
+    window = getattr(cache.layer_to_allocator[module.layer_idx], "sliding_window", None)
+    if sliding_window not in (None, window):
+        raise ValueError(f"a layer looks {sliding_window} tokens back, and its cache keeps {window or 'all'}")
     starts, key_starts = cu_seq_lens_q.tolist(), settings["cu_seq_lens_k"].tolist()
     parts = []
     for start, end, key_start, key_end in zip(
@@ -47,8 +51,8 @@ def packed_attention(
     ):
         length, keys = end - start, key_end - key_start
         mask = None
-        if length > 1 and (length != keys or (sliding_window or length) < length):
-            mask = _causal(length, keys, sliding_window, query.device)
+        if length > 1 and (length != keys or (window or length) < length):
+            mask = _causal(length, keys, window, query.device)
         part, _ = sdpa_attention_forward(
             module,
             query[:, :, start:end],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,8 +84,9 @@ def start_engine(model: Any, tokenizer: Any, settings: ServeSettings) -> Engine:
         batched = BatchedEngine(model, settings.concurrency, context, cached_tokens(context, settings))
         try:
             expected = _forward(model)
-            batched.start()
-            _compare(batched, tokenizer, expected)
+            with _without_log():  # a family that it refuses would leave fifty lines, and is explained in one
+                batched.start()
+                _compare(batched, tokenizer, expected)
             _forget_trial(model)
             return batched
         except CannotBatchError as reason:
@@ -95,6 +99,17 @@ def start_engine(model: Any, tokenizer: Any, settings: ServeSettings) -> Engine:
     single = OneAtATimeEngine(model, context)
     single.start()
     return single
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """Inside of it, transformers' continuous batching logs nothing."""
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 PROMPT = [3, 5, 7]

@@ -29,6 +29,7 @@ from melinoe.cli.options import (
     TopK,
     TopP,
     Verify,
+    check_choices,
     prepare,
     slots_format_of,
 )
@@ -79,7 +80,8 @@ def chat(
 
     /help shows what can be typed besides questions.
     """
-    prepare(model, announce=True)
+    check_choices(memory, slots, policy, device)
+    prepare(model, announce=True, device=device)
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.models.pretrained import read_config
     from melinoe.runtime.generation_settings import Sampling

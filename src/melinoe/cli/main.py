@@ -44,6 +44,7 @@ from melinoe.cli.options import (
     TopK,
     TopP,
     Verify,
+    check_choices,
     prepare,
     print_json,
     slots_format_of,
@@ -205,7 +206,8 @@ def generate(
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
     if system and raw:
         raise MelinoeError("--system needs the chat template", next_step="leave out --raw, or --system")
-    prepare(model, announce=True)
+    check_choices(memory, slots, policy, device)
+    prepare(model, announce=True, alone=True, device=device)
     from melinoe.data.encoding import encode_prompt
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.runtime.budget import DEFAULT_CONTEXT
@@ -298,7 +300,7 @@ def plan(
         speeds=True,
         machine=machine,
         remembered=not anew,
-        prepare=lambda: prepare(model),
+        prepare=lambda: prepare(model, alone=True, device=device),
     )
     if as_json:
         return print_json(result)

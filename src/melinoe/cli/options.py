@@ -15,9 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
+from melinoe.cli.lean_imports import import_transformers
 from melinoe.config import MAX_SEED
-from melinoe.machine import uncollected
+from melinoe.machine import uncollected, usable_device
 from melinoe.models.folder import resolve_model
+from melinoe.native import library
 from melinoe.sticky.settings import MAX_STRENGTH
 
 Model = Annotated[str, typer.Option(help="Model folder, store, Hub id, or tiny (the embedded model).")]
@@ -105,12 +107,27 @@ def slots_format_of(packed: bool | None) -> str | None:
 SMALL_MODEL_BYTES = 200 * 2**20
 
 
-def prepare(model: str, announce: bool = False) -> None:
+def check_choices(memory: str | None, slots: int | None, policy: str, device: str) -> None:
+    """Refuses in a moment what is no budget and no policy, before seconds of imports.
+
+    Raises:
+        MelinoeError: as `division.check_given` and `make_policy`.
+    """
+    from melinoe.routing.policies import make_policy
+    from melinoe.runtime.division import check_given
+
+    check_given(memory, slots, device)
+    make_policy(policy, 1, 1, 1)
+
+
+def prepare(model: str, announce: bool = False, alone: bool = False, device: str = "cpu") -> None:
     """Prepares the process for a verb that runs a model: a small one gets one thread, and no bars but ours.
 
     Args:
         announce: say what is loaded before anything is; in a terminal, transformers then shows how far its
             weights are.
+        device: checked as soon as torch is there.
+        alone: this process computes tokens, by itself, and compiles no model (lean_imports.py).
 
     The threads of a small model spend their time waiting for each other: on a busy machine with two
     cores, two threads were measured 50 times slower than one.
@@ -118,10 +135,15 @@ def prepare(model: str, announce: bool = False) -> None:
     folder = resolve_model(model)  # what is not there is not announced
     if announce:
         print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
+    if alone:
+        library.begin()
     first = "transformers.modeling_utils" not in sys.modules
     with uncollected():
         import torch
 
+        usable_device(device)
+        if alone:
+            import_transformers()
         importlib.import_module("transformers.modeling_utils")  # of every model: seconds, and many objects
         from transformers.utils import logging
 

@@ -19,6 +19,7 @@ from melinoe.cli.options import (
     Slots,
     Sticky,
     Verify,
+    check_choices,
     prepare,
     slots_format_of,
 )
@@ -84,7 +85,8 @@ def serve(
     _check_extra()
     if replicas > 1:
         require("ray", "ray")
-    prepare(model, announce=True)
+    check_choices(memory, slots, policy, device)
+    prepare(model, announce=True, device=device)
     from melinoe.config import parse_bytes
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.models.pretrained import read_config

@@ -56,10 +56,12 @@ def skeleton(folder: Path | str) -> nn.Module:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from melinoe.models.shapes_alone import shapes_alone
+
     config = read_config(folder)
 
     def build(**more: Any) -> Any:
-        with opening("the model", folder), torch.device("meta"):
+        with opening("the model", folder), shapes_alone():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **more)
 
     model = build()

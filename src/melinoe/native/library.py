@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,22 @@ from melinoe.config import home
 _COMPILERS = ("cc", "gcc", "clang")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-w")
 _SECONDS = 60  # after which a compiler is given up
+_OF_A_TOKEN = ("few_rows.c", "program.c", "packed_rows.c")
+
+
+_begun: dict[str, Future[Path | None]] = {}  # by the name of a source
+
+
+def begin() -> None:
+    """Compiles what a token is computed with in another thread, while this one imports torch.
+
+    `opened` waits for what it asks for. Where all was compiled before, there is nothing to do.
+    """
+    if _begun:
+        return
+    pool = ThreadPoolExecutor(1, thread_name_prefix="melinoe-compile")
+    _begun.update({name: pool.submit(_there, name, True) for name in _OF_A_TOKEN})
+    pool.shutdown(wait=False)
 
 
 def opened(name: str, contract: bool = True) -> ctypes.CDLL | None:
@@ -34,6 +50,17 @@ def opened(name: str, contract: bool = True) -> ctypes.CDLL | None:
     Args:
         contract: a product and the sum it goes into may be rounded once, as processors do it fastest.
     """
+    if name in _begun:
+        wait([_begun[name]])
+    file = _there(name, contract)
+    try:
+        return None if file is None else ctypes.CDLL(str(file))
+    except OSError:
+        return None
+
+
+def _there(name: str, contract: bool) -> Path | None:
+    """The compiled file; None where it cannot be had."""
     if os.environ.get("MELINOE_COMPILED", "1") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
@@ -41,7 +68,7 @@ def opened(name: str, contract: bool = True) -> ctypes.CDLL | None:
         return None
     flags = (*_FLAGS, f"-ffp-contract={'fast' if contract else 'off'}")
     try:
-        return ctypes.CDLL(str(_built(compiler, Path(__file__).with_name(name), flags)))
+        return _built(compiler, Path(__file__).with_name(name), flags)
     except (OSError, subprocess.SubprocessError):  # a compiler that cannot, a full disk, ...
         return None
 

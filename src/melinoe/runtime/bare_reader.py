@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -36,3 +37,31 @@ def record_bandwidth(
     bandwidth = reader.bytes_read / reader.busy_seconds
     reader.close()
     return bandwidth
+
+
+@contextmanager
+def bare_group(store: Store) -> Iterator[Callable[[int], None]]:
+    """What reads as many random records as there are reading threads, and waits for them."""
+    reader = DiskReader(store)
+    buffer, generator = RecordBuffer(READER_THREADS, store.max_record_bytes), np.random.default_rng(0)
+
+    def read(_: int) -> None:
+        futures = []
+        for place in range(READER_THREADS):
+            layer = int(generator.integers(len(store.layers)))
+            stored = store.layers[layer]
+            into = buffer.record(place, stored.layout.record_bytes)
+            futures.append(reader.read(layer, int(generator.integers(stored.num_experts)), into))
+        for future in futures:
+            future.result()
+
+    try:
+        yield read
+    finally:
+        reader.close()
+
+
+def group_bytes(store: Store) -> float:
+    """The mean of what a `bare_group` reads."""
+    sizes = [layer.layout.record_bytes for layer in store.layers]
+    return READER_THREADS * sum(sizes) / len(sizes)

@@ -123,6 +123,19 @@ def refuse_more_than_there_is(memory: int | str | None, device: torch.device | N
         )
 
 
+def check_given(memory: int | str | None, slots: int | None, device: str = "cpu") -> None:
+    """What can be said of a budget before torch is imported and a model is looked at.
+
+    Raises:
+        MelinoeError: both are given; no size and no share; or, of the host, more than there is.
+    """
+    one_of(memory, slots)
+    if memory is not None:
+        given_bytes(memory, None)
+        if device == "cpu":
+            refuse_more_than_there_is(memory, None)
+
+
 def one_of(memory: int | str | None, slots: int | None) -> None:
     """Raises MelinoeError where both are given: one follows from the other."""
     if memory is not None and slots is not None:

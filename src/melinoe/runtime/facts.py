@@ -93,10 +93,15 @@ def place_of(folder: Path, asked: dict[str, Any]) -> Path:
     found = {*folder.glob("*.json"), *folder.glob("*.safetensors"), *folder.glob("*/*.safetensors")}
     files = sorted(found)
     stamps = [(str(file.relative_to(folder)), *_stamp(file)) for file in files]
+    given = [str(folder.resolve()), stamps, sorted(asked.items()), machine_stamp()]
+    return home() / "plans" / f"{hashlib.sha256(repr(given).encode()).hexdigest()[:24]}.json"
+
+
+def machine_stamp() -> str:
+    """What computing hangs on: this machine, what the environment says, and the code."""
     environment = sorted(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT))
     machine = platform.node(), platform.machine(), os.cpu_count(), sorted(os.sched_getaffinity(0))
-    given = [str(folder.resolve()), stamps, sorted(asked.items()), code_stamp(), environment, machine]
-    return home() / "plans" / f"{hashlib.sha256(repr(given).encode()).hexdigest()[:24]}.json"
+    return repr((code_stamp(), environment, machine))
 
 
 def _stamp(file: Path) -> tuple[int, int]:

@@ -4,65 +4,31 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.in_place import NotInPlaceError, index_in_place
 from melinoe.conversion.upgrade import open_upgraded
-from melinoe.experts.low_rank import projection_size
 from melinoe.machine import usable_device
-from melinoe.models.layers import MoeLayer, experts_per_token
-from melinoe.models.undecorated import has_flat_experts
+from melinoe.models.layers import experts_per_token
 from melinoe.paging.expansion import expansion_bytes, slot_records, slots_packed
 from melinoe.paging.gather import buffer_bytes
 from melinoe.paging.reader import READER_THREADS
-from melinoe.runtime import probe
 from melinoe.runtime.attach import strip
-from melinoe.runtime.bare_reader import record_bandwidth
+from melinoe.runtime.bare_reader import bare_group, group_bytes
 from melinoe.runtime.budget import needs_of
 from melinoe.runtime.facts import Facts
+from melinoe.runtime.measured_rates import measured_rates
+from melinoe.runtime.probe import Work, measure
+from melinoe.runtime.records import Records
 from melinoe.runtime.speed import Rates, Shape
-from melinoe.store.layout import RecordLayout
 from melinoe.store.manifest import Store, is_store
-from melinoe.store.packing import FORMATS, packing_of
+from melinoe.store.packing import FORMATS
 
-
-@dataclass(frozen=True)
-class Records:
-    """The experts of a model, before they are taken out of it.
-
-    layouts: of each layer, in its own dtype. module: of the first layer. hidden_size: of its inputs.
-    """
-
-    layouts: tuple[RecordLayout, ...]
-    num_experts: tuple[int, ...]
-    module: Any
-    hidden_size: int
-
-    @classmethod
-    def of(cls, model: Any, layers: list[MoeLayer]) -> Records:
-        first = layers[0].experts
-        hidden_size = model.config.get_text_config().hidden_size
-        if not has_flat_experts(model):
-            hidden_size, _ = projection_size(first, "up")
-        return cls(
-            tuple(RecordLayout.of(layer.experts) for layer in layers),
-            tuple(layer.num_experts for layer in layers),
-            first,
-            int(hidden_size),
-        )
-
-    def in_format(self, format: str) -> list[tuple[int, int]]:
-        """(experts, bytes of a record) of each layer in a store format."""
-        sizes = []
-        for layout in self.layouts:
-            packing = packing_of(format, layout, bool(self.module.is_transposed))
-            sizes.append((layout if packing is None else packing.record_layout()).record_bytes)
-        return list(zip(self.num_experts, sizes, strict=True))
+BANDWIDTH = "bandwidth"
 
 
 def dense_bytes(model: nn.Module) -> int:
@@ -84,33 +50,44 @@ def facts_of(
     measure_seconds: float,
     formats: bool,
     rates: bool,
+    remembered: bool | None = None,
 ) -> Facts:
     """The facts of a model; arguments and errors as of `plan`.
 
     Args:
-        formats: sizes in every store format. rates: what computing and reading take, of each.
+        formats: sizes in every store format. rates: what computing and reading take, of each. remembered:
+            what is known of this machine, as for `KeptRates`.
     """
     place = usable_device(device)
     checkpoint = Checkpoint.open(source, weights=False)
     model, experts = checkpoint.model, Records.of(checkpoint.model, checkpoint.layers)
-    with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch:
+    measured: dict[str, Rates] = {}
+    with tempfile.TemporaryDirectory(prefix="melinoe-plan-") as scratch, ExitStack() as opened:
         store, not_measured = _store_of(checkpoint, Path(scratch) / "index")
-        bandwidth = None
+        beside = 0
+        if store is not None:
+            packed = slots_packed(store, slots_format, place)
+            records, beside = slot_records(store, packed), expansion_bytes(store, packed)
+            read_bytes = [layer.layout.record_bytes for layer in store.layers]
+        else:
+            records = [
+                (layer.num_experts, RecordLayout.of(layer.experts).record_bytes)
+                for layer in checkpoint.layers
+            ]
+            read_bytes = [size for _, size in records]
+        bare: dict[str, Work] = {}
         if store is not None and measure_seconds > 0:
-            bandwidth = record_bandwidth(store, measure_seconds)
-    beside = 0
-    if store is not None:
-        packed = slots_packed(store, slots_format, place)
-        records, beside = slot_records(store, packed), expansion_bytes(store, packed)
-        read_bytes = [layer.layout.record_bytes for layer in store.layers]
-    else:
-        records = [
-            (layer.num_experts, RecordLayout.of(layer.experts).record_bytes) for layer in checkpoint.layers
-        ]
-        read_bytes = [size for _, size in records]
-    strip(model)
+            bare[BANDWIDTH] = opened.enter_context(bare_group(store))
+        strip(model)
+        if rates:
+            files = sorted(checkpoint.folder.rglob("*.safetensors"))
+            measured, found = measured_rates(model, experts, files, bare, remembered)
+        else:
+            found = measure(bare, measure_seconds)
+    bandwidth = None
+    if store is not None and BANDWIDTH in found:
+        bandwidth = group_bytes(store) / found[BANDWIDTH].seconds
     extra = READER_THREADS * buffer_bytes(store) if store is not None else 0
-    files = sorted(checkpoint.folder.rglob("*.safetensors"))
     return Facts(
         needs_of(model, context=context, batch=batch, extra_bytes=extra, device=place),
         records,
@@ -120,36 +97,9 @@ def facts_of(
         not_measured,
         Shape(len(experts.layouts), max(experts.num_experts), experts_per_token(model), dense_bytes(model)),
         {format: experts.in_format(format) for format in FORMATS} if formats else {},
-        _measured(model, experts, files) if rates else {},
+        measured,
         time.time(),
     )
-
-
-def _measured(model: nn.Module, records: Records, files: list[Path]) -> dict[str, Rates]:
-    """{format: rates} of this machine; empty where nothing can be read.
-
-    Args:
-        model: without its experts, on the meta device.
-        files: of the model, to measure reading with.
-    """
-    found: dict[str, Rates] = {}
-    bookkeeping, top_k = None, experts_per_token(model)
-    for format in FORMATS:
-        largest = max(size for _, size in records.in_format(format))
-        read = probe.group_seconds(files, largest, sorted({1, top_k}))
-        if read is None:
-            return {}
-        bookkeeping = bookkeeping or probe.bookkeeping()
-        found[format] = Rates(*bookkeeping, *_arithmetic(model, records, format, top_k), read)
-    return found
-
-
-def _arithmetic(model: nn.Module, records: Records, format: str, top_k: int) -> tuple[float, float]:
-    """(bytes a second of weights by one row, seconds of one expert) on this machine."""
-    hidden = int(model.config.get_text_config().hidden_size)  # type: ignore[union-attr,operator]
-    dense = probe.dense_bytes_per_second(hidden, hidden, next(model.parameters()).dtype)
-    expert = probe.expert_seconds(records.module, records.layouts[0], records.hidden_size, top_k, format)
-    return dense, expert
 
 
 def _store_of(checkpoint: Checkpoint, scratch: Path) -> tuple[Store | None, str | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from melinoe.config import format_bytes
 from melinoe.models.folder import resolve_model
-from melinoe.runtime.division import divide, one_of
+from melinoe.runtime.division import divide, given_bytes, one_of
 from melinoe.runtime.facts import Facts, keep, kept, place_of
 from melinoe.runtime.forecast import advice, forecast
 from melinoe.runtime.speed import Machine, parse_machine
@@ -44,7 +44,7 @@ def plan(
         memory, slots: as for `melinoe.load`.
         context, batch: tokens of KV cache to set aside for a sequence, and sequences at once.
         slots_format: packed or expanded, as for `melinoe.load`.
-        measure_seconds: how long to read records for the bandwidth; 0: not at all.
+        measure_seconds: how long at most to read records for the bandwidth; 0: not at all.
         speeds: predict tokens a second of every format and policy, too; takes a second or two.
         machine: another one than this, such as `gpu=24GiB,ram=64GiB,read=7GB/s,bus=25GB/s` (speed.py): its
             memory is the budget where none is given, nothing is measured, and the speeds are its own.
@@ -63,6 +63,8 @@ def plan(
         MelinoeError: no such model, a dense one, memory and slots both, or a budget that is too small.
     """
     one_of(memory, slots)
+    if memory is not None:
+        given_bytes(memory, None)  # refuses what is no size before anything is measured
     there = parse_machine(machine) if isinstance(machine, str) else machine
     if there is not None:
         measure_seconds, speeds = 0, True
@@ -79,11 +81,11 @@ def plan(
     place = _place(source, asked) if remembered is not None else None
     facts = kept(place) if place is not None and remembered else None
     if facts is None:
-        from melinoe.runtime.facts_of_model import facts_of
-
         if prepare is not None:
             prepare()
-        facts = facts_of(source, **asked)
+        from melinoe.runtime.facts_of_model import facts_of
+
+        facts = facts_of(source, **asked, remembered=remembered)
         if place is not None:
             keep(place, facts)
     return _divided(facts, memory, slots, device, speeds, there)

@@ -7,17 +7,22 @@
     reading       records' own size, from any file of the model, past the page cache, one alone and as many at
                   once as a token has experts
 
-Each takes a fraction of a second, and gives means: what else the machine does meets a token as well.
+What is measured takes turns of a few milliseconds, so that what else the machine does meets all of it alike,
+and each is measured until its turns agree, at most for SECONDS. Means are given, not the best: what else the
+machine does meets a token as well; and with each how far it may be off.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,33 +41,85 @@ from melinoe.paging.pager import Views
 from melinoe.paging.reader import READER_THREADS
 from melinoe.paging.slots import RecordBuffer
 from melinoe.store.layout import RecordLayout, torch_dtype
-from melinoe.store.packing import packing_of
+from melinoe.store.packing import SCALE, is_matrix, packing_of
 
-SECONDS = 0.2  # of each measurement
+SECONDS = 0.2  # of each measurement, at most
+TURN_SECONDS = 0.005
+FEWEST_TURNS = 6
+SURE = 0.03  # a mean whose standard error is this share of it is good enough: the formula is off by more
+UNKNOWN = 0.15  # of a mean of too few turns to say
 OUT_OF_CACHE = 96 * 2**20  # bytes of matrices that are gone through in turn
 MOST_COPIES = 64
+SKIPPED_STEPS, STEPS_OF_A_TURN = 8, 4  # of decoding: the first are recorded
+
+Work = Callable[[int], object]  # called with 0, 1, 2, ...
 
 
-def _seconds_each(work: Callable[[int], object], copies: int) -> float:
-    """The mean of one call, over calls with 0, 1, ... copies - 1 in turn."""
-    for index in range(min(copies, 4)):
-        work(index)
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < SECONDS or done < 8:
-        work(done % copies)
-        done += 1
-    return (time.perf_counter() - began) / done
+@dataclass(frozen=True)
+class Measured:
+    """A mean, and its standard error as a share of it."""
+
+    seconds: float
+    spread: float
+
+
+def mean_of(turns: list[float]) -> Measured:
+    """The mean of turns; what disturbs one of them may disturb it whole."""
+    mean = statistics.fmean(turns)
+    if len(turns) < 3 or mean <= 0:
+        return Measured(mean, UNKNOWN)
+    return Measured(mean, statistics.stdev(turns) / math.sqrt(len(turns)) / mean)
+
+
+def measure(works: Mapping[str, Work], seconds: float = SECONDS) -> dict[str, Measured]:
+    """Seconds of one call of each, in turns, each until it is known well enough, or for so many seconds."""
+    turns: dict[str, list[float]] = {name: [] for name in works}
+    calls, spent = dict.fromkeys(works, 0), dict.fromkeys(works, 0.0)
+    found: dict[str, Measured] = {}
+    for name, work in works.items():  # memory, caches and files are there afterwards
+        _turn(work, calls, name, 0.0)
+    while len(found) < len(works):
+        for name in [name for name in works if name not in found]:
+            passed, each = _turn(works[name], calls, name, TURN_SECONDS)
+            turns[name].append(each)
+            spent[name] += passed
+            known = mean_of(turns[name])
+            sure = len(turns[name]) >= FEWEST_TURNS and known.spread <= SURE
+            if sure or spent[name] >= seconds:
+                found[name] = known
+    return found
+
+
+def _turn(work: Work, calls: dict[str, int], name: str, seconds: float) -> tuple[float, float]:
+    """(seconds, seconds of one call) of at least one call."""
+    first, began = calls[name], time.perf_counter()
+    while True:
+        work(calls[name])
+        calls[name] += 1
+        passed = time.perf_counter() - began
+        if passed >= seconds:
+            return passed, passed / (calls[name] - first)
 
 
 def _copies(nbytes: int) -> int:
     return max(2, min(MOST_COPIES, -(-OUT_OF_CACHE // nbytes)))
 
 
+def _fill(tensor: torch.Tensor, scale: bool) -> None:
+    """Numbers of the size that weights have, the same ones again and again: kernels do not look at them."""
+    if scale:
+        tensor.fill_(1e-3)
+        return
+    some = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+    some = (some * 0.02).to(tensor.dtype) if tensor.is_floating_point() else (some * 30).to(torch.int8)
+    flat = tensor.view(-1) if tensor.is_floating_point() else tensor.view(torch.int8).view(-1)
+    for part in flat.split(len(some)):
+        part.copy_(some[: len(part)])
+
+
 @torch.no_grad()
-def expert_seconds(
-    module: nn.Module, layout: RecordLayout, hidden_size: int, top_k: int, format: str
-) -> float:
-    """One of the top_k experts that a token is computed with, in a store format, as a layer computes them.
+def expert_work(module: nn.Module, layout: RecordLayout, hidden_size: int, top_k: int, format: str) -> Work:
+    """All of the top_k experts that a token is computed with, in a store format, as a layer computes them.
 
     Args:
         module: an experts module, with or without parameters. layout: of one of its experts, in its own
@@ -70,62 +127,59 @@ def expert_seconds(
     """
     packing = packing_of(format, layout, bool(module.is_transposed))
     stored = layout if packing is None else packing.record_layout()
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for field in layout.fields:
-        values = torch.randn(field.shape, generator=generator) * 0.02
-        weights[field.name] = values.to(torch_dtype(field.dtype))
     first = torch.zeros(stored.record_bytes, dtype=torch.uint8)
-    views = stored.views(first)
+    for name, view in stored.views(first).items():
+        _fill(view, name.endswith(SCALE))
     scratch = None
-    if packing is None:
-        for name, weight in weights.items():
-            views[name].copy_(weight)
-    else:
-        packing.pack(weights, views)
+    if packing is not None:
         scratch = ScratchLayer(packing, torch.zeros(layout.record_bytes, dtype=torch.uint8), packing.tile)
     copies = max(top_k, _copies(stored.record_bytes))
     slots = RecordBuffer(copies, stored.record_bytes)  # memory of the same kind
     slots.tensor.copy_(first)
     records = [stored.views(record) for record in slots.tensor]
     experts: list[Views] = [one if scratch is None else PackedExpert(scratch, one) for one in records]
-    row = torch.randn(1, hidden_size, generator=generator).to(next(iter(weights.values())).dtype)
+    dtype = next(torch_dtype(field.dtype) for field in layout.fields if is_matrix(field))
+    row = torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     compiled.prepare()
 
+    @torch.no_grad()
     def compute(index: int) -> None:
         start = index * top_k
         experts_outputs(module, row, [experts[(start + place) % copies] for place in range(top_k)])
 
-    return _seconds_each(compute, copies) / top_k
+    return compute
 
 
-@torch.no_grad()
-def dense_bytes_per_second(size_out: int, size_in: int, dtype: torch.dtype) -> float:
-    """One row by matrices of a size: bytes of weights a second."""
-    one = torch.randn(size_out, size_in, dtype=torch.float32).to(dtype)
+def dense_work(size_out: int, size_in: int, dtype: torch.dtype) -> Work:
+    """One row by one of some matrices of a size."""
+    one = torch.empty(size_out, size_in, dtype=dtype)
+    _fill(one, False)
     weights = [one.clone() for _ in range(_copies(one.nbytes))]
     row = torch.randn(1, size_in).to(dtype)
-    return one.nbytes / _seconds_each(lambda index: F.linear(row, weights[index]), len(weights))
+
+    @torch.no_grad()
+    def multiply(index: int) -> None:
+        F.linear(row, weights[index % len(weights)])
+
+    return multiply
 
 
-def bookkeeping() -> tuple[float, float]:
+def bookkeeping() -> tuple[Measured, Measured]:
     """(layer, missed) seconds of one layer and token of the embedded model: all of it, with all experts at
     hand; what more where none is, reading apart."""
-    path = resolve_model("tiny")
-    config: Any = read_config(path)
-    layer, bare = (_tiny_layer_seconds(path, slots) for slots in (int(config.num_experts), 0))
-    top_k, files = int(config.num_experts_per_tok), sorted(Path(path).glob("*.safetensors"))
-    read = group_seconds(files, _tiny_record_bytes(path), (top_k,))
-    return layer, max(0.0, bare - layer - (read[0] if read else 0.0))
-
-
-def _tiny_record_bytes(path: Path | str) -> int:
     from melinoe.conversion.first_use import store_of
 
-    return store_of(path).max_record_bytes
+    path = Path(resolve_model("tiny"))
+    config: Any = read_config(path)
+    layer, bare = (_tiny_layer_seconds(path, slots) for slots in (int(config.num_experts), 0))
+    group = store_of(path).max_record_bytes, int(config.num_experts_per_tok)
+    with reading(sorted(path.glob("*.safetensors")), {"": group}) as reads:
+        read = measure(reads).get("", Measured(0.0, 0.0))
+    missed = max(0.0, bare.seconds - layer.seconds - read.seconds)
+    return layer, Measured(missed, max(bare.spread, read.spread))
 
 
-def _tiny_layer_seconds(path: Path | str, slots: int) -> float:
+def _tiny_layer_seconds(path: Path | str, slots: int) -> Measured:
     from melinoe.runtime.generation import stream_generate
     from melinoe.runtime.load import load, load_tokenizer
 
@@ -134,49 +188,68 @@ def _tiny_layer_seconds(path: Path | str, slots: int) -> float:
     pieces = stream_generate(
         model, load_tokenizer(path), list(range(4, 20)), max_new_tokens=64, temperature=0.0, ignore_eos=True
     )
-    times = [time.perf_counter() for piece in pieces if piece.token is not None]
+    times, turns = [], []
+    for piece in pieces:
+        if piece.token is None:
+            continue
+        times.append(time.perf_counter())
+        steps = len(times) - 1 - SKIPPED_STEPS
+        if steps > 0 and steps % STEPS_OF_A_TURN == 0:
+            turns.append((times[-1] - times[-1 - STEPS_OF_A_TURN]) / STEPS_OF_A_TURN)
+            if len(turns) >= FEWEST_TURNS and mean_of(turns).spread <= SURE:
+                break
+    pieces.close()  # type: ignore[attr-defined]
     model.melinoe_paged.pager.close()
-    steps = np.diff(times)[8:]  # the first are recorded
-    return float(steps.mean()) / int(config.num_hidden_layers)
+    found = mean_of(turns)
+    return Measured(found.seconds / int(config.num_hidden_layers), found.spread)
 
 
-def group_seconds(files: list[Path], record_bytes: int, groups: Sequence[int]) -> tuple[float, ...] | None:
-    """Seconds of reading 1, 2, ... records together, at random places of the files; None where none can be.
+@contextmanager
+def reading(files: list[Path], wanted: Mapping[str, tuple[int, int]]) -> Iterator[dict[str, Work]]:
+    """Reads records together, at random places of the files; nothing where none can be read.
 
     Reads bypass the page cache where the file system allows it; else what they leave there is dropped.
 
     Args:
-        groups: how many records at once are measured; between two of them it is a straight line. One number:
-            that group alone.
-    """
-    size = -(-record_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
-    places = [(file, file.stat().st_size - size) for file in files if file.stat().st_size > 2 * size]
-    if not places:
-        return None
-    generator = np.random.default_rng(0)
-    descriptors = {file: _open(file) for file, _ in places}
-    buffers = [mmap.mmap(-1, size) for _ in range(max(groups))]
+        wanted: {name: (bytes of a record, how many at once)}.
 
-    def read(index: int, file: Path, start: int) -> None:
-        os.preadv(descriptors[file], [buffers[index]], start)
+    Yields:
+        {name: what reads them once}.
+    """
+    sizes = {name: -(-size // RECORD_ALIGNMENT) * RECORD_ALIGNMENT for name, (size, _) in wanted.items()}
+    lengths = {file: file.stat().st_size for file in files}
+    largest = max(sizes.values(), default=0)
+    places = [file for file in files if lengths[file] > 2 * largest]
+    if not places or not wanted:
+        yield {}
+        return
+    generator = np.random.default_rng(0)
+    descriptors = {file: _open(file) for file in places}
+    buffers = [memoryview(mmap.mmap(-1, largest)) for _ in range(max(count for _, count in wanted.values()))]
+
+    def read(index: int, file: Path, start: int, size: int) -> None:
+        os.preadv(descriptors[file], [buffers[index][:size]], start)
         os.posix_fadvise(descriptors[file], start, size, os.POSIX_FADV_DONTNEED)
 
-    def group(pool: ThreadPoolExecutor, at_once: int, _: int) -> None:
+    def group(size: int, at_once: int) -> None:
         asked = []
         for index in range(at_once):
-            file, room = places[int(generator.integers(len(places)))]
-            start = int(generator.integers(room // RECORD_ALIGNMENT + 1)) * RECORD_ALIGNMENT
-            asked.append(pool.submit(read, index, file, start))
+            file = places[int(generator.integers(len(places)))]
+            room = (lengths[file] - size) // RECORD_ALIGNMENT
+            start = int(generator.integers(room + 1)) * RECORD_ALIGNMENT
+            asked.append(pool.submit(read, index, file, start, size))
         for future in asked:
             future.result()
 
-    with ThreadPoolExecutor(READER_THREADS) as pool:
-        measured = [_seconds_each(partial(group, pool, at_once), 1) for at_once in groups]
-    for descriptor in descriptors.values():
-        os.close(descriptor)
-    if len(groups) == 1:
-        return tuple(measured)
-    return tuple(np.interp(range(1, max(groups) + 1), groups, measured).tolist())
+    def work(name: str) -> Work:
+        return lambda _: group(sizes[name], wanted[name][1])
+
+    try:
+        with ThreadPoolExecutor(READER_THREADS) as pool:
+            yield {name: work(name) for name in wanted}
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
 
 def _open(file: Path) -> int:

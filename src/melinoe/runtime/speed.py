@@ -23,7 +23,8 @@ from melinoe.errors import MelinoeError
 
 HIT_ODDS = {"decay": 3.3, "lfu": 3.0, "lru": 2.7}  # over the odds of the share of experts that are held
 EVEN, NARROW = 1.0, 12.0  # the same at the ends of the band: even routing, routing that keeps to few
-MARGIN = 0.15  # of the rates themselves
+MARGIN = 0.15  # of the rates themselves, were they measured exactly
+MOST_MARGIN = 0.5  # with what is not known of them
 # where a machine is described and not measured: bytes a second of weights in memory, and seconds per layer
 HOST_MEMORY, LAYER_SECONDS, MISSED_SECONDS = 20e9, 3e-4, 6e-4
 # on a GPU, with captured steps; the seconds are those of an H100 (docs/results.md, On a GPU)
@@ -47,7 +48,8 @@ class Rates:
     layer_seconds: bookkeeping of one layer whose experts are all at hand. missed_seconds: what is added where
     none is, reading apart; half of it comes with the first miss. dense_bytes_per_second: weights by one row.
     expert_seconds: one expert on one row. group_seconds: in which 1, 2, ... records are fetched that are
-    asked for together, as many as a token has experts.
+    asked for together, as many as a token has experts. spread: by what share of it any of them may be off,
+    because it was not measured for longer.
     """
 
     layer_seconds: float
@@ -55,6 +57,7 @@ class Rates:
     dense_bytes_per_second: float
     expert_seconds: float
     group_seconds: tuple[float, ...]
+    spread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def predict(shape: Shape, rates: Rates, policy: str, slots: int) -> Speed:
     likely = hit_rate(policy, slots, shape.num_experts)
     worst = hit_rate(policy, slots, shape.num_experts, EVEN)
     best = hit_rate(policy, slots, shape.num_experts, NARROW) if slots else 0.0
-    return Speed(speed(likely), speed(worst) * (1 - MARGIN), speed(best) * (1 + MARGIN), likely)
+    margin = min(MARGIN + rates.spread, MOST_MARGIN)
+    return Speed(speed(likely), speed(worst) * (1 - margin), speed(best) * (1 + margin), likely)
 
 
 @dataclass(frozen=True)

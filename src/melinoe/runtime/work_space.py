@@ -26,7 +26,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from melinoe.experts.forward import combine, expert_output
 from melinoe.experts.row_counts import row_counts
 from melinoe.models.layers import experts_modules
+from melinoe.models.shapes_alone import shapes_alone
 from melinoe.models.undecorated import take_over
+from melinoe.runtime.known_shapes import KnownShapes
 from melinoe.store.layout import per_expert
 
 _STAND_IN = "melinoe_work_space"
@@ -58,12 +60,16 @@ class LiveBytes(TorchDispatchMode):
 
     products: the shapes of matrix products that were computed. operations: how many there were. cache_bytes:
     of the cache that a run has left. attention: what was seen of it.
+
+    Args:
+        known: shapes that need not be worked out again; None: all are.
     """
 
     attention: _NoScores
 
-    def __init__(self) -> None:
+    def __init__(self, known: KnownShapes | None = None) -> None:
         super().__init__()
+        self._shapes = known
         self.now = self.peak = self.operations = self.cache_bytes = 0
         self.products: set[tuple[torch.Size, ...]] = set()
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -74,7 +80,8 @@ class LiveBytes(TorchDispatchMode):
             self._known.add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        found = self._shapes.of(func, args, kwargs) if self._shapes else func(*args, **kwargs)
         self.operations += 1
         if func.__name__.partition(".")[0] in _PRODUCTS:
             self.products.add(tuple(one.shape for one in args if isinstance(one, torch.Tensor)))
@@ -148,17 +155,18 @@ def work_space(skeleton: Any, rows: int, length: int, context: int) -> WorkSpace
     """
     config, dtype = skeleton.config.get_text_config(), skeleton.dtype
     experts_products = use_stand_in(skeleton)
-    few, more = (_run(skeleton, 1, tokens, use_cache=True) for tokens in _FEW)
+    known = KnownShapes()
+    few, more = (_run(skeleton, known, 1, tokens, use_cache=True) for tokens in _FEW)
     between = _FEW[1] - _FEW[0]
     # state spaces without their kernels take a step of Python for every token: then some tokens stand for all
     operations = rows * (more.operations - few.operations) / between
     counted = length
     if operations * length > _MOST_OPERATIONS:
         counted = min(length, max(64, int(_MOST_OPERATIONS / operations)))
-    live = _run(skeleton, rows, counted)
+    live = _run(skeleton, known, rows, counted)
     peak = live.peak
     if counted < length:
-        half = _run(skeleton, rows, counted // 2).peak
+        half = _run(skeleton, known, rows, counted // 2).peak
         peak += max(0, peak - half) * (length - counted) // (counted - counted // 2)
     per_token = (more.cache_bytes - few.cache_bytes) // between
     # the mask: boolean, and once more as torch's kernels take it
@@ -186,12 +194,12 @@ def _bytes(part: Any) -> int:
     return sum(one.nbytes for one in tree_leaves(part) if isinstance(one, torch.Tensor))
 
 
-def _run(skeleton: Any, rows: int, length: int, use_cache: bool = False) -> LiveBytes:
+def _run(skeleton: Any, known: KnownShapes, rows: int, length: int, use_cache: bool = False) -> LiveBytes:
     """One forward pass on shapes."""
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     # a mask of four dimensions is taken as it is; others are looked into, and there is nothing to see
     mask = torch.ones(rows, 1, length, length, dtype=torch.bool, device="meta")
-    with torch.no_grad(), without_values(), LiveBytes() as live, _NoScores() as attention:
+    with torch.no_grad(), without_values(), LiveBytes(known) as live, _NoScores() as attention:
         live.ignore((*skeleton.parameters(), *skeleton.buffers()))
         found = skeleton.base_model(input_ids=ids, attention_mask=mask, use_cache=use_cache)
     live.attention = attention
@@ -232,5 +240,5 @@ def twin(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"):
+    with shapes_alone():
         return type(model)._from_config(config, dtype=model.dtype)

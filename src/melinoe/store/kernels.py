@@ -46,7 +46,7 @@ def _agrees(name: str, tile: int) -> bool:
     code_shape, scale_shape = rounding.shapes(name, 64, 64, tile)
     codes = torch.empty(code_shape, dtype=torch.int8 if name == "int8" else torch.uint8)
     scale, expanded_OI = torch.empty(scale_shape, dtype=DTYPE), torch.empty(64, 64)
-    write, expand = rounding.of(name)
+    write, expand = rounding.by_torch(name)
     write(weight_OI, codes, scale)
     expand(codes, scale, expanded_OI)
     try:

@@ -42,7 +42,7 @@ def _agrees(found: Any, name: str) -> bool:
     code_shape, scale_shape = rounding.shapes(name, 70, 128, TILE)
     codes = torch.empty(code_shape, dtype=torch.int8 if name == "int8" else torch.uint8)
     scale, expanded_OI = torch.empty(scale_shape, dtype=torch.bfloat16), torch.empty(weight_OI.shape)
-    write, expand = rounding.of(name)
+    write, expand = rounding.by_torch(name)
     write(weight_OI, codes, scale)
     expand(codes, scale, expanded_OI)
     rows = rows.bfloat16()

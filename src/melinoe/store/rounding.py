@@ -51,6 +51,11 @@ def of(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
     return (round_int8, expand_int8) if name == "int8" else (round_int4, expand_int4)
 
 
+def by_torch(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """As `of`, with the same bits, and nothing has to be compiled for it: for a small matrix."""
+    return (round_int8, expand_int8) if name == "int8" else (_round_int4_by_torch, expand_int4)
+
+
 def round_int8(weight_OI: torch.Tensor, codes: torch.Tensor, scale_O: torch.Tensor) -> None:
     """Writes codes [out, in] and scales [out] of a matrix [out, in]."""
     weights = weight_OI.float()
@@ -72,15 +77,28 @@ def expand_int8(codes: torch.Tensor, scale_O: torch.Tensor, weight_OI: torch.Ten
 
 def round_int4(weight_OI: torch.Tensor, codes: torch.Tensor, scale_GO2: torch.Tensor) -> None:
     """Writes codes [tiles, in, tile / 2] and scales [groups, out, 2] of a matrix [out, in]."""
+
+    def fit(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        if not fitted_tile(rows, codes, scales, fit_tile):
+            fit_tile(rows, codes, scales)
+
+    _round_tiles(weight_OI, codes, scale_GO2, fit)
+
+
+def _round_int4_by_torch(weight_OI: torch.Tensor, codes: torch.Tensor, scale_GO2: torch.Tensor) -> None:
+    _round_tiles(weight_OI, codes, scale_GO2, fit_tile)
+
+
+def _round_tiles(
+    weight_OI: torch.Tensor, codes: torch.Tensor, scale_GO2: torch.Tensor, fit: Callable[..., None]
+) -> None:
     size_in = weight_OI.shape[1]
     tile = codes.shape[2] * 2
     for index in range(len(codes)):
         outputs = slice(index * tile, (index + 1) * tile)
         rows = weight_OI[outputs].float()
         rows = F.pad(rows, (0, padded(size_in) - size_in, 0, tile - rows.shape[0]))
-        scales = scale_GO2[:, outputs]
-        if not fitted_tile(rows, codes[index], scales, fit_tile):
-            fit_tile(rows, codes[index], scales)
+        fit(rows, codes[index], scale_GO2[:, outputs])
 
 
 def fit_tile(rows: torch.Tensor, codes: torch.Tensor, scale_GO2: torch.Tensor) -> None:

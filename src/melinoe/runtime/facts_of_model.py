@@ -70,10 +70,7 @@ def facts_of(
             records, beside = slot_records(store, packed), expansion_bytes(store, packed)
             read_bytes = [layer.layout.record_bytes for layer in store.layers]
         else:
-            records = [
-                (layer.num_experts, RecordLayout.of(layer.experts).record_bytes)
-                for layer in checkpoint.layers
-            ]
+            records = experts.in_format("auto")
             read_bytes = [size for _, size in records]
         bare: dict[str, Work] = {}
         if store is not None and measure_seconds > 0:

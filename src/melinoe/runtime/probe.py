@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -63,26 +62,31 @@ class Measured:
     spread: float
 
 
-def mean_of(turns: list[float]) -> Measured:
-    """The mean of turns; what disturbs one of them may disturb it whole."""
-    mean = statistics.fmean(turns)
+def mean_of(turns: list[tuple[float, int]]) -> Measured:
+    """The mean of one call, from (seconds, calls) of turns.
+
+    A turn that is disturbed has fewer calls and counts for so many: no mean of turns' own means. Its error is
+    that of turns, because what disturbs one call may disturb its neighbours too.
+    """
+    count = sum(calls for _, calls in turns)
+    mean = sum(seconds for seconds, _ in turns) / count
     if len(turns) < 3 or mean <= 0:
         return Measured(mean, UNKNOWN)
-    return Measured(mean, statistics.stdev(turns) / math.sqrt(len(turns)) / mean)
+    off = sum((seconds - mean * calls) ** 2 for seconds, calls in turns) / (len(turns) - 1)
+    return Measured(mean, math.sqrt(off * len(turns)) / count / mean)
 
 
 def measure(works: Mapping[str, Work], seconds: float = SECONDS) -> dict[str, Measured]:
     """Seconds of one call of each, in turns, each until it is known well enough, or for so many seconds."""
-    turns: dict[str, list[float]] = {name: [] for name in works}
+    turns: dict[str, list[tuple[float, int]]] = {name: [] for name in works}
     calls, spent = dict.fromkeys(works, 0), dict.fromkeys(works, 0.0)
     found: dict[str, Measured] = {}
     for name, work in works.items():  # memory, caches and files are there afterwards
         _turn(work, calls, name, 0.0)
     while len(found) < len(works):
         for name in [name for name in works if name not in found]:
-            passed, each = _turn(works[name], calls, name, TURN_SECONDS)
-            turns[name].append(each)
-            spent[name] += passed
+            turns[name].append(_turn(works[name], calls, name, TURN_SECONDS))
+            spent[name] += turns[name][-1][0]
             known = mean_of(turns[name])
             sure = len(turns[name]) >= FEWEST_TURNS and known.spread <= SURE
             if sure or spent[name] >= seconds:
@@ -90,15 +94,15 @@ def measure(works: Mapping[str, Work], seconds: float = SECONDS) -> dict[str, Me
     return found
 
 
-def _turn(work: Work, calls: dict[str, int], name: str, seconds: float) -> tuple[float, float]:
-    """(seconds, seconds of one call) of at least one call."""
+def _turn(work: Work, calls: dict[str, int], name: str, seconds: float) -> tuple[float, int]:
+    """(seconds, calls) of at least one call."""
     first, began = calls[name], time.perf_counter()
     while True:
         work(calls[name])
         calls[name] += 1
         passed = time.perf_counter() - began
         if passed >= seconds:
-            return passed, passed / (calls[name] - first)
+            return passed, calls[name] - first
 
 
 def _copies(nbytes: int) -> int:
@@ -195,7 +199,7 @@ def _tiny_layer_seconds(path: Path | str, slots: int) -> Measured:
         times.append(time.perf_counter())
         steps = len(times) - 1 - SKIPPED_STEPS
         if steps > 0 and steps % STEPS_OF_A_TURN == 0:
-            turns.append((times[-1] - times[-1 - STEPS_OF_A_TURN]) / STEPS_OF_A_TURN)
+            turns.append((times[-1] - times[-1 - STEPS_OF_A_TURN], STEPS_OF_A_TURN))
             if len(turns) >= FEWEST_TURNS and mean_of(turns).spread <= SURE:
                 break
     pieces.close()  # type: ignore[attr-defined]

@@ -207,7 +207,7 @@ def generate(
     if system and raw:
         raise MelinoeError("--system needs the chat template", next_step="leave out --raw, or --system")
     check_choices(memory, slots, policy, device)
-    prepare(model, announce=True, alone=True, device=device)
+    prepare(model, announce=True, computes=True, device=device)
     from melinoe.data.encoding import encode_prompt
     from melinoe.models.folder import local_folder, resolve_model
     from melinoe.runtime.budget import DEFAULT_CONTEXT
@@ -300,7 +300,7 @@ def plan(
         speeds=True,
         machine=machine,
         remembered=not anew,
-        prepare=lambda: prepare(model, alone=True, device=device),
+        prepare=lambda: prepare(model, computes=True, device=device),
     )
     if as_json:
         return print_json(result)

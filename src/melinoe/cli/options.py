@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from melinoe.cli.lean_imports import import_transformers
 from melinoe.config import MAX_SEED
 from melinoe.machine import uncollected, usable_device
 from melinoe.models.folder import resolve_model
@@ -120,14 +119,14 @@ def check_choices(memory: str | None, slots: int | None, policy: str, device: st
     make_policy(policy, 1, 1, 1)
 
 
-def prepare(model: str, announce: bool = False, alone: bool = False, device: str = "cpu") -> None:
+def prepare(model: str, announce: bool = False, computes: bool = False, device: str = "cpu") -> None:
     """Prepares the process for a verb that runs a model: a small one gets one thread, and no bars but ours.
 
     Args:
         announce: say what is loaded before anything is; in a terminal, transformers then shows how far its
             weights are.
         device: checked as soon as torch is there.
-        alone: this process computes tokens, by itself, and compiles no model (lean_imports.py).
+        computes: this process computes tokens; its kernels are compiled while torch is imported.
 
     The threads of a small model spend their time waiting for each other: on a busy machine with two
     cores, two threads were measured 50 times slower than one.
@@ -135,15 +134,13 @@ def prepare(model: str, announce: bool = False, alone: bool = False, device: str
     folder = resolve_model(model)  # what is not there is not announced
     if announce:
         print(f"melinoe: loading {model}", file=sys.stderr, flush=True)
-    if alone:
+    if computes:
         library.begin()
     first = "transformers.modeling_utils" not in sys.modules
     with uncollected():
         import torch
 
         usable_device(device)
-        if alone:
-            import_transformers()
         importlib.import_module("transformers.modeling_utils")  # of every model: seconds, and many objects
         from transformers.utils import logging
 

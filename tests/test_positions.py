@@ -17,7 +17,9 @@ from melinoe.models.positions import fixed_length
 from melinoe.runtime import division
 from melinoe.runtime.load import align, load_tokenizer
 from melinoe.serving.engine.batched import BatchedEngine, CannotBatchError
+from melinoe.tuning.settings import TuneSettings
 from melinoe.tuning.step.pieces import logits_are_plain
+from melinoe.tuning.training_rows import read_training_rows
 
 ORIGINAL, LONGEST, NEW = 32, 256, 12
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "phimoe")
@@ -131,6 +133,29 @@ def test_rows_beside_each_other_are_measured_as_if_alone(tmp_path):
     prompts = [one.ids[: one.prompt_length] for one in encoded]
     said = [greedy_completions(model, tokenizer, [one], NEW, progress=False) for one in prompts]
     assert greedy_completions(model, tokenizer, prompts, NEW, 4, progress=False) == [one for (one,) in said]
+
+
+def test_rows_beside_each_other_are_tuned_as_if_alone(tmp_path):
+    folder = checkpoint(tmp_path / "model", "mixtral", "longrope")
+    words = [f"w{3 + (7 * place) % 40}" for place in range(2 * ORIGINAL)]
+    texts = [" ".join(words[: length - 3]) for length in (5, ORIGINAL - 8, ORIGINAL + 3, 2 * ORIGINAL)]
+    rows = [json.dumps({"prompt": text, "completion": "w9 w8"}) + "\n" for text in texts]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(rows))
+    settings = {"max_length": 3 * ORIGINAL, "rank": 2, "eval_steps": 1, "eval_rows": 4, "max_steps": 1}
+    nll = []
+    for batch_tokens in (3 * ORIGINAL, 12 * ORIGINAL):
+        output = tmp_path / str(batch_tokens)
+        melinoe.tune(
+            folder, data, output, eval_data=data, batch_tokens=batch_tokens, progress=False, **settings,
+        )  # fmt: skip
+        before, *_ = (output / "evaluations.jsonl").read_text().splitlines()
+        nll.append(json.loads(before)["nll"])
+    assert nll[0] == pytest.approx(nll[1], rel=1e-6)
+    chosen = TuneSettings(**{**settings, "batch_tokens": 12 * ORIGINAL, "max_steps": 9})
+    found = read_training_rows(folder, data, chosen, quiet=True)
+    for step in found.plan:
+        assert len({len(found.encoded[row].ids) > ORIGINAL for row in step}) == 1
 
 
 def test_every_layer_type_counts(tmp_path):

@@ -89,6 +89,18 @@ def test_parts_keep_their_budget_and_use_every_row():
     assert all(len(rows) >= 4 for rows in few)
 
 
+def test_a_step_has_no_row_that_changes_another_ones_positions():
+    lengths = [3, 20, 64, 9, 31, 33, 5]
+    for parts in (1, 2, 3, 5):
+        plan = plan_batches(lengths, 64, 40, seed=3, parts=parts, fixed_length=32)
+        assert len(plan) == 40 and all(len(rows) >= parts for rows in plan)
+        assert all(len({lengths[row] > 32 for row in rows}) == 1 for rows in plan)
+        assert {row for rows in plan for row in rows} == set(range(len(lengths)))
+        cut = [part_of(rows, part, parts) for rows in plan for part in range(parts)]
+        assert all(len(rows) * max(lengths[r] for r in rows) <= 64 for rows in cut)
+    assert len(plan_batches([5, 40], 64, 9, seed=0, parts=4, fixed_length=32)) == 9
+
+
 @pytest.mark.parametrize(
     "more", [{}, EVERYTHING, {"equal_sequences": True}], ids=["default", "everything", "equal sequences"]
 )
@@ -97,7 +109,7 @@ def test_accumulated_parts_are_one_large_batch(tmp_path, base, data, monkeypatch
     monkeypatch.setattr(
         training_rows,
         "plan_batches",
-        lambda lengths, tokens, steps, seed, parts: plan_batches(lengths, 64, steps, seed, 3),
+        lambda lengths, tokens, steps, seed, parts, fixed: plan_batches(lengths, 64, steps, seed, 3),
     )
     tune(base, data, tmp_path / "whole", **SHORT, **more)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")

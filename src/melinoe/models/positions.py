@@ -1,7 +1,8 @@
 """Models whose rotary positions hang on the longest text of a forward pass (longrope, dynamic).
 
 transformers chooses their frequencies anew for every pass, by its largest position, for all tokens of it.
-Such a text is another one when it is computed in pieces, or beside a longer one.
+Such a text is another one when it is computed in pieces, or beside a longer one: who puts rows beside each
+other (`data.batching.length_batches`) keeps those beyond the fixed length apart.
 """
 
 from __future__ import annotations

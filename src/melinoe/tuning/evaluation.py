@@ -37,6 +37,7 @@ class Evaluation:
         slots: C, per layer.
         batch_tokens: padded tokens of a forward pass.
         processes: the rows are divided among them.
+        fixed_length: as `models.positions.fixed_length`: a longer row would change a shorter one.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Evaluation:
         batch_tokens: int,
         pad_token_id: int,
         processes: Processes,
+        fixed_length: int | None = None,
     ) -> None:
         self.num_rows, self.layers, self.slots = len(encoded), layers, slots
         self.pad_token_id, self.processes = pad_token_id, processes
         self.pieces = Pieces()
-        cut = length_batches([len(row.ids) for row in encoded], batch_tokens)
+        cut = length_batches([len(row.ids) for row in encoded], batch_tokens, fixed_length=fixed_length)
         batches = [[encoded[position] for position in positions] for positions in cut]
         self.batches = batches[processes.index :: processes.count]
         # a sharded layer needs every process at every pass: whoever has fewer batches repeats one

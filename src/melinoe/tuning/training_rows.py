@@ -11,7 +11,8 @@ from melinoe.data.encoding import Encoded, EncodedRows, encode_rows
 from melinoe.data.rows import Row, describe_rows, read_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
-from melinoe.models.pretrained import read_tokenizer
+from melinoe.models.positions import fixed_length
+from melinoe.models.pretrained import read_config, read_tokenizer
 from melinoe.runtime.generation_settings import end_tokens, folder_settings
 from melinoe.tuning.memory.activations import BatchShape
 from melinoe.tuning.memory.needed import batch_shape
@@ -81,7 +82,8 @@ def read_training_rows(
     usable = _encoded(folder, tokenizer, rows, settings)
     lengths = [len(row.ids) for row in usable.encoded]
     parts = settings.accumulate * processes
-    plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts)
+    fixed = fixed_length(read_config(folder))
+    plan = plan_batches(lengths, settings.batch_tokens, settings.max_steps, settings.seed, parts, fixed)
     if show and (usable.left_out or not quiet):
         why = f"{usable}; " if usable.left_out else ""
         padding = f"{padding_share(lengths, plan, parts):.1%} of a batch is padding"

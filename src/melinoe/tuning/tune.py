@@ -15,6 +15,7 @@ from melinoe.errors import MelinoeError
 from melinoe.files import naming_errors, partial_of
 from melinoe.machine import usable_device
 from melinoe.models.layers import experts_per_token, fingerprint
+from melinoe.models.positions import fixed_length
 from melinoe.outputs import Output
 from melinoe.runtime.division import given_bytes
 from melinoe.tuning.evaluation import Evaluation
@@ -106,7 +107,10 @@ def tune(
     slots = max(chosen.capacity(layer.num_experts, experts_per_token(tuned)) for layer in layers)
     evaluation = None
     if held_out:
-        evaluation = Evaluation(held_out, layers, slots, chosen.batch_tokens, rows.pad_token_id, processes)
+        evaluation = Evaluation(
+            held_out, layers, slots, chosen.batch_tokens, rows.pad_token_id, processes,
+            fixed_length(tuned.config),
+        )  # fmt: skip
     with naming_errors(work), trainer_silenced(), TuningProgress(show, chosen.max_steps) as bar:
         trainer = LocalityTrainer(
             tuned,

@@ -27,7 +27,12 @@ POOL_BATCHES = 8  # rows are sorted by length inside pools of about this many st
 
 
 def plan_batches(
-    lengths: list[int], batch_tokens: int, num_steps: int, seed: int, parts: int = 1
+    lengths: list[int],
+    batch_tokens: int,
+    num_steps: int,
+    seed: int,
+    parts: int = 1,
+    fixed_length: int | None = None,
 ) -> list[list[int]]:
     """`num_steps` lists of row numbers.
 
@@ -39,19 +44,24 @@ def plan_batches(
     Args:
         lengths: tokens of each row, none above batch_tokens.
         parts: into which a step is divided (`part_of`); a step has at least as many rows.
+        fixed_length: as `models.positions.fixed_length`: a longer row would change a shorter one.
     """
     assert max(lengths) <= batch_tokens, (max(lengths), batch_tokens)
     random = np.random.default_rng(seed)
-    pool_rows = max(parts, int(POOL_BATCHES * parts * batch_tokens / (sum(lengths) / len(lengths))))
+    least = parts if fixed_length is None else 2 * parts  # of long ones and of short ones, one step's rows
+    pool_rows = max(least, int(POOL_BATCHES * parts * batch_tokens / (sum(lengths) / len(lengths))))
     waiting: list[int] = []
     steps: list[list[int]] = []
     while len(steps) < num_steps:
         while len(waiting) < pool_rows:
             waiting += random.permutation(len(lengths)).tolist()
         pool, waiting = waiting[:pool_rows], waiting[pool_rows:]
-        cut = length_batches(lengths, batch_tokens, positions=reversed(pool), parts=parts)
-        if len(cut[-1]) < parts:  # a part must not be empty; there are more rows in the pool than these
-            waiting = cut.pop() + waiting
+        cut = length_batches(
+            lengths, batch_tokens, positions=reversed(pool), parts=parts, fixed_length=fixed_length
+        )
+        # a part must not be empty; there are more rows in the pool than these
+        waiting = [row for rows in cut if len(rows) < parts for row in rows] + waiting
+        cut = [rows for rows in cut if len(rows) >= parts]
         steps += [cut[i] for i in random.permutation(len(cut))]
     return steps[:num_steps]
 

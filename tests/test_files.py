@@ -93,6 +93,14 @@ def test_one_process_at_a_time(tmp_path):
     assert tree(folder) == {"half": "x"}
 
 
+def test_a_folder_to_go_on_with_in_which_nothing_was_made_is_gone(tmp_path):
+    with pytest.raises(ZeroDivisionError), partial_folder(tmp_path / "new"):
+        _ = 1 / 0
+    with partial_folder(tmp_path / "new"):
+        pass
+    assert not tree(tmp_path)
+
+
 def test_a_folder_to_go_on_with_keeps_what_is_there(tmp_path):
     stopped(partial_folder(tmp_path / "folder"), lambda partial: plant(partial, {"done": "1"}))
     with partial_folder(tmp_path / "folder") as partial:

@@ -139,6 +139,19 @@ def test_a_checkpoint_is_indexed_on_first_use(sharded, monkeypatch, tmp_path):
     assert torch.equal(greedy(melinoe.load(sharded, slots=2)), expected)
 
 
+def test_a_store_that_is_there_is_opened_where_nothing_can_be_written(sharded, monkeypatch, tmp_path):
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "home"))
+    made = store_of(sharded)
+    lock = made.folder.with_name(f"{made.folder.name}.lock")
+    lock.unlink()
+    lock.mkdir()  # root may write anywhere, but not open a folder
+    assert store_of(sharded) == made
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "file"))
+    with pytest.raises(melinoe.MelinoeError, match=r"cannot be made; got .* MELINOE_HOME"):
+        store_of(sharded)
+
+
 @pytest.fixture(scope="module")
 def opened():
     """(file, mode) of every call of Python's open, while `listening`."""

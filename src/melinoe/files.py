@@ -116,7 +116,7 @@ def partial_of(folder: Path) -> Path:
 def partial_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """Where a folder is built, held by one process at a time, with what a call before has left in it.
 
-    `put_folder` gives it its name.
+    `put_folder` gives it its name. One in which nothing was made does not stay.
 
     Args:
         wait: for another process that holds it, instead of an error.
@@ -126,7 +126,11 @@ def partial_folder(folder: Path, *, wait: bool = False) -> Iterator[Path]:
     """
     folder = Path(os.path.realpath(folder))
     with naming_errors(folder), _held(partial_of(folder), folder, wait) as partial:
-        yield partial
+        try:
+            yield partial
+        finally:
+            with contextlib.suppress(OSError):  # gone, or with something in it
+                partial.rmdir()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import sys
@@ -17,7 +18,7 @@ from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.models.pretrained import read_config
 from melinoe.models.weights import weight_files
-from melinoe.store.manifest import Store, is_store
+from melinoe.store.manifest import Store, is_store, open_store
 
 
 def store_of(source: str | Path) -> Store:
@@ -41,8 +42,19 @@ def store_of(source: str | Path) -> Store:
     )
     key = hashlib.sha256(f"{folder.resolve()}{stamp}".encode()).hexdigest()[:12]
     target = home() / "stores" / f"{folder.resolve().name}-{key}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f"{target.name}.lock").open("w") as lock:
+    if is_store(target):  # of one that is whole nothing is written: its folder may be read-only
+        with contextlib.suppress(MelinoeError):
+            return open_store(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = (target.parent / f"{target.name}.lock").open("w")
+    except OSError as error:
+        raise MelinoeError(
+            f"the store of {source} cannot be made",
+            got=error,
+            next_step="make its folder writable, or set MELINOE_HOME to one that is",
+        ) from None
+    with file as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first, and finds its store
         store = _made_before(target)
         if store is not None:

@@ -65,7 +65,6 @@ def index_in_place(source: str | Path | Checkpoint, target: str | Path) -> Store
     output.check()
     with partial_folder(target) as partial:
         if is_in_place(target) and _is_of(target, checkpoint):
-            partial.rmdir()
             return open_store(target)  # another process has made it meanwhile
         empty(partial)
         stamps = _linked(checkpoint)

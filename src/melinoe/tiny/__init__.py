@@ -38,7 +38,6 @@ def data_path(cache_folder: str | Path | None = None) -> Path:
         return folder
     with partial_folder(folder, wait=True) as partial:
         if folder.is_dir():  # another process has made it meanwhile
-            partial.rmdir()
             return folder
         empty(partial)
         write_splits(partial, TRAIN_ROWS, VALID_ROWS, TEST_ROWS, DATA_SEED)

@@ -147,6 +147,8 @@ def test_a_system_message_that_is_dropped_or_refused_is_named():
     deaf = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
     with pytest.raises(MelinoeError, match=r"line 3: the chat template does not write system messages"):
         encode(tokenizer("byte level", False, False, deaf), row)
+    with pytest.raises(MelinoeError, match=r"does not write system messages"):
+        encode_prompt(tokenizer("byte level", False, False, deaf), row.messages)
     with pytest.raises(MelinoeError, match=r"line 3: the chat template refuses .*System role not supported"):
         encode(tokenizer("byte level", False, False, MARKED["gemma"]), row)
     words = tokenizer("byte level", False, False, LLAMA)

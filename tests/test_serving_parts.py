@@ -160,6 +160,39 @@ def test_a_stop_string_that_is_a_token_of_its_own_ends_the_text():
         assert answer.stopped and shown + answer.finish() == "abc"
 
 
+def test_a_stop_string_with_a_special_token_in_it_ends_the_text():
+    """As transformers' StopStringCriteria has it; the token itself is no text, whether it ends one or not."""
+    words = copy.deepcopy(LETTERS)
+    words.add_special_tokens({"additional_special_tokens": ["<|over|>", "<|over|>>"]})
+    (over,), (longer,) = (words(text)["input_ids"] for text in ("<|over|>", "<|over|>>"))
+    a, b, c = words("abc")["input_ids"]
+    cases = {
+        (a, over, b, c): (True, "a"),
+        (a, over, c, b): (False, "acb"),
+        (a, b, over): (False, "ab"),
+        (a, longer, b): (False, "ab"),
+        (c, a, over, over, b): (True, "ca"),
+        (a, longer, a): (True, ""),
+    }
+    for tokens, (stopped, expected) in cases.items():
+        answer, shown = AnswerText(words, ["<|over|>b", "a<|over|>>a"]), ""
+        for token in tokens:
+            shown += answer.add(token)
+            if answer.stopped:
+                break
+        assert (answer.stopped, shown + answer.finish()) == (stopped, expected)
+
+
+def test_messages_that_the_template_does_not_write_are_refused():
+    words = copy.deepcopy(LETTERS)
+    words.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    asked = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": "ab"}]
+    prompts = Prompts(words, 99, 64)
+    with pytest.raises(ApiError, match="does not write system messages"):
+        prompts.of_chat(chat(messages=asked, tools=None))
+    assert prompts.of_chat(chat(messages=asked[1:], tools=None)) == words("ab")["input_ids"]
+
+
 @pytest.mark.parametrize("named", ["ab", ["ab"], ["x", "ab"], None])
 def test_one_stop_string_is_not_its_letters(named):
     assert stop_strings(GenerationConfig(stop_strings=named)) == (

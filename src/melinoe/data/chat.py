@@ -8,6 +8,7 @@ the conversation that the template does not write is refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,25 @@ def render(tokenizer: Any, messages: list[Message], row: Row | None, **options: 
         where = f"{row.name}: " if row is not None else ""
         raise MelinoeError(f"{where}the chat template refuses this conversation", got=reason) from None
     return found if options.get("return_assistant_tokens_mask") else list(found["input_ids"])
+
+
+def unwritten_role(
+    messages: list[Message], written: str, is_same: Callable[[list[Message]], bool]
+) -> str | None:
+    """The role of a message that a template ignores, which would make another conversation without a word.
+
+    Args:
+        written: what the template makes of the messages.
+        is_same: whether it makes the same of others.
+    """
+    for place, message in enumerate(messages):
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else ""
+        if message["role"] in ("assistant", "user") or not content or content in written:
+            continue  # a template without these two would be none
+        if is_same([*messages[:place], message | {"content": content + " x"}, *messages[place + 1 :]]):
+            return str(message["role"])
+    return None
 
 
 class Chat:
@@ -114,27 +134,20 @@ class Chat:
 
     def _refuse_what_is_dropped(self) -> None:
         """A template that ignores a part of the conversation would make another one of it, without a word."""
-        text = None
         for place, message in enumerate(self.messages):
-            content = (message.get("content") or "").strip()
             if message.get("tool_calls"):
                 without = {name: value for name, value in message.items() if name != "tool_calls"}
-                self._refuse_unless_read(place, without, "tool calls")
-            if message["role"] in ("assistant", "user") or not content:
-                continue  # a template without these would be none
-            text = self.tokenizer.decode(self.ids) if text is None else text
-            if content not in text:
-                changed = message | {"content": content + " x"}
-                self._refuse_unless_read(place, changed, f"{message['role']} messages")
+                if self._is_same([*self.messages[:place], without, *self.messages[place + 1 :]]):
+                    self._refuse("tool calls")
+        role = unwritten_role(self.messages, self.tokenizer.decode(self.ids), self._is_same)
+        if role is not None:
+            self._refuse(f"{role} messages")
         bare = replace(self.row, tools=())
         if self.row.tools and render(self.tokenizer, self.messages, bare) == self.ids:
             self._refuse("tools")
 
-    def _refuse_unless_read(self, place: int, instead: Message, what: str) -> None:
-        changed = [*self.messages]
-        changed[place] = instead
-        if self._ids(changed) == self.ids:
-            self._refuse(what)
+    def _is_same(self, messages: list[Message]) -> bool:
+        return self._ids(messages) == self.ids
 
     def _refuse(self, what: str) -> None:
         raise MelinoeError(

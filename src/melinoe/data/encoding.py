@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from melinoe.data.characters import refuse_half_characters
-from melinoe.data.chat import Chat, has_template, render
+from melinoe.data.chat import Chat, has_template, render, unwritten_role
 from melinoe.data.columns import Message, Row, says_nothing
 from melinoe.data.spans import Encoded, common_prefix, encoded_or_nothing
 from melinoe.errors import MelinoeError
@@ -138,7 +138,18 @@ def encode_prompt(tokenizer: Any, prompt: Sequence[Message] | str | Row, raw: bo
     if raw or not has_template(tokenizer):
         prefix, ids, _ = _plain_ids(tokenizer, "".join(_contents(messages, row)))
         return prefix + ids
-    return render(tokenizer, messages, row, add_generation_prompt=True)
+    whole: list[int] = render(tokenizer, messages, row, add_generation_prompt=True)
+    role = unwritten_role(
+        messages,
+        tokenizer.decode(whole),
+        lambda changed: render(tokenizer, changed, row, add_generation_prompt=True) == whole,
+    )
+    if role is not None:
+        raise MelinoeError(
+            f"the model's chat template does not write {role} messages, so they would be lost",
+            next_step="say it in the user's message",
+        )
+    return whole
 
 
 # ------------------------------------------------------------ without a template

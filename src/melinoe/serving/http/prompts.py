@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from melinoe.data.chat import unwritten_role
 from melinoe.data.encoding import encode_prompt
 from melinoe.serving.http.errors import ApiError, too_long
 from melinoe.serving.http.protocol import ChatRequest, Message
@@ -44,6 +45,13 @@ class Prompts:
         if tools and text == self._rendered(messages, param, None):
             raise ApiError(
                 400, "this model's chat template does not write tools, so they would be lost", param="tools"
+            )
+        role = unwritten_role(messages, text, lambda changed: self._rendered(changed, param, tools) == text)
+        if role is not None:
+            raise ApiError(
+                400,
+                f"this model's chat template does not write {role} messages, so they would be lost",
+                param=param,
             )
         return self.of_text(text, param, rendered=True)
 

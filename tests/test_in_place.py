@@ -139,6 +139,15 @@ def test_a_checkpoint_is_indexed_on_first_use(sharded, monkeypatch, tmp_path):
     assert torch.equal(greedy(melinoe.load(sharded, slots=2)), expected)
 
 
+def test_a_copy_of_the_shards_says_in_what_it_differs(sharded, tmp_path):
+    index_in_place(sharded, tmp_path / "store")
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")  # of the files behind the links, with their times
+    with pytest.raises(melinoe.MelinoeError, match="has changed since it was indexed") as error:
+        melinoe.load(tmp_path / "copy", slots=4)
+    got, allowed = str(error.value).split("got ")[1].split("; allowed: ")
+    assert got not in allowed
+
+
 def test_a_store_that_is_there_is_opened_where_nothing_can_be_written(sharded, monkeypatch, tmp_path):
     monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "home"))
     made = store_of(sharded)

@@ -1,5 +1,6 @@
 """The predictor: learns what can be learnt, is deterministic, and refuses other models."""
 
+import json
 import time
 from dataclasses import replace
 
@@ -8,8 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import melinoe
+from melinoe.cli.main import app
 from melinoe.errors import MelinoeError
 from melinoe.measure.trace import trace
 from melinoe.models.layers import fingerprint
@@ -129,6 +132,30 @@ def test_a_real_trace_of_a_model_given_by_path(tmp_path):
     report = fit_predictor(folder, tmp_path / "t", tmp_path / "p", epochs=1)
     assert report["num_sequences"] == made.num_sequences
     assert report["slots"] == 2
+
+
+def test_a_trace_of_a_tuning_that_is_not_merged(tmp_path):
+    """On the command line, where a model is a name: the adapter is one beside it, as for the trace."""
+    folder = save(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": row.prompt, "completion": row.completion}) + "\n" for row in rows(20))
+    )
+    settings = {"max_steps": 2, "rank": 2, "batch_tokens": 128, "max_length": 64, "progress": False}
+    melinoe.tune(folder, data, tmp_path / "adapter", router_learning_rate=0.05, **settings)
+
+    def run(*arguments):
+        arguments = [str(one) for one in (*arguments, "--adapter", tmp_path / "adapter")]
+        return CliRunner().invoke(app, [*arguments, "--model", str(folder), "--quiet"])
+
+    done = run("trace", "--data", data, "--output", tmp_path / "t")
+    assert done.exit_code == 0, done.output
+    with pytest.raises(MelinoeError, match="other routers"):
+        fit_predictor(folder, tmp_path / "t")
+    for output, code in (("p", 0), ("adapter/p", 1)):
+        done = run("fit-predictor", "--trace", tmp_path / "t", "--output", tmp_path / output)
+        assert done.exit_code == code, done.output
+    assert melinoe.load(folder, tmp_path / "adapter", tmp_path / "p", slots=2).melinoe_paged.predictor
 
 
 def test_other_models_and_files_are_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -97,15 +97,24 @@ def fit_predictor(
     model: Model,
     trace: Annotated[Path, typer.Option(help="Trace that `melinoe trace` wrote.")],
     output: Annotated[Path, typer.Option(help="Predictor to write.")],
+    adapter: Adapter = None,
     seed: Seed = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Fit the predictor of a sequence's experts from its prompt."""
     prepare(model)
+    from melinoe.measure.trace import open_model
+    from melinoe.outputs import Output
     from melinoe.prediction.fit import fit_predictor as run
+    from melinoe.prediction.predictor import PREDICTOR
 
-    result = run(model, trace, output, seed=seed)
+    opened: Any = model
+    if adapter is not None:
+        reads = {"model": model, "trace": trace, "adapter": adapter}
+        Output(output, PREDICTOR, reads, replace=True).check()
+        opened = open_model(model, adapter)
+    result = run(opened, trace, output, seed=seed)
     for warning in result["warnings"]:
         print(f"melinoe: {warning}", file=sys.stderr)
     if as_json:

@@ -235,7 +235,11 @@ def check_stamp(folder: Path, stamp: Stamp) -> None:
     if found != (stamp.size, stamp.mtime_ns, stamp.ctime_ns) or read_stamp(path) != stamp:
         raise MelinoeError(
             f"the shard {path.resolve()} has changed since it was indexed",
-            got=f"{status.st_size} bytes, written at {status.st_mtime_ns} ns",
-            allowed=f"{stamp.size} bytes, written at {stamp.mtime_ns} ns, and the same header",
+            got=_times(*found),
+            allowed=f"{_times(stamp.size, stamp.mtime_ns, stamp.ctime_ns)}, and the same header",
             next_step=again,
         )
+
+
+def _times(size: int, mtime_ns: int, ctime_ns: int) -> str:
+    return f"{size} bytes, written at {mtime_ns} ns, put there at {ctime_ns} ns"

@@ -242,3 +242,10 @@ def test_rates_say_how_sure_they_are(olmoe, home, monkeypatch):
     spreads = {row["rates"]["spread"] for row in found["speeds"]}
     assert all(0 < spread < 10 for spread in spreads)
     assert measured_rates.LAYER != measured_rates.MISSED
+
+
+def test_what_is_measured_needs_no_home(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MELINOE_HOME", str(tmp_path / "file"))  # nothing can be written there
+    layer, missed = probe.bookkeeping()
+    assert layer.seconds > 0 and missed.seconds >= 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -170,13 +171,15 @@ def dense_work(size_out: int, size_in: int, dtype: torch.dtype) -> Work:
 
 def bookkeeping() -> tuple[Measured, Measured]:
     """(layer, missed) seconds of one layer and token of the embedded model: all of it, with all experts at
-    hand; what more where none is, reading apart."""
-    from melinoe.conversion.first_use import store_of
+    hand; what more where none is, reading apart. Its index is made elsewhere: the home may be read-only."""
+    from melinoe.conversion.in_place import index_in_place
 
     path = Path(resolve_model("tiny"))
     config: Any = read_config(path)
-    layer, bare = (_tiny_layer_seconds(path, slots) for slots in (int(config.num_experts), 0))
-    group = store_of(path).max_record_bytes, int(config.num_experts_per_tok)
+    with tempfile.TemporaryDirectory(prefix="melinoe-") as folder:
+        store = index_in_place(path, Path(folder) / "tiny")
+        layer, bare = (_tiny_layer_seconds(store.folder, slots) for slots in (int(config.num_experts), 0))
+    group = store.max_record_bytes, int(config.num_experts_per_tok)
     with reading(sorted(path.glob("*.safetensors")), {"": group}) as reads:
         read = measure(reads).get("", Measured(0.0, 0.0))
     missed = max(0.0, bare.seconds - layer.seconds - read.seconds)

@@ -146,9 +146,9 @@ def measured(monkeypatch):
     names: list[set[str]] = []
     measure, bookkeeping = probe.measure, probe.bookkeeping
 
-    def listening(works, *more):
+    def listening(works, *more, **named):
         names.append(set(works))
-        return measure(works, *more)
+        return measure(works, *more, **named)
 
     def listening_too():
         names.append({"bookkeeping"})

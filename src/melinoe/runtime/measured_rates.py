@@ -43,7 +43,9 @@ def measured_rates(
         dense, experts, make = _computing(model, records, top_k)
         found = {name: known for name in (LAYER, MISSED, *make) if (known := kept.get(name))}
         new = {name: make[name]() for name in make if name not in found}
-        measured = probe.measure({**others, **reads, **new})
+        measured = probe.measure({**others, **reads})
+        for name, work in new.items():
+            measured |= probe.measure({name: work}, sure=0.0)
     fresh = {name: measured[name] for name in new}
     new.clear()  # their matrices
     if not {LAYER, MISSED} <= found.keys():

@@ -7,9 +7,11 @@
     reading       records' own size, from any file of the model, past the page cache, one alone and as many at
                   once as a token has experts
 
-What is measured takes turns of a few milliseconds, so that what else the machine does meets all of it alike,
-and each is measured until its turns agree, at most for SECONDS. Means are given, not the best: what else the
-machine does meets a token as well; and with each how far it may be off.
+What is read takes turns of a few milliseconds, so that what else the machine does meets all of it alike, and
+each is measured until its turns agree, at most for SECONDS. What computes is measured for all of SECONDS, one
+behind the other: its first hundredths of a second are slower by a third and agree with each other (the log).
+Means are given, not the best: what else the machine does meets a token as well; and with each how far it may
+be off.
 """
 
 from __future__ import annotations
@@ -77,8 +79,11 @@ def mean_of(turns: list[tuple[float, int]]) -> Measured:
     return Measured(mean, math.sqrt(off * len(turns)) / count / mean)
 
 
-def measure(works: Mapping[str, Work], seconds: float = SECONDS) -> dict[str, Measured]:
-    """Seconds of one call of each, in turns, each until it is known well enough, or for so many seconds."""
+def measure(works: Mapping[str, Work], seconds: float = SECONDS, sure: float = SURE) -> dict[str, Measured]:
+    """Seconds of one call of each, in turns, each until it is known well enough, or for so many seconds.
+
+    sure: the standard error, as a share of the mean, that is good enough; 0: all the seconds are taken.
+    """
     turns: dict[str, list[tuple[float, int]]] = {name: [] for name in works}
     calls, spent = dict.fromkeys(works, 0), dict.fromkeys(works, 0.0)
     found: dict[str, Measured] = {}
@@ -89,8 +94,8 @@ def measure(works: Mapping[str, Work], seconds: float = SECONDS) -> dict[str, Me
             turns[name].append(_turn(works[name], calls, name, TURN_SECONDS))
             spent[name] += turns[name][-1][0]
             known = mean_of(turns[name])
-            sure = len(turns[name]) >= FEWEST_TURNS and known.spread <= SURE
-            if sure or spent[name] >= seconds:
+            enough = len(turns[name]) >= FEWEST_TURNS and known.spread <= sure
+            if enough or spent[name] >= seconds:
                 found[name] = known
     return found
 
@@ -203,9 +208,6 @@ def _tiny_layer_seconds(path: Path | str, slots: int) -> Measured:
         steps = len(times) - 1 - SKIPPED_STEPS
         if steps > 0 and steps % STEPS_OF_A_TURN == 0:
             turns.append((times[-1] - times[-1 - STEPS_OF_A_TURN], STEPS_OF_A_TURN))
-            if len(turns) >= FEWEST_TURNS and mean_of(turns).spread <= SURE:
-                break
-    pieces.close()  # type: ignore[attr-defined]
     model.melinoe_paged.pager.close()
     found = mean_of(turns)
     return Measured(found.seconds / int(config.num_hidden_layers), found.spread)

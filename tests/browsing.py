@@ -39,6 +39,14 @@ def check_page(browser, path):
                 " one.getBoundingClientRect().height).filter(height => height > 0))"
             )
             assert small >= 11  # pixels, of the smallest text in a figure
+            cut = page.evaluate(
+                "[...document.querySelectorAll('svg text')].filter(one => {"
+                " const [inner, outer] = [one, one.closest('svg')].map(it => it.getBoundingClientRect());"
+                " return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1"
+                " || inner.top < outer.top - 1 || inner.bottom > outer.bottom + 1) })"
+                ".map(one => one.textContent)"
+            )
+            assert not cut  # texts that a figure's edge cuts off: 79 ms of 479
             silent = page.evaluate(
                 "[...document.querySelectorAll('figure')].filter(one =>"
                 " !one.querySelector('[role=img][aria-label]:not([aria-label=\"\"])')).length"

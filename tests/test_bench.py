@@ -11,7 +11,7 @@ import pytest
 import melinoe
 from browsing import check_page, in_browser, started_browser
 from melinoe.benchmark.entries import chosen, entries
-from melinoe.benchmark.page import headline
+from melinoe.benchmark.page import command, headline, write_bench_page
 from melinoe.benchmark.summary import SPEED, of_repeat, percentile, rank, summarise, told_apart
 from melinoe.benchmark.table import markdown, ordered, print_tables
 from melinoe.demonstration import limited_process
@@ -181,6 +181,24 @@ def test_the_page_stands_alone(measured):
 @in_browser
 def test_the_page_fits_a_telephone_and_two_sheets(measured, browser):
     check_page(browser, measured[0] / "bench.html")
+
+
+@in_browser
+@pytest.mark.parametrize("step", [0.4791, 8.0711])
+def test_a_slow_models_page_cuts_no_number_off(browser, measured, tmp_path, step):
+    shown = {"name": "slow", "times": [9.0 + step * number for number in range(4)]}
+    shown |= {"waits": [0.0, 0.1, 0.2, 0.3], "reads": [0.0, 0.1, 0.2, 0.3]}
+    write_bench_page({**measured[1], "timeline": shown}, tmp_path / "page.html")
+    assert ("479 ms" if step < 1 else "8.07 s") in (tmp_path / "page.html").read_text()
+    check_page(browser, tmp_path / "page.html")
+
+
+def test_the_command_on_a_page_is_the_one_that_was_run(measured):
+    text = command(measured[1]["settings"])
+    assert "--record-bytes 0 " in text and "--repeats 2 " in text and "--seconds 12.0 " in text
+    assert text.endswith("--rows 'llama.cpp mmap bf16;melinoe decay'")
+    assert "--rows" not in command(measured[1]["settings"] | {"rows": None})
+    assert "were widened" not in (measured[0] / "bench.html").read_text()
 
 
 def test_two_numbers_say_who_is_slower_too():

@@ -143,6 +143,7 @@ def bench(
     begin(output, reads, settings, overwrite)
     run = _Bench(output, settings, models, wanted, size, held_out, Stages(4, progress))
     result = run.run(None if predictor is None else str(predictor), memory, record_bytes)
+    result["settings"]["rows"] = rows
     write_json(output / "result.json", result, indent=1, default=float)
     write_bench_page(result, output / "bench.html")
     if not keep:

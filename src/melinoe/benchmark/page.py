@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,10 @@ def command(settings: dict[str, Any]) -> str:
         if settings[name] is not None:
             value = settings[name] if name == "memory" else name_of(settings[name])
             parts.append(f"--{name} {value}")
-    for name in ("repeats", "prompts", "new_tokens", "quality_rows", "seed"):
+    for name in (
+        "record_bytes", "repeats", "prompts", "new_tokens", "seconds", "quality_rows", "threads", "seed",
+    ):  # fmt: skip
         parts.append(f"--{name.replace('_', '-')} {settings[name]}")
+    if settings["rows"] is not None:
+        parts.append(f"--rows {shlex.quote(';'.join(settings['rows']))}")
     return " ".join(parts)

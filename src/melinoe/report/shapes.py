@@ -135,12 +135,13 @@ def timeline(steps: list[dict[str, float]]) -> Markup:
     shares = {name: sum(step[name] for step in steps) for name in steps[0]}
     said = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in shares.items())
     label = f"Seconds of each token after the first: {said}"
-    left, bottom = 40, 120
+    left, bottom = 52, 120
     totals = sorted(step["computing"] + step["waiting"] for step in steps)
     # one token that the machine was busy in must not flatten all others: it is cut off at the top
     tallest = min(totals[-1], 3 * totals[len(totals) * 3 // 4]) or 1.0
     width = (WIDTH - left) / len(steps)
-    body = words(left - 5, 12, f"{1000 * tallest:.0f} ms", "end") + words(left - 5, bottom, "0", "end")
+    top = f"{1000 * tallest:.0f} ms" if tallest < 1 else f"{tallest:.3g} s"
+    body = words(left - 5, 12, top, "end") + words(left - 5, bottom, "0", "end")
     for number, step in enumerate(steps):
         x, y = left + number * width, float(bottom)
         for name, colour in (("computing", "--one"), ("waiting", "--two")):
@@ -158,7 +159,7 @@ def timeline(steps: list[dict[str, float]]) -> Markup:
     body += words((left + WIDTH) / 2, bottom + 16, "tokens of one answer, one column each", "middle")
     names = {"--one": "computing", "--two": "waiting for a read", "--three": "reading, hidden"}
     for number, (colour, name) in enumerate(names.items()):
-        x = left + number * 118
+        x = 12 + number * 122
         body += f'<rect x="{x}" y="{bottom + 27}" width="10" height="10" fill="var({colour})"/>'
         body += words(x + 14, bottom + 36, name)
     return drawn(body, bottom + 44, label)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from melinoe.benchmark.prepare import Arena, prepare, prompts_of
 from melinoe.benchmark.quality import key_of, quality
 from melinoe.benchmark.simulated import routing
 from melinoe.benchmark.summary import SPEED, rank, summarise
-from melinoe.benchmark.turns import Runs, Turns, agreement
+from melinoe.benchmark.turns import Runs, Size, Turns, agreement
 from melinoe.config import default_slots, parse_bytes
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.data.rows import Row, read_rows
 from melinoe.demonstration.limited_process import MemoryLimit
-from melinoe.errors import MelinoeError
 from melinoe.files import write_json
 from melinoe.models.folder import local_folder, resolve_model
 from melinoe.report.setting import commit, data_folder, machine
@@ -42,26 +40,6 @@ from melinoe.verbs import Stages
 
 RECORD_BYTES = 3 * 2**20
 RANDOM = "random"  # in place of data: prompts of random tokens, for weights that were never trained
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is measured. seconds: after which a request of a slow row is cut."""
-
-    repeats: int = 5
-    prompts: int = 2
-    new_tokens: int = 32
-    seconds: float = 12.0
-    quality_rows: int = 48
-
-    def __post_init__(self) -> None:
-        for name in ("repeats", "prompts"):
-            if getattr(self, name) < 1:
-                raise MelinoeError(
-                    f"bench: {name} is too small", got=getattr(self, name), allowed="1 or more"
-                )
-        if self.new_tokens < 2:
-            raise MelinoeError("bench: new_tokens is too small", got=self.new_tokens, allowed="2 or more")
 
 
 def bench(
@@ -266,11 +244,9 @@ class _Bench:
         prompts: list[list[int]],
         predictor: str | None,
     ) -> list[dict[str, Any]]:
-        size = self.size
         turns = Turns(
-            arena, self.output, limit, prompts, predictor, size.repeats, size.new_tokens, size.seconds,
-            self.threads, self.stages.note,
-        )  # fmt: skip
+            arena, self.output, limit, prompts, predictor, self.size, self.threads, self.stages.note
+        )
         runs, predicted = turns.run(rows)
         rows = [row for row in rows if row.name in runs]
         table = []

@@ -24,10 +24,30 @@ Runs = dict[str, list[dict[str, Any]]]  # of each row, by its name: what run_ent
 
 
 @dataclass(frozen=True)
+class Size:
+    """How much is measured. seconds: after which a request of a slow row is cut."""
+
+    repeats: int = 5
+    prompts: int = 2
+    new_tokens: int = 32
+    seconds: float = 12.0
+    quality_rows: int = 48
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "prompts"):
+            if getattr(self, name) < 1:
+                raise MelinoeError(
+                    f"bench: {name} is too small", got=getattr(self, name), allowed="1 or more"
+                )
+        if self.new_tokens < 2:
+            raise MelinoeError("bench: new_tokens is too small", got=self.new_tokens, allowed="2 or more")
+
+
+@dataclass(frozen=True)
 class Turns:
     """What all processes have in common.
 
-    output: the bench's folder. limit: of memory. seconds: after which a request is cut. note: told of each.
+    output: the bench's folder. limit: of memory. note: told of each.
     """
 
     arena: Arena
@@ -35,9 +55,7 @@ class Turns:
     limit: MemoryLimit
     prompts: list[list[int]]
     predictor: str | None
-    repeats: int
-    new_tokens: int
-    seconds: float
+    size: Size
     threads: int
     note: Callable[[str], None]
 
@@ -50,7 +68,7 @@ class Turns:
         runs: Runs = {row.name: [] for row in rows}
         predicted = []
         failed: dict[str, str] = {}
-        for repeat in range(self.repeats):
+        for repeat in range(self.size.repeats):
             if any(row.kind == OURS for row in rows):
                 predicted.append(self._predict(repeat))
             for row in rows if repeat % 2 == 0 else rows[::-1]:
@@ -66,7 +84,7 @@ class Turns:
 
     def _predict(self, repeat: int) -> dict[str, Any]:
         file = self.output / "predicted" / f"{repeat}.json"
-        context = max(map(len, self.prompts)) + self.new_tokens
+        context = max(map(len, self.prompts)) + self.size.new_tokens
         return predict(file, self.arena.store.folder, self.limit.limit_bytes, context, self.threads)
 
     def _run(self, row: Entry, repeat: int) -> dict[str, Any]:
@@ -83,15 +101,15 @@ class Turns:
         found = run_module(module, self._task(row).to_json(), task, under, repr(row.name))
         found["peak_bytes"] = under.peak_bytes() if under is not None else None
         write_json(file, found)
-        self.note(f"{repeat + 1}/{self.repeats} {row.name}: {summarise([found])[SPEED]:.1f} tok/s")
+        self.note(f"{repeat + 1}/{self.size.repeats} {row.name}: {summarise([found])[SPEED]:.1f} tok/s")
         return found
 
     def _task(self, row: Entry) -> Task:
         common: dict[str, Any] = {
             "kind": row.kind,
             "prompts": self.prompts,
-            "new_tokens": self.new_tokens,
-            "seconds": self.seconds,
+            "new_tokens": self.size.new_tokens,
+            "seconds": self.size.seconds,
             "threads": self.threads,
         }
         checkpoint, limit_bytes = self.arena.checkpoints[row.weights], self.limit.limit_bytes

@@ -18,10 +18,7 @@ def fixed_length(config: Any) -> int | None:
     """
     text = config.get_text_config()
     found = getattr(text, "rope_parameters", None) or {}
-    kinds = [
-        found,
-        *(kind for kind in found.values() if isinstance(kind, dict)),
-    ]  # one for each type of layer
+    kinds = [found, *(kind for kind in found.values() if isinstance(kind, dict))]  # of each type of layer
     lengths = []
     for kind in kinds:
         name = str(kind.get("rope_type", "default"))

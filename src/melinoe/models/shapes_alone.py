@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 _INIT = torch.nn.init.__name__
 
 
-class _NoValues(TorchFunctionMode):
+class _Uninitialised(TorchFunctionMode):
     """Leaves out torch.nn.init. On the meta device it runs in Python, by operators that import sympy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -24,5 +24,5 @@ class _NoValues(TorchFunctionMode):
 @contextmanager
 def shapes_alone() -> Iterator[None]:
     """What is made inside is on the meta device, and its parameters are not initialised."""
-    with torch.device("meta"), _NoValues():
+    with torch.device("meta"), _Uninitialised():
         yield

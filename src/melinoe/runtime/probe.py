@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,10 @@ def _tiny_layer_seconds(path: Path | str, slots: int) -> Measured:
     pieces = stream_generate(
         model, load_tokenizer(path), list(range(4, 20)), max_new_tokens=64, temperature=0.0, ignore_eos=True
     )
-    times, turns = [], []
-    for piece in pieces:
-        if piece.token is None:
-            continue
-        times.append(time.perf_counter())
-        steps = len(times) - 1 - SKIPPED_STEPS
-        if steps > 0 and steps % STEPS_OF_A_TURN == 0:
-            turns.append((times[-1] - times[-1 - STEPS_OF_A_TURN], STEPS_OF_A_TURN))
+    times = [time.perf_counter() for piece in pieces if piece.token is not None]
     model.melinoe_paged.pager.close()
+    ends = times[SKIPPED_STEPS::STEPS_OF_A_TURN]
+    turns = [(after - before, STEPS_OF_A_TURN) for before, after in pairwise(ends)]
     found = mean_of(turns)
     return Measured(found.seconds / int(config.num_hidden_layers), found.spread)
 

@@ -138,9 +138,8 @@ class MelinoeQuantizer(HfQuantizer):
         if self.store.fingerprint:  # none yet while a store is being written
             attach.check_weights(model, self.store)
         attach.attach(model, self.store, self.quantization_config.settings)
-        settle_stickiness(
-            model, None
-        )  # as its config says: who opens a store without melinoe.load gets the same
+        # as its config says: who opens a store without melinoe.load gets the same
+        settle_stickiness(model, None)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         vars(model.config).pop("transformers_weights", None)
         for module in model.modules():

@@ -87,6 +87,12 @@ def test_a_folder_that_is_no_bench_is_left_alone(tmp_path):
         melinoe.bench("tiny", output_dir=tmp_path, progress=False, **SMALL)
 
 
+def test_a_size_that_is_none_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(MelinoeError, match="not a memory size; got 'lots'"):
+        melinoe.bench("tiny", memory="lots", output_dir=tmp_path / "out", progress=False, **SMALL)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_cgroups_nothing_is_limited_and_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(limited_process, "_CONTROLLERS", ())
     settings = SMALL | {"rows": ["llama.cpp mmap bf16"], "repeats": 1, "quality_rows": 0}

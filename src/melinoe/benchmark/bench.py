@@ -92,6 +92,7 @@ def bench(
         MelinoeError: no such model, data or row; settings that differ from those of the bench that is there.
     """
     size = Size(repeats, prompts, new_tokens, seconds, quality_rows)
+    limit_bytes = None if memory is None else parse_bytes(memory)
     output, source = Path(output_dir), local_folder(resolve_model(model))
     models: dict[str, str | Path] = {BASE: source}
     models |= {name: path for name, path in ((CONTROL, control), (TUNED, tuned)) if path is not None}
@@ -120,7 +121,7 @@ def bench(
     }
     begin(output, reads, settings, overwrite)
     run = _Bench(output, settings, models, wanted, size, held_out, Stages(4, progress))
-    result = run.run(None if predictor is None else str(predictor), memory, record_bytes)
+    result = run.run(None if predictor is None else str(predictor), limit_bytes, record_bytes)
     result["settings"]["rows"] = rows
     write_json(output / "result.json", result, indent=1, default=float)
     write_bench_page(result, output / "bench.html")
@@ -149,7 +150,7 @@ class _Bench:
         self.timeline: dict[str, Any] = {}
         self.budget: dict[str, Any] = {}
 
-    def run(self, predictor: str | None, memory: int | str | None, record_bytes: int) -> dict[str, Any]:
+    def run(self, predictor: str | None, given_bytes: int | None, record_bytes: int) -> dict[str, Any]:
         self.stages.start("preparing weights, stores and files")
         arena = prepare(
             self.models, self.wanted, self.output / "work", record_bytes, self.seed, self.stages.note
@@ -158,7 +159,7 @@ class _Bench:
         for name, reason in arena.skipped.items():
             self.stages.note(f"skipped: {name}: {reason}")
         shape = Checkpoint(arena.checkpoints[BASE]).shape
-        limit_bytes = self._limit_bytes(arena, shape, memory)
+        limit_bytes = self._limit_bytes(arena, shape) if given_bytes is None else given_bytes
         prompts = prompts_of(self.held_out, arena.checkpoints[BASE], self.size.prompts, self.seed)
         self.stages.start("quality of every precision")
         known = self._quality(arena, rows, prompts[0])
@@ -195,9 +196,7 @@ class _Bench:
             "seconds": self.stages.seconds,
         }
 
-    def _limit_bytes(self, arena: Arena, shape: dict[str, int], memory: int | str | None) -> int:
-        if memory is not None:
-            return parse_bytes(memory)
+    def _limit_bytes(self, arena: Arena, shape: dict[str, int]) -> int:
         store = arena.store
         slots = default_slots(shape["num_experts"], shape["experts_per_token"])
         needed = plan(store.folder, slots=slots, measure_seconds=0)["budget"]["total_bytes"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from melinoe import verbs
+from melinoe.demonstration.demo import _tuning
 from melinoe.demonstration.race import ceiling
 from melinoe.demonstration.replay import PREDICTED, replay
 from melinoe.routing.calls import DECODE
@@ -59,3 +61,21 @@ def test_no_row_stands_above_its_ceiling():
     assert ceiling(row, 200.0) == 30.0 and ceiling(row, 400.0) == 40.0
     assert ceiling({"bytes_per_token": 10.0}, 200.0) == 20.0
     assert ceiling({"bytes_per_token": 0.0}, 200.0) is None
+
+
+def test_a_stage_that_takes_long_says_what_is_running(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verbs, "TELL_SECONDS", 0.1)
+    program = tmp_path / "slow_verb.py"
+    program.write_text("import time\ntime.sleep(0.6)\nprint('{}')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    slow = [verbs.Verb(name, [], module=program.stem) for name in ("one", "two")]
+    assert verbs.run_verbs(slow, tmp_path, stages=verbs.Stages(1)) == [{}, {}]
+    assert "one, two: 0 s" in capsys.readouterr().err
+
+
+def test_what_a_demo_tunes():
+    assert _tuning(True, None, None) == {"--max-steps": "150", "--time-limit": "90"}
+    assert _tuning(True, 32, None) == {"--max-steps": "15", "--time-limit": "10"}
+    others = {"--max-steps": "150", "--time-limit": "600", "--distill": "0.8"}
+    assert _tuning(False, 32, None) == others  # few rows to score do not make its steps shorter
+    assert _tuning(False, None, 60.0) == others | {"--time-limit": "60"}

@@ -129,7 +129,10 @@ def test_rows_beside_each_other_are_measured_as_if_alone(tmp_path):
     for one, found in zip(encoded, together, strict=True):
         assert (found == read_routing(model, [one], progress=False)[0]).all()
     alone = [completion_nll(model, [one], progress=False)[0] for one in encoded]
-    assert completion_nll(model, encoded, batch_size=4, progress=False) == pytest.approx(alone, rel=1e-4)
+    seen = []
+    found = completion_nll(model, encoded, batch_size=4, progress=False, routing=seen)
+    assert found == pytest.approx(alone, rel=1e-4)
+    assert all((one == other).all() for one, other in zip(seen, together, strict=True))
     prompts = [one.ids[: one.prompt_length] for one in encoded]
     said = [greedy_completions(model, tokenizer, [one], NEW, progress=False) for one in prompts]
     assert greedy_completions(model, tokenizer, prompts, NEW, 4, progress=False) == [one for (one,) in said]

@@ -317,6 +317,21 @@ def test_time_limit_ends_a_run_early(tmp_path, base, data):
     assert 0 < result["steps"] < 10_000
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.1])
+def test_rates_rise_over_a_share_of_the_run_whatever_ends_it(warmup):
+    """Counted by steps alone, a run that its time ends would rise nearly to its end."""
+    trainer = object.__new__(LocalityTrainer)
+    for limits in ({"max_steps": 100}, {"max_steps": 10_000, "time_limit": 100.0}):
+        trainer.settings = TuneSettings(warmup=warmup, **limits)
+        rates = []
+        for step in range(100):  # of one second each
+            trainer.seconds = float(step)
+            rates.append(trainer._learning_rate_at(step))
+        assert 0.9 <= max(rates) <= 1
+        assert rates.index(max(rates)) == pytest.approx(100 * warmup, abs=1)
+        assert rates[50] == pytest.approx(0.5, abs=0.1) and rates[99] < 0.15
+
+
 def test_output_folder_is_respected(tmp_path, base, data):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

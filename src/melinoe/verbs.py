@@ -7,7 +7,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from melinoe.errors import MelinoeError
+
+TELL_SECONDS = 60  # between two lines about what is running, where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,46 @@ class Stages:
     def note(self, text: str) -> None:
         self.console.print(f"      [dim]{escape(text)}[/dim]", highlight=False, soft_wrap=True)
 
+    @contextmanager
+    def waiting(self) -> Iterator[Callable[[list[str]], None]]:
+        """Gives what is to be called with the names of the verbs that run, as often as one likes: on a
+        terminal a line says how long they have been running, elsewhere one comes every minute."""
+        began = told = time.perf_counter()
+        if self.console.is_terminal:
+            with self.console.status("") as status:
+                yield lambda names: status.update(_since(names, began))
+            return
+
+        def tell(names: list[str]) -> None:
+            nonlocal told
+            if time.perf_counter() - told >= TELL_SECONDS:
+                told = time.perf_counter()
+                self.note(_since(names, began))
+
+        yield tell
+
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.began
 
 
+def _since(names: list[str], began: float) -> str:
+    return f"{', '.join(names)}: {time.perf_counter() - began:.0f} s"
+
+
 def run_verbs(
-    verbs: list[Verb], logs: Path, at_once: int = 2, done: Callable[[int, dict[str, Any]], None] | None = None
+    verbs: list[Verb],
+    logs: Path,
+    at_once: int = 2,
+    done: Callable[[int, dict[str, Any]], None] | None = None,
+    stages: Stages | None = None,
 ) -> list[dict[str, Any]]:
     """Runs verbs, at most `at_once` together, one thread each; returns what their --json lines say.
 
     Args:
         logs: folder for what each writes to stderr.
         done: called with position and result as each verb ends.
+        stages: where to say what is running and for how long.
 
     Raises:
         MelinoeError: a verb failed; its own last line is in the message.
@@ -73,28 +103,30 @@ def run_verbs(
     results: dict[int, dict[str, Any]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                index, verb = waiting.pop(0)
-                log = logs / f"{verb.label.replace(' ', '-')}.log"
-                with log.open("w") as errors:
-                    command = [sys.executable, "-m", verb.module, *verb.arguments, "--json", "--quiet"]
-                    process = subprocess.Popen(
-                        command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-                    )
-                running[index] = (process, log)
-            time.sleep(0.05)
-            for index, (process, log) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                output = process.stdout.read() if process.stdout else ""
-                del running[index]
-                if process.returncode != 0:
-                    lines = log.read_text().strip().splitlines() or ["no message"]
-                    raise MelinoeError(f"{verbs[index].label} failed", got=lines[-1])
-                results[index] = json.loads(output.strip().splitlines()[-1])
-                if done is not None:
-                    done(index, results[index])
+        with stages.waiting() if stages else nullcontext(lambda names: None) as tell:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    index, verb = waiting.pop(0)
+                    log = logs / f"{verb.label.replace(' ', '-')}.log"
+                    with log.open("w") as errors:
+                        command = [sys.executable, "-m", verb.module, *verb.arguments, "--json", "--quiet"]
+                        process = subprocess.Popen(
+                            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                        )
+                    running[index] = (process, log)
+                time.sleep(0.05)
+                tell([verbs[index].label for index in running])
+                for index, (process, log) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    output = process.stdout.read() if process.stdout else ""
+                    del running[index]
+                    if process.returncode != 0:
+                        lines = log.read_text().strip().splitlines() or ["no message"]
+                        raise MelinoeError(f"{verbs[index].label} failed", got=lines[-1])
+                    results[index] = json.loads(output.strip().splitlines()[-1])
+                    if done is not None:
+                        done(index, results[index])
     finally:
         for process, _ in running.values():
             process.terminate()

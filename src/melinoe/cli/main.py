@@ -382,13 +382,20 @@ def demo(
             max=1,
         ),
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds for each of the two tunings, side by side. [default: 90 for tiny, 600 for others]",
+            min=1,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The whole method in one run: tune, predict, page, and one table."""
     prepare(model)
     from melinoe.demonstration.demo import demo as run
 
-    result = run(model, data, output_dir, limit=limit, seed=seed, sticky=sticky)
+    result = run(model, data, output_dir, limit=limit, seed=seed, sticky=sticky, time_limit=time_limit)
     if as_json:
         print_json(result)
 

@@ -16,6 +16,8 @@ import json
 import random
 import shutil
 import tempfile
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +59,15 @@ WRITES = {
 }
 HELD_OUT_ROWS = 320
 STICKY = 0.12  # of the embedded model, docs/log.md
-STICKY_ROWS = 64  # of another model's train split, by which its strength is found
+STICKY_ROWS = (
+    64  # of another model's train split, by which its strength is found; a smaller demo reads fewer,
+)
+LEAST_STICKY_ROWS = 16  # but not fewer than these
 STICKY_LOSS = "5%"  # that a strength may cost a model that is not tuned for it
 TUNING_STEPS = 150
-TUNING_SECONDS = 90
+TUNING_SECONDS = 90  # enough for all steps of the embedded model,
+OTHERS_SECONDS = 600  # of which a larger one takes a few dozen in this time
+DISTILL = 0.8  # on real text this halves the price of locality (docs/results.md)
 PREDICTOR_ROWS = 2000
 RECORD_BYTES = 3 * 2**20
 SCRATCH_FACTOR = 8  # widened experts: three checkpoints, three stores, accelerate's copy, some room
@@ -74,6 +81,7 @@ def demo(
     limit: int | None = None,
     seed: int = 0,
     sticky: float | None = None,
+    time_limit: float | None = None,
 ) -> dict[str, Any]:
     """Runs the method end to end and writes result.json and report.html.
 
@@ -85,6 +93,8 @@ def demo(
         sticky: how sticky the model is tuned to be (docs/sticky.md); None: 0.12 for `tiny`, for others what
             costs 5 percent of perplexity on train rows before tuning, at most 0.12; 0 where the routers are
             of a kind that cannot be sticky.
+        time_limit: seconds for each of the two tunings; None: 90 for `tiny` (fewer with `limit`), 600 for
+            others, which are distilled from themselves as well.
 
     Returns:
         What result.json holds: {"format", "version", "rows": [...], "teacher_forced": {...}, "settings":
@@ -116,12 +126,14 @@ def demo(
             next_step="set TMPDIR to a folder with room",
         )
     with tempfile.TemporaryDirectory(prefix="melinoe-demo-") as scratch:
-        run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape, sticky)
+        tuning = _tuning(model == "tiny", limit, time_limit)
+        run = _Demo(str(source), folder, output, Path(scratch), limit, seed, shape, sticky, tuning)
         result = run.run()
     result["settings"] |= {
         "model": str(model),
         "data": "embedded" if data is None else str(data),
         "limit": limit,
+        "time_limit": time_limit,
     }
     write_json(output / "result.json", result, indent=1, default=float)
     write_report(result, output / "report.html")
@@ -137,28 +149,36 @@ def _check_output(output: Path, reads: dict[str, Any]) -> None:
         Output(output / name, kind, reads, replace=True).check()
 
 
-class _Demo:
-    """One run; a method per stage."""
+def _tuning(is_tiny: bool, limit: int | None, time_limit: float | None) -> dict[str, str]:
+    """How both models are tuned: what ends it, and on real text with the base as a teacher."""
+    part = min(1.0, (limit or HELD_OUT_ROWS) / HELD_OUT_ROWS) if is_tiny else 1.0
+    steps = max(10, round(TUNING_STEPS * part))
+    seconds = time_limit or (max(10, round(TUNING_SECONDS * part)) if is_tiny else OTHERS_SECONDS)
+    distilled = {} if is_tiny else {"--distill": f"{DISTILL:g}"}
+    return {"--max-steps": str(steps), "--time-limit": f"{seconds:g}", **distilled}
 
-    def __init__(
-        self,
-        source: str,
-        data: Path,
-        output: Path,
-        scratch: Path,
-        limit: int | None,
-        seed: int,
-        shape: dict[str, int],
-        sticky: float | None,
-    ) -> None:
-        self.sticky = sticky
-        self.source, self.data, self.output, self.scratch = source, data, output, scratch
-        self.held_out = limit or HELD_OUT_ROWS
+
+@dataclass
+class _Demo:
+    """One run; a method per stage. scratch: a folder for what is gone with the run."""
+
+    source: str
+    data: Path
+    output: Path
+    scratch: Path
+    limit: int | None
+    seed: int
+    shape: dict[str, int]
+    sticky: float | None
+    tuning: dict[str, str]  # options of both tunings
+
+    def __post_init__(self) -> None:
+        self.held_out = self.limit or HELD_OUT_ROWS
         self.part = min(1.0, self.held_out / HELD_OUT_ROWS)  # a smaller demo does less of everything
-        self.seed, self.shape = seed, shape
-        self.slots = default_slots(shape["num_experts"], shape["experts_per_token"])
-        self.stages = Stages(7 if sticky is not None else 8)
-        self.models = {"base": source, "control": str(scratch / "control"), "tuned": str(scratch / "tuned")}
+        self.slots = default_slots(self.shape["num_experts"], self.shape["experts_per_token"])
+        self.stages = Stages(7 if self.sticky is not None else 8)
+        self.models = {"base": self.source, "control": str(self.scratch / "control")}
+        self.models["tuned"] = str(self.scratch / "tuned")
 
     def run(self) -> dict[str, Any]:
         if self.sticky is None:
@@ -196,29 +216,32 @@ class _Demo:
             "seconds": self.stages.seconds,
         }
 
+    def _run(self, verbs: list[Verb]) -> list[dict[str, Any]]:
+        return run_verbs(verbs, self.scratch, stages=self.stages)
+
     def find_strength(self) -> float:
         self.stages.start("finding how sticky the model can be before it is tuned")
+        rows = max(LEAST_STICKY_ROWS, round(STICKY_ROWS * self.part))
         arguments = ["sticky", "--model", self.source, "--data", str(self.data), "--split", "train"]
-        arguments += ["--limit", str(STICKY_ROWS), "--max-quality-loss", STICKY_LOSS]
-        [found] = run_verbs([Verb("sticky", [*arguments, "--slots", str(self.slots)])], self.scratch)
+        arguments += ["--limit", str(rows), "--max-quality-loss", STICKY_LOSS, "--slots", str(self.slots)]
+        [found] = self._run([Verb("sticky", arguments)])
         strength = min(STICKY, found["best"] or 0.0)
         self.stages.note(f"--sticky {strength:g}")
         return strength
 
     def tune(self) -> dict[str, Any]:
-        steps, seconds = max(10, round(TUNING_STEPS * self.part)), max(10, round(TUNING_SECONDS * self.part))
+        steps, seconds = self.tuning["--max-steps"], self.tuning["--time-limit"]
         self.stages.start(f"tuning, and the control without our losses: {steps} steps or {seconds} s each")
         common = ["--model", self.source, "--data", str(self.data), "--seed", str(self.seed)]
-        common += ["--max-steps", str(steps), "--time-limit", str(seconds), "--slots", str(self.slots)]
+        common += [*chain(*self.tuning.items()), "--slots", str(self.slots)]
         common.append("--overwrite")  # what a demo before has left
         off = ["--lambda-cs", "0", "--lambda-rm", "0", "--sticky", "0"]
         sticky = ["--sticky", f"{self.sticky:g}"]
-        control, tuned = run_verbs(
+        control, tuned = self._run(
             [
                 Verb("control", ["tune", *common, *off, "--output-dir", str(self.output / "control")]),
                 Verb("tuned", ["tune", *common, *sticky, "--output-dir", str(self.output / "tuned")]),
-            ],
-            self.scratch,
+            ]
         )
         curves = {}
         for name in ("control", "tuned"):
@@ -234,7 +257,7 @@ class _Demo:
             for name, merged in self.models.items()
             if name != "base"
         ]
-        run_verbs(verbs, self.scratch)
+        self._run(verbs)
 
     def score_and_trace(self) -> tuple[dict[str, dict[str, Any]], dict[str, Trace]]:
         self.stages.start(f"scoring quality and recording routing on {self.held_out} held-out rows")
@@ -247,7 +270,7 @@ class _Demo:
             scores.append(Verb(f"evaluate {name}", ["evaluate", *on_rows]))
             traces.append(Verb(f"trace {name}", ["trace", *on_rows, "--output", self._trace(name)]))
         last = Verb("trace for the predictor", ["trace", "--model", self.models["tuned"], *fitting])
-        scored = run_verbs([*scores, *traces, last], self.scratch)
+        scored = self._run([*scores, *traces, last])
         quality = dict(zip(self.models, scored, strict=False))  # what tracing answers comes behind them
         return quality, {name: Trace.load(self._trace(name)) for name in self.models}
 
@@ -262,7 +285,7 @@ class _Demo:
         self.stages.start("fitting the predictor")
         arguments = ["fit-predictor", "--model", self.models["tuned"], "--trace", self._trace("fitting")]
         arguments += ["--output", self.predictor_path, "--seed", str(self.seed)]
-        return run_verbs([Verb("fit predictor", arguments)], self.scratch)[0]
+        return self._run([Verb("fit predictor", arguments)])[0]
 
     def replay(self, traces: dict[str, Trace]) -> dict[str, Any]:
         self.stages.start("replaying the recorded routing through caches of several sizes")

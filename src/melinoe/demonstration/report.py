@@ -70,6 +70,8 @@ def command(settings: dict[str, Any]) -> str:
         parts.append(f"--limit {settings['limit']}")
     if "sticky" in settings:
         parts.append(f"--sticky {settings['sticky']:g}")
+    if settings.get("time_limit"):
+        parts.append(f"--time-limit {settings['time_limit']:g}")
     return " ".join([*parts, f"--seed {settings['seed']}"])
 
 

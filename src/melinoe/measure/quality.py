@@ -25,8 +25,10 @@ from melinoe.errors import MelinoeError
 from melinoe.losses.likelihood import next_token_positions, sequence_nll
 from melinoe.measure.answers import FILTER_NAMES, FILTERS, Filter, exact_match, final_answer
 from melinoe.measure.trace import TOKENS_PER_BATCH, open_model, rows_at_once, track, usable_rows
+from melinoe.models.layers import moe_layers
 from melinoe.models.logits import logits_at
 from melinoe.models.positions import fixed_length
+from melinoe.models.router_tap import RouterTap
 from melinoe.runtime.generation_settings import (
     Request,
     Sampling,
@@ -49,8 +51,14 @@ def completion_nll(
     batch_size: int | None = None,
     pad_token_id: int = 0,
     progress: bool = True,
+    routing: list[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """[S] float64: negative log-likelihood of each row's answers, nats, summed over their tokens and ends."""
+    """[S] float64: negative log-likelihood of each row's answers, nats, summed over their tokens and ends.
+
+    routing: a list to fill with what `read_routing` gives for these sequences, seen in the same passes.
+    """
+    layers = [] if routing is None else moe_layers(model)
+    chosen_by_position: dict[int, np.ndarray] = {}
     result = np.zeros(len(sequences))
     budget = max(1, min(TOKENS_PER_BATCH, MAX_LOGITS // model.config.get_text_config().vocab_size))
     at_once = rows_at_once(model, batch_size)
@@ -61,8 +69,15 @@ def completion_nll(
     for positions in track(batches, "likelihood", progress):
         batch = batch_of([sequences[position] for position in positions], pad_token_id, model.device)
         _, completion_BS = next_token_positions(batch["attention_mask"], batch["answers"])
-        logits_NV = logits_at(model, batch, completion_BS)
+        with RouterTap(layers, choices_only=True) as tap:
+            logits_NV = logits_at(model, batch, completion_BS)
         result[positions] = sequence_nll(logits_NV, batch["input_ids"], completion_BS).cpu().numpy()
+        if layers:
+            lengths = [sequences[position].end - 1 for position in positions]
+            chosen = tap.by_sequence(batch["input_ids"].shape, lengths)
+            chosen_by_position.update(zip(positions, chosen, strict=True))
+    if routing is not None:
+        routing[:] = [chosen_by_position[position] for position in range(len(sequences))]
     return result
 
 

@@ -19,7 +19,7 @@ from melinoe.data.rows import data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.measure.intervals import perplexity_ratio, ratio_of_sums
 from melinoe.measure.quality import completion_nll
-from melinoe.measure.trace import open_model, read_routing, usable_rows
+from melinoe.measure.trace import open_model, usable_rows
 from melinoe.models.layers import experts_per_token, moe_layers
 from melinoe.routing.simulate import simulate
 from melinoe.routing.trace import from_sequences
@@ -85,8 +85,8 @@ def stickiness_table(
         settle_stickiness(model, strength)
         if progress:
             print(f"melinoe: strength {strength:.3g}", file=sys.stderr, flush=True)
-        nll_S = completion_nll(model, usable.encoded, None, pad, progress)
-        choices = read_routing(model, usable.encoded, None, pad, progress)
+        choices: list[np.ndarray] = []
+        nll_S = completion_nll(model, usable.encoded, None, pad, progress, routing=choices)
         loads_S, loads_per_token = _loads(choices, usable.encoded, layers[0].num_experts, slots)
         if not found:
             plain_nll_S, plain_loads_S = nll_S, loads_S

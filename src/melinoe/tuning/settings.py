@@ -135,7 +135,7 @@ class TuneSettings:
     router_learning_rate: float | None = setting(
         None, "Learning rate of the routers.", f"{ROUTER_LEARNING_RATE} / the model's width", least=0, below=1
     )
-    warmup: float = _for_recipes(0.05, "Share of the steps over which the rates rise.", least=0, below=1)
+    warmup: float = _for_recipes(0.05, "Share of the run over which the rates rise.", least=0, below=1)
     max_grad_norm: float = _for_recipes(
         1.0, "Norm that a step's gradient is cut to; 0 cuts nothing.", least=0
     )

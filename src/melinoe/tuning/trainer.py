@@ -143,9 +143,10 @@ class LocalityTrainer(Trainer):
         return min(1.0, share)
 
     def _learning_rate_at(self, step: int) -> float:
-        """Linear warm-up over the first steps, then linear to FINAL_LEARNING_RATE."""
-        warm = (step + 1) / max(1.0, self.settings.warmup * self.settings.max_steps)
-        return min(1.0, warm) * (1 - (1 - FINAL_LEARNING_RATE) * self.done_share(step))
+        """Linear warm-up over the first share of the run, then linear to FINAL_LEARNING_RATE."""
+        warmup = self.settings.warmup
+        risen = min(1.0, self.done_share(step + 1) / warmup) if warmup else 1.0
+        return risen * (1 - (1 - FINAL_LEARNING_RATE) * self.done_share(step))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         """Adds up what the parts of a step gave.

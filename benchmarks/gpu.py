@@ -24,6 +24,7 @@ from typing import Any
 import accelerate
 import torch
 from transformers import AutoModelForCausalLM, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 import melinoe
 from common import begin, close, parser_of, spread, write_result
@@ -59,6 +60,19 @@ def bus_bandwidth(device: str, record_bytes: int, seconds: float = 2.0) -> float
 Generate = Callable[..., torch.Tensor]
 
 
+class Clock(BaseStreamer):
+    """When each token was there to be read."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def measure(
     generate: Generate,
     paged: Any,
@@ -67,7 +81,7 @@ def measure(
     device: str,
     warm_up: tuple[int, ...] = (2, 4),
 ) -> Row:
-    """Decode speed over prompts, from the difference between a long and a one-token generation.
+    """Seconds to the first token, and tokens a second from there to the last, over prompts.
 
     paged: the model whose slots are emptied before each; None: there are none.
     """
@@ -75,18 +89,15 @@ def measure(
     for count in warm_up:  # the second one with the step that the first one has captured
         generate(prompts[:1], max_new_tokens=count, min_new_tokens=count)
     for prompt in prompts:
-        seconds = []
-        for count in (1, new_tokens):
-            if paged is not None:
-                reset_slots(paged)
-            synchronize(device)
-            began = time.perf_counter()
-            out = generate(prompt[None], max_new_tokens=count, min_new_tokens=count)
-            synchronize(device)
-            seconds.append(time.perf_counter() - began)
+        if paged is not None:
+            reset_slots(paged)
+        synchronize(device)
+        clock, began = Clock(), time.perf_counter()
+        out = generate(prompt[None], max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=clock)
+        first, *_, last = clock.times[-new_tokens:]  # before them the prompt
         tokens.append(out[0].tolist())
-        first_seconds.append(seconds[0])
-        speeds.append((new_tokens - 1) / (seconds[1] - seconds[0]))
+        first_seconds.append(first - began)
+        speeds.append((new_tokens - 1) / (last - first))
     return {
         "decode_tokens_per_second": spread(speeds),
         "ttft_seconds": spread(first_seconds),

@@ -17,11 +17,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.experts.forward import expert_output
 from melinoe.models import undecorated
-from melinoe.models.layers import experts_modules
+from melinoe.models.layers import experts_modules, per_expert
 from melinoe.paging.expansion import PackedExpert
 from melinoe.runtime.load import align
 from melinoe.store import kernels, packed_rows
-from melinoe.store.layout import RecordLayout, per_expert
+from melinoe.store.layout import RecordLayout
 from melinoe.store.packing import SCALE, Packing, packing_of
 
 FEW = {"int8": 16, "int4": 32}

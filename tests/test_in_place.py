@@ -28,8 +28,8 @@ from melinoe.conversion.in_place import NotInPlaceError, _order, index_in_place,
 from melinoe.conversion.parameter import ExpertParameter
 from melinoe.conversion.verify import Verification, verify
 from melinoe.errors import MelinoeError
+from melinoe.models.layers import per_expert
 from melinoe.models.pretrained import skeleton
-from melinoe.store.layout import per_expert
 from melinoe.store.manifest import MANIFEST, RESIDENT, open_store, sealed
 from melinoe.store.shards import Shards
 

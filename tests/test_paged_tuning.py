@@ -312,7 +312,8 @@ def test_a_paged_run_gives_the_resident_adapter(tmp_path, checkpoints, data, fam
     assert found["paged"]["loads"] > found["paged"]["hits"] > 0
     assert_same_run(tmp_path / "paged", tmp_path / "resident")
     cards = [json.loads((tmp_path / name / "melinoe.json").read_text()) for name in ("paged", "resident")]
-    for name in ("base", "base_fingerprint", "base_format", "settings"):
+    assert cards[0]["base_identity"]
+    for name in ("base", "base_fingerprint", "base_format", "base_identity", "settings"):
         assert cards[0][name] == cards[1][name], name
 
 

@@ -19,23 +19,25 @@ from families import batch, config, save_checkpoint, save_tokenizer
 from melinoe.adapters.peft_folder import Base, write_adapter
 from melinoe.conversion.parameter import separable
 from melinoe.experts.low_rank import attach_low_rank
+from melinoe.models.identity import identity
 from melinoe.models.layers import fingerprint, moe_layers
 from melinoe.store.manifest import Store, open_store
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def save_tuning(checkpoint: Path, folder: Path, seed: int = 7) -> Path:
-    """An adapter with random factors and moved routers, written as `melinoe tune` writes it."""
+def save_tuning(checkpoint: Path, folder: Path, seed: int = 7, routers: bool = True) -> Path:
+    """An adapter with random factors and, where asked for, moved routers, as `melinoe tune` writes it."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    base, generator = fingerprint(model), torch.Generator().manual_seed(seed)
+    base = Base(str(checkpoint), fingerprint(model), identity=identity(model))
+    generator = torch.Generator().manual_seed(seed)
     for layer in moe_layers(model):
         low_rank = attach_low_rank(layer.experts, 4, 8.0, generator)
         for factor in (low_rank.up_B, low_rank.down_B):
             factor.data.normal_(std=0.1, generator=generator)
         for value in layer.router.state_dict().values():
-            value += torch.randn(value.shape, generator=generator) * 0.05
-    write_adapter(model, folder, Base(str(checkpoint), base))
+            value += torch.randn(value.shape, generator=generator) * 0.05 * routers
+    write_adapter(model, folder, base)
     return folder
 
 

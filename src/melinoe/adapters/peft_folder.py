@@ -19,7 +19,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from melinoe.errors import MelinoeError
 from melinoe.experts.forward import use_melinoe_experts
 from melinoe.experts.low_rank import LowRankExperts, Projection, projection_parameter
 from melinoe.files import whole_folder
+from melinoe.models.identity import Identity, differing, identity, in_words
 from melinoe.models.layers import MoeLayer, fingerprint, moe_layers
 from melinoe.outputs import carded_folder
 from melinoe.sticky.model import make_sticky
@@ -113,11 +114,13 @@ class Base:
         name: or path of the checkpoint.
         fingerprint: melinoe.models.layers.fingerprint of it.
         format: how its experts were rounded while it was tuned: auto (not), int8 or int4.
+        identity: melinoe.models.identity.identity of it; empty: not known.
     """
 
     name: str
     fingerprint: str
     format: str = "auto"
+    identity: Identity = field(default_factory=dict)
 
 
 def write_adapter(
@@ -162,6 +165,7 @@ def write_adapter(
         "base": base.name,
         "base_fingerprint": base.fingerprint,
         "base_format": base.format,
+        "base_identity": base.identity,
         "fingerprint": fingerprint(model),
         "sticky": sticky.settings.to_json() if sticky is not None else None,
         "settings": settings or {},
@@ -212,7 +216,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         card = json.loads((folder / CARD).read_text())
         config = json.loads((folder / CONFIG).read_text())
         rank, alpha, version = int(config["r"]), float(config["lora_alpha"]), int(card["format_version"])
-        card["base_fingerprint"], card["fingerprint"]
+        card["base_fingerprint"], card["fingerprint"], dict(card.get("base_identity", {}))
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             assert file.keys()
     except FileNotFoundError:
@@ -264,6 +268,7 @@ def apply_adapter(model: nn.Module, folder: str | Path) -> dict[str, Any]:
             value.copy_(router[name])
     if any(True for layer in layers for _ in layer.experts.parameters(recurse=False)):
         use_melinoe_experts(model)
+    model.melinoe_adapter = str(folder)  # type: ignore[assignment]
     if "sticky" in adapter.card:  # null: tuned without, whatever the config says
         make_sticky(model, stickiness(adapter.card["sticky"]))
     return adapter.card
@@ -285,6 +290,7 @@ def adapter_parts(model: nn.Module, adapter: Adapter) -> list[tuple[LowRankExper
             got=f"fingerprint {found}",
             allowed=f"fingerprint {adapter.base_fingerprint}, as of {adapter.card.get('base')}",
         )  # fmt: skip
+    check_base(adapter, identity(model))
     tensors = adapter.tensors()
     known = {name for layer in layers for side in _SIDES for name in _factor_names(layer, side)}
     known |= {
@@ -300,6 +306,29 @@ def adapter_parts(model: nn.Module, adapter: Adapter) -> list[tuple[LowRankExper
         return [_parts_of(layer, adapter, tensors) for layer in layers]
     except (KeyError, RuntimeError) as error:
         raise MelinoeError(f"the adapter {adapter.folder} does not fit this model", got=error) from None
+
+
+class OtherBaseError(MelinoeError):
+    """An adapter and a model whose routers agree, and whose other weights do not."""
+
+
+def check_base(adapter: Adapter, found: Identity) -> None:
+    """Refuses weights that are not those that were tuned.
+
+    Args:
+        found: of a model or of parts of it; parts that an adapter knows nothing of are not compared, which
+            are all for one from before there was an identity.
+
+    Raises:
+        OtherBaseError: a part differs.
+    """
+    if others := differing(adapter.card.get("base_identity", {}), found):
+        raise OtherBaseError(
+            f"the adapter {adapter.folder} was tuned on another model with the same routers",
+            got=in_words(others),
+            allowed=f"the weights of {adapter.card.get('base')}",
+            next_step="give the model that it was tuned on, or tune this one",
+        )
 
 
 def _parts_of(

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from melinoe.conversion.parameter import ExpertParameter
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import local_folder, resolve_model
+from melinoe.models.identity import Identity, resident_identity, row_length
 from melinoe.models.layers import (
     MoeLayer,
     check_experts_per_token,
@@ -189,3 +190,15 @@ class Checkpoint:
             "" where they are not held as they are.
         """
         return "" if self.load_routers(shards) else fingerprint(self.model)
+
+    def identity(self) -> Identity:
+        """Which weights it has beside its experts, of those parts that it holds as they are."""
+        stored = {target: name for name, target in self.resident().items() if target}
+
+        def beginning_of(name: str, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+            entry = self.shards.entries.get(stored.get(name, ""))
+            if entry is None or entry.shape != tuple(parameter.shape):
+                return None
+            return self.shards.start(stored[name], row_length(entry.shape)).to(parameter.dtype)
+
+        return resident_identity(self.model, self.layers, beginning_of)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from melinoe.adapters.peft_folder import OtherBaseError, check_base
 from melinoe.config import format_bytes
 from melinoe.conversion.build import STORE, BuildState, copy_small_files, finish
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.conversion.fold_adapter import Tuning, open_tuning
 from melinoe.conversion.resident import write_resident
 from melinoe.errors import MelinoeError
-from melinoe.files import partial_folder
+from melinoe.files import empty, partial_folder
 from melinoe.models.folder import local_folder, resolve_model
+from melinoe.models.identity import beginning, digest, sampled_experts
 from melinoe.models.layers import MoeLayer
 from melinoe.outputs import Output
 from melinoe.store.layout import RecordLayout
@@ -68,7 +70,11 @@ def convert(
     tuning = open_tuning(adapter, checkpoint) if adapter is not None else None
     with partial_folder(target) as partial:
         state = BuildState(partial, checkpoint, tuning, format)
-        _write_experts(checkpoint, state, tuning, progress)
+        try:
+            _write_experts(checkpoint, state, tuning, progress)
+        except OtherBaseError:  # with no adapter like this one would the call go on
+            empty(partial)
+            raise
         routers = tuning.routers if tuning is not None else None
         write_resident(checkpoint, partial / RESIDENT, routers)
         copy_small_files(checkpoint, partial, RESIDENT, tuning.config if tuning is not None else None)
@@ -102,8 +108,19 @@ class _Records:
         layer = self.layer
         return StoredLayer.unwritten(layer.experts_name, layer.num_experts, self.layout, self.packing)
 
-    def read(self, checkpoint: Checkpoint, tuning: Tuning | None) -> Iterator[memoryview]:
-        """Expert by expert in full size; one buffer, filled again for each."""
+    def read(
+        self, checkpoint: Checkpoint, tuning: Tuning | None, seen: list[torch.Tensor]
+    ) -> Iterator[memoryview]:
+        """Expert by expert in full size; one buffer, filled again for each.
+
+        Args:
+            seen: is given the beginnings of the tensors by which the experts are known.
+
+        Raises:
+            OtherBaseError: these experts, all read by then, are not those that were tuned.
+        """
+        looked_at = sampled_experts(self.layer.index, self.layer.num_experts)
+        base: list[torch.Tensor] = []
         record = torch.zeros(self.expanded.record_bytes, dtype=torch.uint8)
         views = self.expanded.views(record)
         streams = {name: one.tensors() for name, one in checkpoint.parameters(self.layer).items()}
@@ -111,10 +128,16 @@ class _Records:
             for field, stream in streams.items():
                 tensor = next(stream)
                 if tuning is not None:
+                    if expert in looked_at:
+                        base.append(beginning(tensor).clone())
                     tuning.merge(self.layer, field, expert, tensor)
                 views[field].copy_(tensor)
                 del tensor  # the next one is made before this name is given again
+            if expert in looked_at:
+                seen += [beginning(view).clone() for view in views.values()]
             yield memoryview(record.numpy())
+        if tuning is not None:
+            check_base(tuning.adapter, {self.layer.experts_name: digest(base)})
 
     def packed(self, records: Iterator[memoryview]) -> Iterator[memoryview]:
         """The records as they are stored; all in one buffer, as those behind `records` are."""
@@ -147,11 +170,10 @@ def _write_experts(checkpoint: Checkpoint, state: BuildState, tuning: Tuning | N
     with _progress_bar(progress) as bar:
         task = bar.add_task("convert", total=total, completed=done)
         for records in todo:
-            index = records.layer.index
-            packed = _counted(records.packed(records.read(checkpoint, tuning)), bar, task)
-            state.finished(
-                index, write_layer(state.folder, index, state.store_id, records.unwritten(), packed)
-            )
+            index, seen = records.layer.index, []  # type: ignore[var-annotated]
+            packed = _counted(records.packed(records.read(checkpoint, tuning, seen)), bar, task)
+            written = write_layer(state.folder, index, state.store_id, records.unwritten(), packed)
+            state.finished(index, replace(written, identity=digest(seen) if records.packing else ""))
 
 
 def _progress_bar(show: bool) -> Progress:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from melinoe.adapters.peft_folder import WEIGHTS, adapter_parts, read_adapter
+from melinoe.adapters.peft_folder import WEIGHTS, Adapter, adapter_parts, check_base, read_adapter
 from melinoe.conversion.checkpoint import Checkpoint
 from melinoe.errors import MelinoeError
 from melinoe.experts.low_rank import LowRankExperts, Projection, fold_expert, projection_parameter
@@ -24,6 +24,7 @@ from melinoe.sticky.settings import CONFIG_FIELD
 class Tuning:
     """What an adapter changes: factors by the experts' name, routers by their names in the checkpoint."""
 
+    adapter: Adapter
     factors: dict[str, LowRankExperts]
     routers: dict[str, torch.Tensor]
     stamp: list[int | str]  # which adapter: path, size, time in nanoseconds
@@ -57,6 +58,7 @@ def open_tuning(folder: str | Path, checkpoint: Checkpoint) -> Tuning:
     stored = {target: name for name, target in checkpoint.resident().items() if target}
     routers, factors = {}, {}
     parts = adapter_parts(checkpoint.model, adapter)
+    check_base(adapter, checkpoint.identity())  # experts when they pass
     for layer, (low_rank, router) in zip(checkpoint.layers, parts, strict=True):
         factors[layer.experts_name] = low_rank
         for name in layer.router.state_dict():
@@ -66,4 +68,4 @@ def open_tuning(folder: str | Path, checkpoint: Checkpoint) -> Tuning:
     stamp: list[int | str] = [str(adapter.folder.resolve()), status.st_size, status.st_mtime_ns]
     # an adapter from before there was stickiness says nothing of it
     config = {CONFIG_FIELD: adapter.card["sticky"]} if "sticky" in adapter.card else {}
-    return Tuning(factors, routers, stamp, config)
+    return Tuning(adapter, factors, routers, stamp, config)

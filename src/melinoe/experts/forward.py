@@ -24,12 +24,12 @@ from melinoe.experts.few_rows_linear import use_adjacent_outputs, use_few_rows_l
 from melinoe.experts.row_counts import pad
 from melinoe.experts.row_order import Order
 from melinoe.models import undecorated
+from melinoe.models.layers import per_expert
 from melinoe.native import gathered
 from melinoe.paging.expansion import PackedExpert, kernel_form
 from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.pager import Views
 from melinoe.routing.policies import Call
-from melinoe.store.layout import per_expert
 
 NAME = "melinoe"
 UP, DOWN = "gate_up_proj", "down_proj"

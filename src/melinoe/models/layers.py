@@ -62,6 +62,17 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return list(module.named_parameters(recurse=False))
 
 
+def per_expert(parameter: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """A parameter with one row per expert in dimension 0.
+
+    [E, ...] stays as it is, dbrx's [E * F, H] becomes [E, F, H].
+    """
+    if parameter.shape[0] == num_experts:
+        return parameter
+    assert parameter.shape[0] % num_experts == 0, (parameter.shape, num_experts)
+    return parameter.unflatten(0, (num_experts, -1))
+
+
 def _routers(model: nn.Module, experts_names: list[str]) -> dict[str, tuple[nn.Module, int]]:
     """{name: (router, index of the logits in its output)}.
 

@@ -24,6 +24,7 @@ from melinoe.models.token_ids import refuse_unknown_ids
 from melinoe.paging.pager import ExpertPager
 from melinoe.prediction.predictor import Prediction, Predictor, mean_prediction
 from melinoe.routing.policies import DECODE, PREFILL, Call
+from melinoe.store.stored_identity import stored_identity
 
 MANY_TOKENS = 512  # of a pass, from which on what it takes is worth giving back
 
@@ -96,6 +97,10 @@ class PagedExperts:
         self._note = _Note()
         self._in_flight: dict[str, Prediction] | None = None  # predictions, once somebody shares them
         self._followed: dict[str, Prediction] = {}  # those that the prior is made of
+
+    def identity(self) -> dict[str, str]:
+        """Which experts these are (melinoe.models.identity)."""
+        return stored_identity(self.pager.store)
 
     @property
     def in_place(self) -> Callable[..., torch.Tensor] | None:

@@ -25,11 +25,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from melinoe.experts.forward import combine, expert_output
 from melinoe.experts.row_counts import row_counts
-from melinoe.models.layers import experts_modules
+from melinoe.models.layers import experts_modules, per_expert
 from melinoe.models.shapes_alone import shapes_alone
 from melinoe.models.undecorated import take_over
 from melinoe.runtime.known_shapes import KnownShapes
-from melinoe.store.layout import per_expert
 
 _STAND_IN = "melinoe_work_space"
 # float32 copies of a row's logits that choosing a token takes at most: processors, sorting, probabilities

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from melinoe.config import RECORD_ALIGNMENT
+from melinoe.models.layers import per_expert
 
 FIELD_ALIGNMENT = 64  # bytes; what vector instructions like
 
@@ -46,17 +47,6 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     assert isinstance(dtype, torch.dtype), name
     return dtype
-
-
-def per_expert(parameter: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """A parameter with one row per expert in dimension 0.
-
-    [E, ...] stays as it is, dbrx's [E * F, H] becomes [E, F, H].
-    """
-    if parameter.shape[0] == num_experts:
-        return parameter
-    assert parameter.shape[0] % num_experts == 0, (parameter.shape, num_experts)
-    return parameter.unflatten(0, (num_experts, -1))
 
 
 @dataclass(frozen=True)

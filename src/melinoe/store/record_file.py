@@ -33,6 +33,7 @@ class StoredLayer:
     In place: `pieces` are (place in the record, bytes), the same for every expert of the layer, and `sources`
     says for each expert where each piece stands: (number of the shard, byte offset). Checksums are of the
     pieces, one after the other, and may not be known yet.
+    identity: of packed records, the digest of what they were packed from (melinoe.models.identity).
     """
 
     experts_name: str
@@ -44,6 +45,7 @@ class StoredLayer:
     pieces: tuple[tuple[int, int], ...] = ()
     sources: tuple[tuple[tuple[int, int], ...], ...] = ()
     packing: Packing | None = None
+    identity: str = ""
 
     @classmethod
     def unwritten(
@@ -119,6 +121,7 @@ def layer_to_json(layer: StoredLayer) -> dict[str, Any]:
         "layout": layer.layout.to_json(),
         "checksums": list(layer.checksums),
         **({} if layer.packing is None else {"packing": layer.packing.to_json()}),
+        **({"identity": layer.identity} if layer.identity else {}),
     }
 
 
@@ -134,4 +137,5 @@ def layer_from_json(data: dict[str, Any]) -> StoredLayer:
         tuple((place, length) for place, length in data.get("pieces", ())),
         tuple(tuple((shard, start) for shard, start in one) for one in data.get("sources", ())),
         Packing.from_json(data["packing"]) if "packing" in data else None,
+        str(data.get("identity", "")),
     )

@@ -151,17 +151,22 @@ class Shards:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in memory of its own."""
         entry = self.entries[name]
-        return _read(entry.path, entry.start, entry.nbytes).view(entry.dtype).view(entry.shape)
+        return read_bytes(entry.path, entry.start, entry.nbytes).view(entry.dtype).view(entry.shape)
+
+    def start(self, name: str, count: int) -> torch.Tensor:
+        """The first elements of a tensor, in one dimension; no other is read."""
+        entry = self.entries[name]
+        return read_bytes(entry.path, entry.start, count * entry.dtype.itemsize).view(entry.dtype)
 
     def part(self, name: str, index: int, count: int) -> torch.Tensor:
         """The part `index` of `count` equal ones of a tensor's first dimension; no other part is read."""
         entry = self.entries[name]
         nbytes = entry.nbytes // count
-        data = _read(entry.path, entry.start + index * nbytes, nbytes)
+        data = read_bytes(entry.path, entry.start + index * nbytes, nbytes)
         return data.view(entry.dtype).view(entry.shape[0] // count, *entry.shape[1:])
 
 
-def _read(path: Path, start: int, nbytes: int) -> torch.Tensor:
+def read_bytes(path: Path, start: int, nbytes: int) -> torch.Tensor:
     """[nbytes] uint8; nothing of it stays in the page cache."""
     data = torch.empty(nbytes, dtype=torch.uint8)
     view, done = memoryview(data.numpy()), 0

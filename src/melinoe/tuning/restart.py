@@ -15,6 +15,7 @@ from typing import Any
 from melinoe.adapters.peft_folder import Base
 from melinoe.errors import MelinoeError
 from melinoe.files import partial_of, write_json
+from melinoe.models.identity import differing
 from melinoe.tuning import saved_run
 from melinoe.tuning.settings import SETTINGS, TuneSettings
 from melinoe.tuning.training_rows import TrainingRows
@@ -50,6 +51,7 @@ def run_identity(settings: TuneSettings, rows: TrainingRows, base: Base) -> dict
         "base_fingerprint": base.fingerprint,
         "data": digest,
         "base_format": base.format,
+        "base_identity": base.identity,
     }
 
 
@@ -110,6 +112,8 @@ def _differences(work: Path, identity: dict[str, Any]) -> str:
         name
         for was, now in pairs
         for name in sorted({*was, *now} - {"settings"})
-        if was.get(name) != now.get(name)
+        if was.get(name) != now.get(name) and name != "base_identity"
     ]
+    if differing(old.get("base_identity", {}), identity["base_identity"]):
+        names.append("base weights")
     return ", ".join(names)

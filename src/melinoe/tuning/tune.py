@@ -14,6 +14,7 @@ from melinoe.adapters.peft_folder import ADAPTER, Base
 from melinoe.errors import MelinoeError
 from melinoe.files import naming_errors, partial_of
 from melinoe.machine import usable_device
+from melinoe.models.identity import identity
 from melinoe.models.layers import experts_per_token, fingerprint
 from melinoe.models.positions import fixed_length
 from melinoe.outputs import Output
@@ -96,12 +97,12 @@ def tune(
     pages = paging(model, memory, chosen, partial(rows.largest_batch, chosen), device)
     tuned, layers = prepare_model(model, chosen, device, pages)
     if pages is None:
-        base = Base(str(model), fingerprint(tuned))
+        base = Base(str(model), fingerprint(tuned), identity=identity(tuned))
     else:
-        base = Base(pages.source, fingerprint(tuned), pages.record_format)
+        base = Base(pages.source, fingerprint(tuned), pages.record_format, identity(tuned))
     distribute(tuned, processes, chosen.shard)
-    identity = run_identity(chosen, rows, base)
-    restart = processes.ask_first(lambda: open_run(work, identity, resume, overwrite))
+    this_run = run_identity(chosen, rows, base)
+    restart = processes.ask_first(lambda: open_run(work, this_run, resume, overwrite))
     if restart.note and show:
         print(f"melinoe: {restart.note}", file=sys.stderr)
     slots = max(chosen.capacity(layer.num_experts, experts_per_token(tuned)) for layer in layers)

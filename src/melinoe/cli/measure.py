@@ -56,12 +56,15 @@ def trace(
         last_turn_only=last_turn_only,
     )
     found = {"output": str(output), "sequences": recorded.num_sequences, "tokens": len(recorded.indices)}
+    found |= {"sticky": recorded.settings["sticky"], "adapter": recorded.settings["adapter"]}
     names = ("data", "num_rows_left_out", "left_out", "max_length", "notes")
     found |= {name: recorded.settings[name] for name in names}
     print_notes(found)
     if as_json:
         return print_json(found)
-    print(f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens")
+    print(
+        f"{output}: {recorded.num_sequences} sequences, {len(recorded.indices)} tokens of {recorded.made_by}"
+    )
 
 
 def simulate(
@@ -85,6 +88,7 @@ def simulate(
     result = run(trace, policy=policy, slots=sizes, carry_over=carry_over)
     if as_json:
         return print_json(result)
+    print(f"{trace}: of {result['trace']['made_by']}")
     print(f"{'policy':<16}{'slots':>6}{'hit rate':>10}{'loads/token':>13}{'prefill':>9}")
     for row in result["results"]:
         print(
@@ -143,6 +147,8 @@ def placement(
     from melinoe.prediction.placement import placement as run
 
     result = run(trace, output, slots=slots, format=format, model=model)
+    for note in result.get("notes", ()):
+        print(f"melinoe: {note}", file=sys.stderr)
     if as_json:
         return print_json(result)
     print(

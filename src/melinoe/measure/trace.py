@@ -24,6 +24,7 @@ from melinoe.data.encoding import Encoded, EncodedRows, encode_rows
 from melinoe.data.rows import Row, data_rows, describe_rows
 from melinoe.errors import MelinoeError
 from melinoe.models.folder import resolve_model
+from melinoe.models.identity import identity
 from melinoe.models.layers import experts_per_token, fingerprint, moe_layers
 from melinoe.models.positions import fixed_length
 from melinoe.models.router_tap import RouterTap
@@ -196,6 +197,7 @@ def trace(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     indices = read_routing(model, usable.encoded, batch_size, tokenizer.pad_token_id or 0, progress, folder)
+    sticky_now = getattr(model, "melinoe_sticky", None)
     result = from_sequences(
         indices,
         [sequence.ids for sequence in usable.encoded],
@@ -204,6 +206,9 @@ def trace(
         fingerprint=fingerprint(model),
         model=str(getattr(model, "name_or_path", "") or type(model).__name__),
         settings={
+            "sticky": None if sticky_now is None else sticky_now.settings.to_json(),
+            "adapter": getattr(model, "melinoe_adapter", None),
+            "identity": identity(model),
             "split": split,
             "limit": limit,
             "last_turn_only": last_turn_only,

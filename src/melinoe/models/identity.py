@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -118,30 +117,4 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 
 def in_words(parts: list[str]) -> str:
-    return f"other weights in {parts[0]}" + (f" and {len(parts) - 1} other parts" if len(parts) > 1 else "")
-
-
-def strength_in_words(sticky: Any) -> str:
-    """Of a stickiness as files hold it: a strength, a mapping (without a unit: in logits), or None."""
-    given = sticky if isinstance(sticky, Mapping) else {"strength": sticky or 0, "unit": "share"}
-    strength = given.get("strength") or 0
-    return f"{strength:g}" + (" in logits" if strength and given.get("unit", "logit") == "logit" else "")
-
-
-def notes_on(origin: Mapping[str, Any], model: Any) -> list[str]:
-    """How a model differs from the one that something was made of, where that is a matter of speed.
-
-    Args:
-        origin: what a trace says of its model (`Trace.origin`).
-    """
-    notes = []
-    if "sticky" in origin:
-        was, now = (
-            strength_in_words(one)
-            for one in (origin["sticky"], getattr(model.config, "melinoe_sticky", None))
-        )
-        if was != now:
-            notes.append(f"made at stickiness {was}, and the model runs at {now}: it fits less well")
-    if "identity" in origin and (parts := differing(origin["identity"], identity(model))):
-        notes.append(f"made of a model with the same routers and {in_words(parts)}: it fits less well")
-    return notes
+    return f"other weights in {parts[0]}" + (f" and {len(parts) - 1} others" if len(parts) > 1 else "")

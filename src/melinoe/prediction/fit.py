@@ -26,6 +26,7 @@ from melinoe.models.pretrained import load_model
 from melinoe.outputs import Output
 from melinoe.prediction.comparison import decode_loads, recall, warnings_of
 from melinoe.prediction.features import prompt_features, token_table
+from melinoe.prediction.origin import notes_on
 from melinoe.prediction.predictor import PREDICTOR, Predictor, check_same_model
 from melinoe.prediction.rivals import decoded_lengths, nearest, with_prefill
 from melinoe.routing.policies import DECODE, PREFILL, Strength
@@ -159,6 +160,9 @@ def fit_predictor(
         (`routing.policies.Strength`): as many as the sequences had on average. Each prompt has a horizon of
         its own, which `Predictor.predict` gives.
 
+        sticky, adapter: of the trace's model, as far as it is known; one that differs from `model` in its
+        stickiness, or in weights beside the routers, is among the warnings.
+
     Raises:
         MelinoeError: nothing may be written at `output` (melinoe.outputs), a trace of another model, or fewer
             than 10 sequences with decoded tokens.
@@ -204,6 +208,7 @@ def fit_predictor(
             weight_decay,
             batch_size,
         )
+    predictor.origin = trace.origin
     predictor.eval()
     fit_lengths(predictor, features[train], weights[train])
     strangeness = float(predictor.strangeness(features[train]).quantile(FAMILIAR))
@@ -262,8 +267,10 @@ def fit_predictor(
         "num_held_out": number,
         "seed": seed,
         "fingerprint": fingerprint,
+        "sticky": trace.origin.get("sticky"),
+        "adapter": trace.origin.get("adapter"),
     }
-    report["warnings"] = warnings_of(report)
+    report["warnings"] = warnings_of(report) + notes_on("the trace", trace.origin, model)
     if written is not None:
         predictor.save(written.path, report, written.check)
     return report | {"seconds": time.perf_counter() - started}

@@ -24,6 +24,7 @@ from melinoe.models.layers import fingerprint as model_fingerprint
 from melinoe.models.layers import moe_layers
 from melinoe.models.pretrained import load_model
 from melinoe.outputs import Kind, Output, json_file
+from melinoe.prediction.origin import notes_on
 from melinoe.prediction.predictor import check_same_model
 from melinoe.routing.policies import DECODE
 from melinoe.routing.trace import Trace, as_trace
@@ -49,9 +50,10 @@ def placement(
         model: a path, Hub id, or a loaded model: which of its layers have experts. Only for ktransformers.
 
     Returns:
-        What the JSON holds: format, version, fingerprint, model, num_experts, slots; served: the share of
+        What the JSON holds: format, version, fingerprint, model, sticky and adapter (of the trace's model),
+        num_experts, slots; served: the share of
         decoding's requests that these experts serve; layers: for each MoE layer its number, experts (most
-        asked first) and served.
+        asked first) and served. For ktransformers also notes: how the model differs from the trace's.
 
     Raises:
         MelinoeError: nothing may be written at `output` (melinoe.outputs), an unknown format, a trace of
@@ -81,6 +83,8 @@ def placement(
         "version": VERSION,
         "fingerprint": trace.fingerprint,
         "model": trace.model,
+        "sticky": trace.origin.get("sticky"),
+        "adapter": trace.origin.get("adapter"),
         "num_experts": trace.num_experts,
         "slots": slots,
         "served": float(np.take_along_axis(counts, best, axis=1).sum() / counts.sum()),
@@ -92,7 +96,10 @@ def placement(
     if written is not None and format == "json":
         write_json(written.path, result, indent=1)
     elif written is not None:
+        if isinstance(model, str | Path):
+            model = load_model(local_folder(resolve_model(model)), dtype="auto")
         table = _by_hidden_layer(counts, trace, model)
+        result["notes"] = notes_on("the trace", trace.origin, model)
         with whole_file(written.path, written.check) as partial:
             torch.save({"logical_count": table[None], "format": FORMAT}, partial)
     return result
@@ -100,8 +107,6 @@ def placement(
 
 def _by_hidden_layer(counts: np.ndarray, trace: Trace, model: Any) -> torch.Tensor:
     """[hidden layers, E] int64: the counts, with rows of zeros for layers without experts."""
-    if isinstance(model, str | Path):
-        model = load_model(local_folder(resolve_model(model)), dtype="auto")
     check_same_model("the trace", trace.fingerprint, model_fingerprint(model))
     table = torch.zeros(model.config.get_text_config().num_hidden_layers, trace.num_experts, dtype=torch.long)
     for layer in moe_layers(model):

@@ -63,6 +63,7 @@ class Predictor(nn.Module):
         width = num_features(table.shape[1])
         self.num_layers, self.num_experts, self.experts_per_token = num_layers, num_experts, experts_per_token
         self.fingerprint = fingerprint
+        self.origin: dict[str, Any] = {}  # `Trace.origin` of what it was fitted to
         self.strength = Strength()
         self.table: torch.Tensor
         self.mean: torch.Tensor
@@ -144,6 +145,7 @@ class Predictor(nn.Module):
             "horizon": repr(self.strength.horizon),
             "longest": repr(self.longest),
             "familiar": repr(self.familiar),
+            "origin": json.dumps(self.origin, sort_keys=True),
             "report": json.dumps(report or {}, sort_keys=True),
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -192,6 +194,7 @@ class Predictor(nn.Module):
         )
         horizon = float(metadata.get("horizon", "inf"))  # older files know none
         predictor.strength = Strength(float(metadata["prior_tokens"]), horizon)
+        predictor.origin = json.loads(metadata.get("origin", "{}"))
         predictor.longest = float(metadata.get("longest", 0.0))
         predictor.familiar = float(metadata.get("familiar", "inf"))
         tensors.setdefault("length", predictor.length)

@@ -243,7 +243,8 @@ def simulate(
             (melinoe.measure.intervals).
 
     Returns:
-        {"results": [...]}, for every policy at every size:
+        {"trace": {model, sticky, adapter (both where the trace knows), made_by: all three in words},
+        "results": [...]}, for every policy at every size:
         hit_rate: decode; distinct experts of a call that were resident before it, of all that it asked for.
         loads_per_token: expert records read while decoding, per decoded token, summed over layers.
         prefill_loads_per_token, prefill_loads_per_sequence: read by prompts, per prompt token and request.
@@ -280,4 +281,8 @@ def simulate(
     num_requests = int(trace.begins.sum())
     decoded = np.bincount(request[trace.decoded], minlength=num_requests)
     prompt = np.bincount(request[trace.valid & ~trace.decoded], minlength=num_requests)
-    return {"results": [replay.result(decoded, prompt, per_sequence) for replay in replays]}
+    known: dict[str, Any] = {
+        name: trace.origin[name] for name in ("sticky", "adapter") if name in trace.origin
+    }
+    told: dict[str, Any] = {"model": trace.model, **known, "made_by": trace.made_by}
+    return {"trace": told, "results": [replay.result(decoded, prompt, per_sequence) for replay in replays]}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from melinoe.routing.policies import DECODE, PREFILL, Call
 
 FORMAT, VERSION = "melinoe-trace", "1"
 TRACE = tensor_file("a trace", FORMAT)
+ORIGIN = ("sticky", "adapter", "identity")  # names in the settings
 PHASES = (PREFILL, DECODE)  # call_phase holds positions in this tuple
 _ARRAYS = {
     "indices": np.int16,
@@ -54,7 +55,8 @@ class Trace:
     token_ids: [N] the token that was fed.
     prompt_lengths: [S] tokens of each prompt.
     num_experts: E.  fingerprint: `moe.fingerprint` of the model.  model: its name, for people.
-    settings: how the trace was made.
+    settings: how the trace was made; of the model "sticky" (its settings, or None), "adapter" (a folder, or
+        None) and "identity" (melinoe.models.identity), which older files lack.
     """
 
     indices: np.ndarray
@@ -93,6 +95,20 @@ class Trace:
     @property
     def num_layers(self) -> int:
         return self.indices.shape[1]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is known of the model beside its fingerprint; what is made of the trace keeps it."""
+        return {name: self.settings[name] for name in ORIGIN if name in self.settings}
+
+    @property
+    def made_by(self) -> str:
+        """The model, how sticky it was and its adapter, for people."""
+        name, origin = self.model or "a model without a name", self.origin
+        if "sticky" not in origin:
+            return f"{name} (how sticky it was is not written down)"
+        adapter = f" with the adapter {origin['adapter']}" if origin.get("adapter") else ""
+        return f"{name} at stickiness {strength_in_words(origin['sticky'])}{adapter}"
 
     @property
     def num_calls(self) -> int:
@@ -290,17 +306,29 @@ def as_trace(trace: Trace | str | Path) -> Trace:
     return trace if isinstance(trace, Trace) else Trace.load(trace)
 
 
+def strength_in_words(sticky: Any) -> str:
+    """Of a stickiness as files hold it: a strength, a mapping (without a unit: in logits), or None."""
+    given = sticky if isinstance(sticky, Mapping) else {"strength": sticky or 0, "unit": "share"}
+    strength = given.get("strength") or 0
+    return f"{strength:g}" + (" in logits" if strength and given.get("unit", "logit") == "logit" else "")
+
+
 def joined(traces: Sequence[Trace]) -> Trace:
     """Traces of one model behind each other, sequences numbered on.
 
     Raises:
-        MelinoeError: traces of different models.
+        MelinoeError: traces of different models, or at different strengths.
     """
     first = traces[0]
     for other in traces[1:]:
         if (other.fingerprint, other.num_experts) != (first.fingerprint, first.num_experts):
             raise MelinoeError(
                 "the traces are of different models", got=other.fingerprint, allowed=first.fingerprint
+            )
+        one, two = first.origin, other.origin
+        if any(one[name] != two[name] for name in ("sticky", "identity") if name in one and name in two):
+            raise MelinoeError(
+                "the traces are of different models", got=other.made_by, allowed=f"{first.made_by}, unchanged"
             )
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ARRAYS

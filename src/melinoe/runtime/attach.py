@@ -18,6 +18,7 @@ from melinoe.paging.gather import buffer_bytes
 from melinoe.paging.paged_experts import Limits, PagedExperts
 from melinoe.paging.pager import ExpertPager
 from melinoe.paging.reader import READER_THREADS
+from melinoe.prediction.origin import notes_on
 from melinoe.prediction.predictor import Predictor
 from melinoe.routing.policies import make_policy
 from melinoe.runtime import budget
@@ -100,6 +101,13 @@ def unmap(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
+
+
+def print_predictor_notes(model: Any) -> None:
+    """Says where a model, as sticky as it is now, differs from the one that its predictor was fitted to."""
+    predictor = model.melinoe_paged.predictor
+    for note in [] if predictor is None else notes_on("the predictor", predictor.origin, model):
+        print(f"melinoe: {note}", file=sys.stderr)
 
 
 def attach(model: Any, store: Store, settings: LoadSettings) -> None:

@@ -20,6 +20,7 @@ from melinoe.paging.paged_experts import PagedExperts
 from melinoe.paging.statistics import Statistics
 from melinoe.prediction.predictor import Predictor
 from melinoe.runtime.arguments import dtype_of, one_device, passed_on
+from melinoe.runtime.attach import print_predictor_notes
 from melinoe.runtime.division import Budget
 from melinoe.runtime.quantizer import set_settings
 from melinoe.runtime.settings import LoadSettings, file_bytes
@@ -113,6 +114,7 @@ def load(
     settle_stickiness(model, sticky)
     if predictor is not None:
         model.melinoe_paged.predictor = Predictor.load(predictor, model)
+        print_predictor_notes(model)
     return model.eval()
 
 

@@ -140,6 +140,7 @@ class MelinoeQuantizer(HfQuantizer):
         attach.attach(model, self.store, self.quantization_config.settings)
         # as its config says: who opens a store without melinoe.load gets the same
         settle_stickiness(model, None)
+        attach.print_predictor_notes(model)
         # nothing is quantised: jamba's mamba layers would take another path, with another rounding
         vars(model.config).pop("transformers_weights", None)
         for module in model.modules():

@@ -25,7 +25,8 @@ def settle_stickiness(model: Any, given: float | Stickiness | None) -> None:
     if isinstance(given, int | float) and there is not None:
         given = replace(there, strength=given)
     wanted = there if given is None else stickiness(given)
-    if wanted != (now.settings if now is not None else None):
+    stale = wanted is None and hasattr(model.config, CONFIG_FIELD)  # what its config said is switched off
+    if stale or wanted != (now.settings if now is not None else None):
         make_sticky(model, wanted)
 
 

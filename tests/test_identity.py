@@ -236,3 +236,12 @@ def test_every_expert_is_looked_at_in_some_layer():
         assert {expert for layer in layers for expert in layer} == set(range(count))
         assert all(len(set(layer)) == min(8, count) and layer == sorted(layer) for layer in layers)
     assert ROW >= 256
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_opened_in_float16_is_not_another_one(stored, tmp_path):
+    """Its numbers were rounded twice, so they say nothing against it."""
+    folder = save_checkpoint(tmp_path / "base", "olmoe", stored)
+    known = identity(load_model(folder, dtype=stored))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert not differing(known, identity(load_model(folder, dtype=dtype))), dtype

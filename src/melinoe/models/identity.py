@@ -24,7 +24,9 @@ from melinoe.models.layers import MoeLayer, moe_layers, own_parameters, per_expe
 
 SAMPLED_EXPERTS = 8  # of each layer
 ROW = 256  # elements of a tensor at most
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# a number that has been float16 is not the bfloat16 that it would have become without: rounded twice, and
+# small ones lose digits
+_COMPARED = (torch.float32, torch.bfloat16)
 
 Identity = dict[str, str]
 Beginning = Callable[[str, nn.Parameter], torch.Tensor | None]
@@ -49,14 +51,14 @@ def beginning(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest(beginnings: Iterable[torch.Tensor | None]) -> str:
-    """16 hexadecimal digits, compared in bfloat16, so that loading in another dtype does not matter.
+    """16 hexadecimal digits, compared in bfloat16: who loads in float32 and who in bfloat16 has the same.
 
     Returns:
-        "" where it is not known: a tensor is not there, or held in other than plain numbers.
+        "" where it is not known: a tensor is not there, or held in other numbers (float16 and packed ones).
     """
     result = hashlib.sha256()
     for values in beginnings:
-        if values is None or values.device.type == "meta" or values.dtype not in _PLAIN:
+        if values is None or values.device.type == "meta" or values.dtype not in _COMPARED:
             return ""
         result.update(
             values.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes()

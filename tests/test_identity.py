@@ -186,6 +186,29 @@ def test_all_ways_to_open_a_checkpoint_have_one_identity(family, tmp_path):
         assert identity(melinoe.load(store, slots=1)) == known, name
 
 
+def test_a_store_with_a_tuning_in_it_is_the_merged_checkpoint(base, adapter, tmp_path, monkeypatch):
+    """So that the next adapter, tuned on one, fits the other: rounded, and written in two goes."""
+    from melinoe.conversion import convert as module
+
+    melinoe.merge(base, adapter, tmp_path / "merged")
+    write_layer = module.write_layer
+
+    def stop_at_second(folder, index, *args):
+        if index == 1:
+            raise KeyboardInterrupt
+        return write_layer(folder, index, *args)
+
+    monkeypatch.setattr(module, "write_layer", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        convert_and_round(base, adapter, tmp_path)
+    monkeypatch.undo()
+    convert_and_round(base, adapter, tmp_path)
+    known = identity(load_model(tmp_path / "merged"))
+    assert identity(melinoe.load(tmp_path / "out", slots=1)) == known
+    others = differing(known, identity(load_model(base)))
+    assert others == [layer.experts_name for layer in moe_layers(load_model(base))]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
 def test_quantised_checkpoints_have_the_identity_of_what_is_made_of_them(kind, dtype, tmp_path):

@@ -8,7 +8,7 @@ agrees.
 
 A few values do: whoever trains a matrix changes its rows, many of their elements in bfloat16 too, and eight
 experts of each layer (others in every layer) see a training of one expert in twenty. No more than these is
-read: 1,500 rows of 60 layers of 256 experts with three tensors each.
+read: 960 rows of 60 layers of 256 experts with two tensors each.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 import melinoe
 from browsing import check_page, in_browser, started_browser
 from melinoe.benchmark.entries import chosen, entries
+from melinoe.benchmark.folder import begin
 from melinoe.benchmark.page import command, headline, write_bench_page
 from melinoe.benchmark.summary import SPEED, of_repeat, percentile, rank, summarise, told_apart
 from melinoe.benchmark.table import markdown, ordered, print_tables
@@ -79,6 +80,27 @@ def test_an_interrupted_bench_goes_on(measured):
     assert ours(after) | {"rank": 0} == ours(before) | {"rank": 0}
     with pytest.raises(MelinoeError, match="a bench of other settings; got new_tokens"):
         melinoe.bench("tiny", output_dir=folder, progress=False, **SMALL | {"new_tokens": 5})
+
+
+def test_weights_that_were_replaced_are_another_bench(tmp_path):
+    """What is merged and converted in its folder is used again: it would be measured under their name."""
+    adapter, predictor = tmp_path / "adapter", tmp_path / "predictor"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"first")
+    predictor.write_bytes(b"first")
+    reads, settings = {"tuned": adapter, "predictor": predictor, "data": None}, {"seed": 0}
+    begin(tmp_path / "out", reads, settings, overwrite=False)
+    begin(tmp_path / "out", reads, settings, overwrite=False)
+    (adapter / "adapter_model.safetensors").write_bytes(b"tuned again")
+    with pytest.raises(MelinoeError, match="other settings; got weights of tuned;"):
+        begin(tmp_path / "out", reads, settings, overwrite=False)
+    begin(tmp_path / "out", reads, settings, overwrite=True)
+    begin(tmp_path / "out", reads, settings, overwrite=False)
+    card = json.loads((tmp_path / "out" / "bench.json").read_text())
+    del card["weights"]  # as it was written before
+    (tmp_path / "out" / "bench.json").write_text(json.dumps(card))
+    predictor.write_bytes(b"fitted again")
+    begin(tmp_path / "out", reads, settings, overwrite=False)
 
 
 def test_a_folder_that_is_no_bench_is_left_alone(tmp_path):

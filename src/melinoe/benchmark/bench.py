@@ -89,7 +89,8 @@ def bench(
         why}, "settings", "machine", ...}.
 
     Raises:
-        MelinoeError: no such model, data or row; settings that differ from those of the bench that is there.
+        MelinoeError: no such model, data or row; settings or weights other than those of the bench that is
+            there.
     """
     size = Size(repeats, prompts, new_tokens, seconds, quality_rows)
     limit_bytes = None if memory is None else parse_bytes(memory)

@@ -27,19 +27,27 @@ BENCH = Kind("a bench", True, _foreign)
 
 
 def begin(output: Path, reads: dict[str, Any], settings: dict[str, Any], overwrite: bool) -> None:
-    """A new folder, or one that was begun with the same settings.
+    """A new folder, or one that was begun with the same settings and the same weights under their names.
+
+    What it has merged, widened and converted is used again, so weights that were replaced since are others.
+
+    Args:
+        reads: what the bench reads, by name; None: nothing.
 
     Raises:
-        MelinoeError: it has a bench of other settings, or something that is none.
+        MelinoeError: it has a bench of other settings or weights, or something that is none.
     """
     Output(output, BENCH, reads, replace=True).check()
-    card = {"format": FORMAT, "version": VERSION, "settings": settings}
+    weights = {name: _stamps(Path(source)) for name, source in reads.items() if source is not None}
+    card = {"format": FORMAT, "version": VERSION, "settings": settings, "weights": weights}
     if (output / SETTINGS).is_file():
-        before = json.loads((output / SETTINGS).read_text())["settings"]
-        if before == settings and not overwrite:
+        found = json.loads((output / SETTINGS).read_text())
+        before, known = found["settings"], found.get("weights", weights)  # none in folders from before
+        replaced = [f"weights of {name}" for name in weights if known.get(name) != weights[name]]
+        if before == settings and not replaced and not overwrite:
             return
         if not overwrite:
-            changed = sorted(name for name in settings if before.get(name) != settings[name])
+            changed = sorted(name for name in settings if before.get(name) != settings[name]) + replaced
             raise MelinoeError(
                 f"{output} has a bench of other settings",
                 got=", ".join(changed),
@@ -47,6 +55,13 @@ def begin(output: Path, reads: dict[str, Any], settings: dict[str, Any], overwri
             )
         empty(output)
     write_json(output / SETTINGS, card, indent=1)
+
+
+def _stamps(source: Path) -> dict[str, list[int]]:
+    """{file: size and time of writing in nanoseconds} of the weights of what is read."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    status = {file.name: file.stat() for file in files if file.is_file()}
+    return {name: [one.st_size, one.st_mtime_ns] for name, one in status.items()}
 
 
 def slug(name: str) -> str:

@@ -117,7 +117,7 @@ def test_an_adapter_goes_with_its_base_alone(way, base, adapter, other, tmp_path
 )
 def test_nor_does_it_go_with_other_attention(way, base, adapter, tmp_path):
     other = further(base, tmp_path / "other", "q_proj")
-    with pytest.raises(melinoe.MelinoeError, match=REFUSED + r"model\.layers\.0( and 1 others)?;"):
+    with pytest.raises(melinoe.MelinoeError, match=REFUSED + r"model\.layers\.0( and 1 more)?;"):
         way(other, adapter, tmp_path)
 
 

@@ -119,4 +119,4 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
 
 
 def in_words(parts: list[str]) -> str:
-    return f"other weights in {parts[0]}" + (f" and {len(parts) - 1} others" if len(parts) > 1 else "")
+    return f"other weights in {parts[0]}" + (f" and {len(parts) - 1} more" if len(parts) > 1 else "")

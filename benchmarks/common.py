@@ -21,12 +21,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 import melinoe
 from melinoe.demonstration.limited_process import MemoryLimit
+from melinoe.errors import MelinoeError
 from melinoe.files import write_json
 from melinoe.report.setting import commit, machine
 
@@ -41,12 +43,22 @@ def parser_of(documentation: str | None) -> argparse.ArgumentParser:
 
 
 def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Reads the arguments; one thread, no hub, and TERM ends the program as an error does."""
+    """Reads the arguments; one thread, no hub, TERM ends the program as an error does, and what users can
+    cause is said in one line, as the command line says it."""
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, _terminated)
+    sys.excepthook = _say
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     torch.set_num_threads(1)
     return options
+
+
+def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python calls for an error that nobody caught; its own way shows the traceback."""
+    if isinstance(error, MelinoeError) and os.environ.get("MELINOE_TRACEBACK") != "1":
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _terminated(number: int, frame: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html import escape
 
@@ -14,7 +15,8 @@ from melinoe.benchmark.entries import chosen, entries
 from melinoe.benchmark.folder import begin
 from melinoe.benchmark.page import command, headline, write_bench_page
 from melinoe.benchmark.summary import SPEED, of_repeat, percentile, rank, summarise, told_apart
-from melinoe.benchmark.table import markdown, ordered, print_tables
+from melinoe.benchmark.table import COLUMNS, markdown, ordered, print_tables, text_of
+from melinoe.config import format_rate
 from melinoe.demonstration import limited_process
 from melinoe.errors import MelinoeError
 from melinoe.report.plots import Curve, curves
@@ -166,6 +168,20 @@ def test_a_row_that_reads_faster_than_the_bare_reader_raises_the_ceiling():
     found = of_repeat(run)
     assert found["bandwidth_share"] == 1.0
     assert found["read_ceiling_tokens_per_second"] == pytest.approx(3000 / 15)
+
+
+def test_slow_rows_of_a_table_do_not_all_read_alike():
+    """To one digit behind the point, 0.06 and 0.14 would both be `0.1 (0.1-0.1)`."""
+    cells = []
+    for speed in (0.0612, 0.1388):
+        row = {"repeats": 3, SPEED: speed, f"{SPEED}_range": [speed * 0.97, speed * 1.02]}
+        row |= {key: speed for _, key, form in COLUMNS if form == "rate"}
+        cells.append([text_of(row, key, form) for _, key, form in COLUMNS if form in ("speed", "rate")])
+    assert cells[0] == ["0.0612 (0.0594-0.0624)", "0.0612", "0.0612"]
+    assert cells[1] == ["0.139 (0.135-0.142)", "0.139", "0.139"]
+    assert [format_rate(rate) for rate in (250.33, 24.08, 9.999, 3.842, 0.9996, 0.0, math.inf)] == [
+        "250.3", "24.1", "10.0", "3.84", "1.00", "0.0", "inf",
+    ]  # fmt: skip
 
 
 def test_percentiles_by_hand():

@@ -102,6 +102,23 @@ def test_a_result_says_where_it_was_measured(program, tmp_path):
     assert wanted <= result["conditions"].keys()
 
 
+def test_what_a_user_can_cause_is_one_line(program, tmp_path):
+    """Every script begins with `begin`, so what holds for one holds for all; others keep their trace."""
+    command, environment = program
+    script = tmp_path / "fails.py"
+    for error in ("MelinoeError('no such model', got='x')", "KeyError('x')"):
+        script.write_text(
+            "from common import begin, parser_of\nfrom melinoe.errors import MelinoeError\n"
+            f"begin(parser_of('A benchmark.'))\nraise {error}\n"
+        )
+        run = subprocess.run([command[0], str(script)], env=environment, capture_output=True, text=True)
+        assert run.returncode == 1
+        if "Melinoe" in error:
+            assert run.stderr == "fails.py: no such model; got x\n"
+        else:
+            assert "Traceback" in run.stderr
+
+
 def test_a_sentence_encoder_finds_prompts_that_are_alike(tmp_path):
     """The library's own classes around random weights: the same text is its own nearest, template or not."""
     library = pytest.importorskip("sentence_transformers")

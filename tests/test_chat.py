@@ -20,7 +20,7 @@ from melinoe.data.rows import read_rows
 from melinoe.errors import MelinoeError
 from melinoe.runtime.generation_settings import Sampling
 from melinoe.runtime.load import load_tokenizer
-from melinoe.serving.conversation import Conversation
+from melinoe.serving.conversation import Conversation, TurnStatistics
 from melinoe.serving.engine.batched import PAGE_TOKENS
 from melinoe.serving.engine.start import start_engine
 from melinoe.serving.settings import ServeSettings
@@ -98,6 +98,14 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(conversation):
     pieces.close()
     assert conversation.turns[-1] == {"role": "assistant", "content": said}
     assert "".join(conversation.ask(QUESTION))  # the engine is free again
+
+
+def test_an_answer_that_was_stopped_before_its_first_token_has_no_speed():
+    """It was said to have had `-0.1 tok/s`, a first token at once, and all of its prompt from before."""
+    none = TurnStatistics(892, 892, 0, 0.0, 12.0)
+    assert str(none) == "prompt 892 tokens | stopped after 12.00 s, before a token"
+    assert "answer 1 tokens" in str(TurnStatistics(5, 0, 1, 0.5, 0.75)).split(" | ")
+    assert "answer 3 tokens, 8.00 tok/s" in str(TurnStatistics(5, 0, 3, 0.5, 0.75)).split(" | ")
 
 
 def test_a_question_that_the_engine_could_not_answer_is_forgotten(conversation):

@@ -17,6 +17,7 @@ import pytest
         ("generate", ["-p", "hi", "--memory", "900TiB"], "more than this machine has"),
         ("generate", ["-p", "hi", "--policy", "best"], "unknown policy"),
         ("generate", ["-p", "hi", "--slots", "1", "--memory", "1GiB"], "give memory or slots"),
+        ("generate", ["-p", "hi", "-p", "ho"], "generate answers one prompt; got --prompt 2 times"),
         ("chat", ["--policy", "best"], "unknown policy"),
     ],
 )

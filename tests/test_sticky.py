@@ -229,8 +229,9 @@ def test_what_cannot_be_followed_is_refused(sticky, olmoe):
         {"strength": 1, "size": 3},
         {"strength": 1, "after": 0},
     ):
-        with pytest.raises(melinoe.MelinoeError, match="not a stickiness"):
+        with pytest.raises(melinoe.MelinoeError, match="not a stickiness") as refused:
             stickiness(wrong)
+        assert "Stickiness(" not in str(refused.value)  # no name of Python's for who wrote --sticky
 
 
 def test_off_is_off(olmoe):

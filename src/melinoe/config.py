@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -66,6 +67,17 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
+
+
+def format_rate(rate: float) -> str:
+    """`24.1`, `3.84`, `0.0571`: three significant digits, one behind the point at least.
+
+    Speeds of one table lie orders apart; with one digit behind the point the slow ones would all be 0.1.
+    """
+    size = abs(float(f"{rate:.3g}"))  # rounded first: 0.9996 is 1.00
+    if not 0 < size < 10:  # infinity and no number at all, too
+        return f"{rate:.1f}"
+    return f"{rate:.{2 - math.floor(math.log10(size))}f}"
 
 
 def home() -> Path:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from melinoe.benchmark.entries import ACCELERATE, BASE, CONTROL, LLAMA_CPP, OURS, RESIDENT, TUNED
 from melinoe.benchmark.summary import SPEED, told_apart
 from melinoe.benchmark.table import COLUMNS, SIMULATED, ordered, text_of
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 from melinoe.demonstration.watched import steps_of
 from melinoe.report.page import times, write_page
 from melinoe.report.plots import Curve, Point, curves, scatter
@@ -81,7 +81,8 @@ def headline(result: dict[str, Any]) -> list[dict[str, str]]:
     numbers = [
         {
             "value": times(ratio, apart),
-            "text": f"{best['name']} against {rival['name']}: {best[SPEED]:.1f} and {rival[SPEED]:.1f} tok/s"
+            "text": f"{best['name']} against {rival['name']}: {format_rate(best[SPEED])} and"
+            f" {format_rate(rival[SPEED])} tok/s"
             + ("" if apart else "; too close or too noisy to tell apart here"),
         }
     ]
@@ -120,7 +121,7 @@ def _speed(rows: list[dict[str, Any]]) -> Markup:
                 "colour": _colour(row),
             }
         )
-    said = "; ".join(f"{row['name']} {row['value']:.1f}" for row in shown)
+    said = "; ".join(f"{row['name']} {format_rate(row['value'])}" for row in shown)
     return bars(shown, f"Generated tokens a second: {said}")
 
 
@@ -143,7 +144,7 @@ def _frontier(rows: list[dict[str, Any]]) -> Markup | None:
     points = [Point(row["name"], row["nll"], row[SPEED], _colour(row)) for row in rows]
     nlls = [row["nll"] for row in rows]
     room = 0.15 * (max(nlls) - min(nlls)) or 0.02 * max(nlls) or 0.1
-    said = "; ".join(f"{row['name']}: {row['nll']:.3f} nats, {row[SPEED]:.1f} tok/s" for row in rows)
+    said = "; ".join(f"{row['name']}: {row['nll']:.3f} nats, {format_rate(row[SPEED])} tok/s" for row in rows)
     return scatter(
         points,
         "NLL of held-out text, nats a token",

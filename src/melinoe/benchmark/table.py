@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from melinoe.benchmark.summary import SPEED
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 
 # (heading, key, format); None prints as a dash
 COLUMNS: list[tuple[str, str, str]] = [
     ("rank", "rank", "rank"),
     ("", "name", "{}"),
     ("tok/s", SPEED, "speed"),
-    ("predicted", "predicted_tokens_per_second", "{:.1f}"),
+    ("predicted", "predicted_tokens_per_second", "rate"),
     ("error", "prediction_error", "{:+.0%}"),
     ("TTFT s", "ttft_seconds", "{:.3f}"),
     ("p50 ms", "token_seconds_p50", "ms"),
@@ -27,7 +27,7 @@ COLUMNS: list[tuple[str, str, str]] = [
     ("prefill", "prefill_bytes_per_request", "bytes"),
     ("preload", "preload_bytes_per_request", "bytes"),
     ("of disk", "bandwidth_share", "{:.0%}"),
-    ("ceiling", "read_ceiling_tokens_per_second", "{:.1f}"),
+    ("ceiling", "read_ceiling_tokens_per_second", "rate"),
     ("peak", "peak_memory_bytes", "bytes"),
     ("NLL", "nll", "{:.4f}"),
     ("Rouge-L", "rouge_l", "{:.3f}"),
@@ -55,7 +55,10 @@ def text_of(row: dict[str, Any], key: str, form: str) -> str:
         return f"{value}{'~' if row.get('noisy') else ''}"
     if form == "speed":
         low, high = row[f"{SPEED}_range"]
-        return f"{value:.1f} ({low:.1f}-{high:.1f})" if row["repeats"] > 1 else f"{value:.1f}"
+        span = f" ({format_rate(low)}-{format_rate(high)})" if row["repeats"] > 1 else ""
+        return format_rate(value) + span
+    if form == "rate":
+        return format_rate(value)
     return form.format(value)
 
 

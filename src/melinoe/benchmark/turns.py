@@ -15,6 +15,7 @@ from melinoe.benchmark.prepare import Arena, ends_of
 from melinoe.benchmark.quality import key_of
 from melinoe.benchmark.run_entry import Task
 from melinoe.benchmark.summary import SPEED, summarise
+from melinoe.config import format_rate
 from melinoe.demonstration.limited_process import MemoryLimit, run_module
 from melinoe.demonstration.race import drop_page_cache
 from melinoe.errors import MelinoeError
@@ -101,7 +102,9 @@ class Turns:
         found = run_module(module, self._task(row).to_json(), task, under, repr(row.name))
         found["peak_bytes"] = under.peak_bytes() if under is not None else None
         write_json(file, found)
-        self.note(f"{repeat + 1}/{self.size.repeats} {row.name}: {summarise([found])[SPEED]:.1f} tok/s")
+        self.note(
+            f"{repeat + 1}/{self.size.repeats} {row.name}: {format_rate(summarise([found])[SPEED])} tok/s"
+        )
         return found
 
     def _task(self, row: Entry) -> Task:

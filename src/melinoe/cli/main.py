@@ -173,7 +173,10 @@ def convert(
 @app.command(short_help="Generate text inside a memory budget.")
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from stdin.")],
+    prompt: Annotated[
+        list[str],  # so that a second one is seen: of a plain option only the last would be answered
+        typer.Option("--prompt", "-p", metavar="<str>", help="The prompt; - reads it from stdin."),
+    ],
     adapter: Adapter = None,
     sticky: Sticky = None,
     predictor: Predictor = None,
@@ -201,7 +204,13 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text with the experts paged inside a memory budget."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if len(prompt) > 1:
+        raise MelinoeError(
+            "generate answers one prompt",
+            got=f"--prompt {len(prompt)} times",
+            next_step="call it once for each; `melinoe chat` and `melinoe serve` answer many",
+        )
+    text = sys.stdin.read() if prompt[0] == "-" else prompt[0]
     if not text.strip():
         raise MelinoeError("the prompt is empty", allowed="some text, or - to read it from stdin")
     if system and raw:
@@ -232,7 +241,8 @@ def generate(
         batch=folder_settings(local_folder(resolve_model(model))).num_beams or 1,
         verify=verify,
     )
-    print(f"melinoe: {plan(loaded)}", file=sys.stderr)
+    if memory is not None or slots is not None:  # else `load` has said what it found free
+        print(f"melinoe: {plan(loaded)}", file=sys.stderr)
     answer, statistics = "", None
     stream = stream and not as_json
     for piece in stream_generate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from melinoe.config import format_rate
 from melinoe.errors import MelinoeError
 from melinoe.runtime.facts import Facts
 from melinoe.runtime.speed import Machine, predict
@@ -56,8 +57,8 @@ def advice(rows: list[dict[str, Any]], num_experts: int) -> list[str]:
         return []
     best = rows[0]
     lines = [
-        f"fastest here: {best['format']}, {best['policy']}: {best['tokens_per_second']:.1f} tok/s"
-        f" ({best['low']:.1f} to {best['high']:.1f})"
+        f"fastest here: {best['format']}, {best['policy']}: {format_rate(best['tokens_per_second'])} tok/s"
+        f" ({format_rate(best['low'])} to {format_rate(best['high'])})"
     ]
     bare = next(row for row in rows if row["format"] == best["format"] and row["policy"] == NO_CACHE)
     gain = best["tokens_per_second"] / bare["tokens_per_second"]

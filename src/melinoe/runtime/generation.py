@@ -14,7 +14,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 from melinoe.data.encoding import encode_prompt
 from melinoe.decoding import loop as decoding
 from melinoe.errors import MelinoeError
@@ -74,8 +74,8 @@ class GenerationStatistics:
     def __str__(self) -> str:
         speed = self.generation_tokens_per_second
         parts = [
-            f"prompt {self.prompt_tokens_per_second:.1f} tok/s",
-            f"generation {speed:.1f} tok/s" if speed else "generation -",
+            f"prompt {format_rate(self.prompt_tokens_per_second)} tok/s",
+            f"generation {format_rate(speed)} tok/s" if speed else "generation -",
             f"TTFT {self.ttft_seconds * 1000:.0f} ms",
         ]
         if self.hit_rate is not None:

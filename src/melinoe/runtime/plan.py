@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 from melinoe.models.folder import resolve_model
 from melinoe.runtime.division import divide, given_bytes, one_of
 from melinoe.runtime.facts import Facts, keep, kept, place_of
@@ -160,9 +160,11 @@ def describe(result: dict[str, Any]) -> str:
         f" {format_bytes(result['bytes_per_token'])} if none is there",
     ]
     if result["bandwidth"]:
-        lines.append(f"reading reaches {format_bytes(result['bandwidth'])}/s; at best, by hit rate:")
+        lines.append(
+            f"reading reaches {format_bytes(result['bandwidth'])}/s; what reading alone allows, by hit rate:"
+        )
         lines += [
-            f"  {rate:4.0%} hits: {speed:8.1f} tok/s"
+            f"  {rate:4.0%} hits: {format_rate(speed):>8} tok/s"
             for rate, speed in result["ceiling_tokens_per_second"].items()
         ]
     else:
@@ -172,8 +174,9 @@ def describe(result: dict[str, Any]) -> str:
     if result.get("speeds"):
         lines.append("predicted decoding, tok/s (and between which it lies, as routing is even or narrow):")
         lines += [
-            f"  {row['format']:<5} {row['policy']:<9} {row['slots']:>4} slots {row['tokens_per_second']:8.1f}"
-            f" ({row['low']:.1f} to {row['high']:.1f})"
+            f"  {row['format']:<5} {row['policy']:<9} {row['slots']:>4} slots"
+            f" {format_rate(row['tokens_per_second']):>8}"
+            f" ({format_rate(row['low'])} to {format_rate(row['high'])})"
             for row in result["speeds"]
         ]
         lines += result["advice"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 from melinoe.data.encoding import encode_prompt
 from melinoe.errors import MelinoeError
 from melinoe.runtime.answer_text import AnswerText
@@ -43,12 +43,20 @@ class TurnStatistics:
 
     def __str__(self) -> str:
         after = self.seconds - self.first_seconds
-        parts = [
-            f"prompt {self.prompt_tokens} tokens ({self.cached_tokens} known from before)",
-            f"first token after {self.first_seconds:.2f} s",
-            f"answer {self.tokens} tokens"
-            + (f", {(self.tokens - 1) / after:.1f} tok/s" if after > 0 else ""),
-        ]
+        if not self.tokens:  # of the prompt nobody knows how much was computed
+            parts = [
+                f"prompt {self.prompt_tokens} tokens",
+                f"stopped after {self.seconds:.2f} s, before a token",
+            ]
+        else:
+            speed = (
+                f", {format_rate((self.tokens - 1) / after)} tok/s" if self.tokens > 1 and after > 0 else ""
+            )
+            parts = [
+                f"prompt {self.prompt_tokens} tokens ({self.cached_tokens} known from before)",
+                f"first token after {self.first_seconds:.2f} s",
+                f"answer {self.tokens} tokens{speed}",
+            ]
         if self.hits is not None and self.loads is not None and self.bytes_read is not None:
             share = self.hits / max(1, self.hits + self.loads)
             each = self.bytes_read / max(1, self.tokens)

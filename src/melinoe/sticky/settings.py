@@ -44,7 +44,7 @@ class Stickiness:
         if not sound:
             raise MelinoeError(
                 "not a stickiness",
-                got=self,
+                got=f"strength {self.strength} ({self.unit}), {self.experts} experts, after {self.after}",
                 allowed="strength 0 to 1 in shares, 0 to 20 in logits, experts >= 0, after >= 1",
             )
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import melinoe
-from melinoe.cli.chat import command
+from melinoe.cli.chat import command, talk
 from melinoe.cli.main import app
 from melinoe.data.rows import read_rows
 from melinoe.errors import MelinoeError
@@ -160,6 +160,53 @@ def _until(descriptor: int, wanted: str, seconds: float = 120) -> str:
             text += os.read(descriptor, 4096).decode(errors="replace")
     assert wanted in text, text
     return text
+
+
+def test_a_note_stops_an_answer(conversation):
+    """What Ctrl-C leaves in `chat`: no exception that could come in the middle of what ends an answer."""
+    said = []
+    for piece in conversation.ask(QUESTION, stopped=lambda: bool(said)):
+        said.append(piece)
+    assert len(said) == 1 and conversation.turns[-1] == {"role": "assistant", "content": said[0]}
+    assert list(conversation.ask(QUESTION, stopped=lambda: True)) == []
+    assert conversation.turns[-1]["role"] == "assistant"  # a question without an answer is forgotten
+    assert conversation._engine._requests == {}
+    assert "".join(conversation.ask(QUESTION))
+
+
+def test_ctrl_c_pressed_again_ends_the_same_answer_and_nothing_else(conversation, monkeypatch):
+    """As an exception the second one came into what ended the answer, which was then never cancelled."""
+    engine, pressed = conversation._engine, []
+    advance, cancel = engine._advance, engine.cancel
+
+    def press(when):
+        pressed.append(when)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def advancing(request, logits):
+        if len(request.tokens) == 3 and not pressed:
+            press("answering")
+        return advance(request, logits)
+
+    def cancelling(request):
+        press("ending")
+        cancel(request)
+
+    typed = iter([QUESTION])
+    monkeypatch.setattr(engine, "_advance", advancing)
+    monkeypatch.setattr(engine, "cancel", cancelling)
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or _end_of_file())
+    try:
+        talk(conversation)
+    except KeyboardInterrupt:
+        pytest.fail("it ended the program")
+    assert pressed == ["answering", "ending"]
+    assert engine._requests == {} and conversation.turns[-1]["role"] == "assistant"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _end_of_file():
+    raise EOFError
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program():

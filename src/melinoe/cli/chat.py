@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -131,32 +132,59 @@ def talk(conversation: Conversation) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # arrow keys and history for input()
         _say("Type a question; /help shows more, Ctrl-D leaves.")
-    while (text := _read("> " if interactive else "")) is not None:
-        if not text.strip():
-            continue
-        try:
-            if text.startswith("/"):
-                if not command(conversation, text):
-                    return
+    with _CtrlC() as ctrl_c:
+        while (text := _read("> " if interactive else "", ctrl_c)) is not None:
+            if not text.strip():
                 continue
-            _answer(conversation, text)
-        except MelinoeError as error:
-            _say(f"melinoe: {error}")
+            try:
+                if text.startswith("/"):
+                    if not command(conversation, text):
+                        return
+                    continue
+                _answer(conversation, text, ctrl_c)
+            except MelinoeError as error:
+                _say(f"melinoe: {error}")
+
+
+class _CtrlC:
+    """Inside of it, Ctrl-C drops the line that is typed, and is a note otherwise, for whoever looks.
+
+    As an exception it would come anywhere, in what ends an answer as well: pressed twice it ended the
+    program, and pressed at one unlucky instruction it left the engine busy with an answer that was stopped.
+    """
+
+    def __enter__(self) -> Self:
+        self.reading = self.pressed = False
+        self._before = signal.getsignal(signal.SIGINT)
+        if self._before is signal.default_int_handler:  # who ignores it, as nohup does, goes on to
+            signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupted(self, _number: int, _frame: object) -> None:
+        self.pressed = True
+        if self.reading:
+            raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _read(prompt: str) -> str | None:
+def _read(prompt: str, ctrl_c: _CtrlC) -> str | None:
     """One question, of several lines where they end in a backslash; None at the end of the input."""
     lines: list[str] = []
     while True:
         try:
+            ctrl_c.reading = True
             line = input(prompt if not lines else "... " if prompt else "")
+            ctrl_c.reading = False
         except EOFError:
             return "\n".join(lines) if lines else None
         except KeyboardInterrupt:  # as in a shell: drops what was typed
+            ctrl_c.reading = False
             _say("")
             lines = []
             continue
@@ -165,14 +193,11 @@ def _read(prompt: str) -> str | None:
         lines.append(line[:-1])
 
 
-def _answer(conversation: Conversation, text: str) -> None:
-    with contextlib.closing(conversation.ask(text)) as pieces:  # type: ignore[type-var]
-        try:
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-    print(flush=True)
+def _answer(conversation: Conversation, text: str, ctrl_c: _CtrlC) -> None:
+    ctrl_c.pressed = False
+    for piece in conversation.ask(text, stopped=lambda: ctrl_c.pressed):
+        print(piece, end="", flush=True)
+    print(" [stopped]" if ctrl_c.pressed else "", flush=True)
 
 
 def command(conversation: Conversation, text: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from melinoe.serving.engine.interface import Engine
 from melinoe.serving.engine.request import EngineRequest, Progress
 from melinoe.serving.engine.sampling import sampler
 
-POLL_SECONDS = 0.1  # how long a wait for text may keep Ctrl-C from being noticed
+POLL_SECONDS = 0.1  # how long a wait for text may keep a stop from being noticed
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ class TurnStatistics:
             each = self.bytes_read / max(1, self.tokens)
             parts.append(f"hit rate {share:.3f}, {format_bytes(each)} read per token")
         return " | ".join(parts)
+
+
+def _next_of(arrived: queue.SimpleQueue[Progress]) -> Progress | None:
+    """What comes next; None where nothing does for a while."""
+    try:
+        return arrived.get(timeout=POLL_SECONDS)
+    except queue.Empty:
+        return None
 
 
 class Conversation:
@@ -105,8 +113,15 @@ class Conversation:
         """Forgets the turns; the system message stays."""
         self.turns, self.statistics = [], None
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yields the answer as it grows. Closing the iterator stops it; what was said until then stays.
+
+        Args:
+            text: the question.
+            stopped: asked ten times a second and after every piece; once it is true the answer ends. For
+                Ctrl-C this is better than KeyboardInterrupt, which comes between any two instructions, those
+                of the clean-up too, and which Python 3.11 lets past a `finally` where another `try` begins
+                in its loop: then the engine would go on with an answer that nobody hears.
 
         Raises:
             MelinoeError: the conversation does not fit the template or the context, or the engine failed; the
@@ -123,10 +138,9 @@ class Conversation:
             raise
         first, ended = 0.0, False
         try:
-            while not ended:
-                try:
-                    progress = arrived.get(timeout=POLL_SECONDS)
-                except queue.Empty:
+            while not ended and not stopped():
+                progress = _next_of(arrived)
+                if progress is None:
                     continue
                 if progress.error is not None:
                     raise MelinoeError("the answer cannot go on", got=progress.error)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from melinoe import verbs
 from melinoe.demonstration.demo import _tuning
-from melinoe.demonstration.race import ceiling
+from melinoe.demonstration.race import PROCESS_BYTES, _needed_bytes, ceiling
 from melinoe.demonstration.replay import PREDICTED, replay
 from melinoe.routing.calls import DECODE
 from melinoe.routing.policies import Strength
 from melinoe.routing.trace import from_sequences
+from melinoe.store.manifest import RESIDENT, open_store
 
 LAYERS, EXPERTS, TOP_K = 2, 8, 2
 
@@ -79,3 +82,11 @@ def test_what_a_demo_tunes():
     others = {"--max-steps": "150", "--time-limit": "600", "--distill": "0.8"}
     assert _tuning(False, 32, None) == others  # few rows to score do not make its steps shorter
     assert _tuning(False, None, 60.0) == others | {"--time-limit": "60"}
+
+
+def test_the_memory_of_the_race_holds_what_is_always_resident(olmoe_store):
+    """Embeddings and the rest of a real model are more than a margin."""
+    layers, resident = open_store(olmoe_store).layers, (olmoe_store / RESIDENT).stat().st_size
+    slots = 2 * sum(layer.layout.record_bytes for layer in layers)
+    arena = SimpleNamespace(stores={"base": olmoe_store}, layer_bytes=10**9)
+    assert _needed_bytes(arena, 2) > PROCESS_BYTES + slots + resident + arena.layer_bytes

@@ -13,7 +13,7 @@ from melinoe.demonstration.limited_process import MemoryLimit, run_module
 from melinoe.errors import MelinoeError
 from melinoe.files import to_disk
 from melinoe.runtime.bare_reader import record_bandwidth
-from melinoe.runtime.load import load_tokenizer
+from melinoe.runtime.load import load, load_tokenizer, plan
 from melinoe.store.manifest import Store, open_store
 
 BARE_SECONDS = 0.5
@@ -32,8 +32,7 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
         MelinoeError: a contestant failed, or one of ours generated another token than the resident model.
     """
     store = open_store(arena.stores["base"])
-    cached = slots * sum(layer.layout.record_bytes for layer in store.layers)
-    limit = MemoryLimit(PROCESS_BYTES + cached + arena.layer_bytes)
+    limit = MemoryLimit(_needed_bytes(arena, slots))
     measured: list[float] = []
     results: list[dict[str, Any]] = []
     answers: dict[str, list[int]] = {}  # to the first prompt, by weights
@@ -71,6 +70,15 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
         "memory_limit_bytes": limit.limit_bytes if limit.available else None,
         "answers": _answers(arena, answers),
     }
+
+
+def _needed_bytes(arena: Arena, slots: int) -> int:
+    """What a process of ours with its slots needs, and a layer more, which accelerate holds whole."""
+    model = load(arena.stores["base"], slots=slots)
+    model.melinoe_paged.pager.close()
+    needs = plan(model)
+    of_model = needs.total_bytes - needs.library_bytes  # those are in what every process has
+    return PROCESS_BYTES + of_model + arena.layer_bytes
 
 
 def _answers(arena: Arena, tokens: dict[str, list[int]]) -> dict[str, str]:

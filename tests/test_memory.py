@@ -19,7 +19,10 @@ from melinoe.cli.main import app
 from melinoe.config import format_bytes
 from melinoe.demonstration.limited_process import MemoryLimit
 from melinoe.experts.forward import COMBINED_TOKENS, combine, use_melinoe_experts
+from melinoe.machine import return_holes
+from melinoe.models.layers import moe_layers
 from melinoe.models.pretrained import load_model, read_config
+from melinoe.paging import paged_experts
 from melinoe.runtime.generation import generate
 from melinoe.runtime.load import load_tokenizer
 from melinoe.runtime.quantizer import set_settings
@@ -145,6 +148,30 @@ def test_what_was_not_set_aside_is_refused(olmoe_store):
     melinoe.load(olmoe_store, slots=4).generate(
         **batch(12), max_new_tokens=40, **greedy
     )  # no promise was made
+
+
+def test_a_long_pass_gives_back_what_its_layers_have_dropped(olmoe_store, monkeypatch):
+    """Before the pass alone was not enough: holes add up over the layers. No budget, no cost."""
+    returned = []
+
+    def counting():
+        returned.append(1)
+        return_holes()
+
+    monkeypatch.setattr(paged_experts, "return_holes", counting)
+    monkeypatch.setattr(paged_experts, "RETURN_LAYERS", 1)
+    ids = torch.arange(600)[None] % 50
+    outputs = []
+    for budget in ({"memory": enough_for(olmoe_store, 4, context=600), "context": 600}, {"slots": 4}):
+        model = melinoe.load(olmoe_store, **budget)
+        returned.clear()
+        outputs.append(model(input_ids=ids).logits)
+        layers = len(moe_layers(model))
+        assert len(returned) == (1 + layers if "memory" in budget else 0)
+        returned.clear()
+        model(input_ids=ids[:, :100])
+        assert not returned
+    assert torch.equal(*outputs)
 
 
 def test_a_pass_of_more_tokens_is_refused(olmoe_store, monkeypatch):

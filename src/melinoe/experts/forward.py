@@ -288,6 +288,8 @@ def compute_experts(
     paged: PagedExperts | None = getattr(module, "melinoe_paged", None)
     if paged is not None and paged.in_place is not None:
         return paged.in_place(module, hidden_states, top_k_index, top_k_weights)
+    if paged is not None:
+        paged.at_layer(module.melinoe_layer, tokens)  # type: ignore[arg-type]
     indices = top_k_index.detach().cpu().numpy()  # the layer's one synchronisation with a device
     if paged is not None and torch.is_grad_enabled() and hidden_states.requires_grad:
         raise MelinoeError(

@@ -178,7 +178,7 @@ class PagedExperts:
 
         What a layer drops lies between the keys and values that it leaves in the cache, too narrow for what
         the next ones ask for: over 30 layers of 4,000 tokens that came to 10 percent more than a budget of
-        450 MiB, where it is 10 percent less so (docs/log.md, 2026-11-26).
+        450 MiB, and comes to one percent so (docs/log.md, 2026-11-26).
         """
         if self.limits is not None and tokens >= MANY_TOKENS and (layer + 1) % RETURN_LAYERS == 0:
             return_holes()

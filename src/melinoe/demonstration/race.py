@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from melinoe.config import format_rate
 from melinoe.demonstration.arena import Arena
 from melinoe.demonstration.contestants import Contestant
 from melinoe.demonstration.limited_process import MemoryLimit, run_module
@@ -59,7 +60,7 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
                 result[name] = getattr(contestant, name)
             result |= _moved(contestant, arena, store)
             result["read_ceiling_tokens_per_second"] = ceiling(result, bare)
-            note(f"{contestant.name}: {result['generation_tokens_per_second']:.1f} tok/s")
+            note(f"{contestant.name}: {format_rate(result['generation_tokens_per_second'])} tok/s")
             results.append(result)
     finally:
         limit.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 from melinoe.demonstration.table import COLUMNS, cells
 from melinoe.demonstration.watched import steps_of
 from melinoe.report.page import times, write_page
@@ -49,6 +49,7 @@ def write_report(result: dict[str, Any], path: Path) -> None:
             (WEIGHTS[name], text) for name, text in result.get("answers", {}).items() if name != "prompt"
         ],
         format_bytes=format_bytes,
+        format_rate=format_rate,
         command=command(result["settings"]),
         headline=headline(result),
     )
@@ -162,11 +163,12 @@ def _speed(rows: list[dict[str, Any]]) -> Markup:
                 "low": low,
                 "high": high,
                 "ceiling": row["read_ceiling_tokens_per_second"],
-                "text": f"{row[SPEED]:.1f} ({low:.1f}-{high:.1f})" if low < high else f"{row[SPEED]:.1f}",
+                "text": format_rate(row[SPEED])
+                + (f" ({format_rate(low)}-{format_rate(high)})" if low < high else ""),
                 "colour": "--four" if row["kind"] == "accelerate" else COLOURS[row["weights"]],
             }
         )
-    said = "; ".join(f"{row['name']} {row['value']:.1f}" for row in shown)
+    said = "; ".join(f"{row['name']} {format_rate(row['value'])}" for row in shown)
     return bars(shown, f"Generated tokens a second: {said}")
 
 
@@ -183,7 +185,9 @@ def _frontier(result: dict[str, Any]) -> Markup:
     ]
     xs = [point.x for point in points]
     room = max(max(xs) - min(xs), 0.2)
-    said = "; ".join(f"{point.name}: {point.x:+.1f} percent, {point.y:.1f} tok/s" for point in points)
+    said = "; ".join(
+        f"{point.name}: {point.x:+.1f} percent, {format_rate(point.y)} tok/s" for point in points
+    )
     return scatter(
         points,
         "price: NLL over the base's, percent",

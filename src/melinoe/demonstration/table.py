@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from melinoe.config import format_bytes
+from melinoe.config import format_bytes, format_rate
 
 # (heading, key, format); None prints as a dash
 COLUMNS: list[tuple[str, str, str]] = [
     ("", "name", "{}"),
-    ("gen tok/s", "generation_tokens_per_second", "{:.1f}"),
+    ("gen tok/s", "generation_tokens_per_second", "rate"),
     ("TTFT s", "ttft_seconds", "{:.3f}"),
     ("s/request", "seconds_per_request", "{:.2f}"),
     ("hit rate", "hit_rate", "{:.3f}"),
@@ -35,13 +36,11 @@ def cells(row: dict[str, Any]) -> list[str]:
 def cells_of(row: dict[str, Any], headings: list[str]) -> list[str]:
     """Some columns of one row, by their headings."""
     columns = {heading: (key, form) for heading, key, form in COLUMNS}
+    written: dict[str, Callable[[Any], str]] = {"bytes": format_bytes, "rate": format_rate}
     texts = []
     for key, form in map(columns.__getitem__, headings):
         value = row.get(key)
-        if value is None:
-            texts.append("-")
-        else:
-            texts.append(format_bytes(value) if form == "bytes" else form.format(value))
+        texts.append("-" if value is None else written.get(form, form.format)(value))
     return texts
 
 

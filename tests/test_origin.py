@@ -151,7 +151,7 @@ def test_predictors_from_before_say_nothing(base, tmp_path, capfd):
 
 def test_other_weights_behind_the_same_routers_are_said(base, tmp_path, capfd):
     other, made = further(base, tmp_path / "other", ".experts."), recorded(base)
-    words = "is of a model with the same routers and other weights in model.layers.0.mlp.experts and 1 others"
+    words = "is of a model with the same routers and other weights in model.layers.0.mlp.experts and 1 more"
     assert any(f"the trace {words}" in one for one in fit_predictor(other, made, epochs=1)["warnings"])
     fit_predictor(base, made, tmp_path / "p", epochs=1)
     melinoe.load(base, predictor=tmp_path / "p", slots=2)

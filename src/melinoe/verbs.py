@@ -101,30 +101,16 @@ def run_verbs(
     waiting = list(enumerate(verbs))
     running: dict[int, tuple[subprocess.Popen[str], Path]] = {}
     results: dict[int, dict[str, Any]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         with stages.waiting() if stages else nullcontext(lambda names: None) as tell:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     index, verb = waiting.pop(0)
-                    log = logs / f"{verb.label.replace(' ', '-')}.log"
-                    with log.open("w") as errors:
-                        command = [sys.executable, "-m", verb.module, *verb.arguments, "--json", "--quiet"]
-                        process = subprocess.Popen(
-                            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-                        )
-                    running[index] = (process, log)
+                    running[index] = _start(verb, logs)
                 time.sleep(0.05)
                 tell([verbs[index].label for index in running])
-                for index, (process, log) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    output = process.stdout.read() if process.stdout else ""
-                    del running[index]
-                    if process.returncode != 0:
-                        lines = log.read_text().strip().splitlines() or ["no message"]
-                        raise MelinoeError(f"{verbs[index].label} failed", got=lines[-1])
-                    results[index] = json.loads(output.strip().splitlines()[-1])
+                for index in [one for one, (process, _) in running.items() if process.poll() is not None]:
+                    results[index] = _result(verbs[index], *running.pop(index))
                     if done is not None:
                         done(index, results[index])
     finally:
@@ -133,3 +119,23 @@ def run_verbs(
         for process, _ in running.values():
             process.wait()
     return [results[index] for index in range(len(verbs))]
+
+
+def _start(verb: Verb, logs: Path) -> tuple[subprocess.Popen[str], Path]:
+    """The process, and the file that takes what it writes to stderr."""
+    log = logs / f"{verb.label.replace(' ', '-')}.log"
+    command = [sys.executable, "-m", verb.module, *verb.arguments, "--json", "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    return process, log
+
+
+def _result(verb: Verb, process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
+    """What a process that has ended printed as its --json line."""
+    output = process.stdout.read() if process.stdout else ""
+    if process.returncode != 0:
+        lines = log.read_text().strip().splitlines() or ["no message"]
+        raise MelinoeError(f"{verb.label} failed", got=lines[-1])
+    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return found

@@ -59,10 +59,8 @@ WRITES = {
 }
 HELD_OUT_ROWS = 320
 STICKY = 0.12  # of the embedded model, docs/log.md
-STICKY_ROWS = (
-    64  # of another model's train split, by which its strength is found; a smaller demo reads fewer,
-)
-LEAST_STICKY_ROWS = 16  # but not fewer than these
+STICKY_ROWS = 64  # of another model's train split, by which its strength is found,
+LEAST_STICKY_ROWS = 16  # where the demo is a small one
 STICKY_LOSS = "5%"  # that a strength may cost a model that is not tuned for it
 TUNING_STEPS = 150
 TUNING_SECONDS = 90  # enough for all steps of the embedded model,

@@ -14,7 +14,8 @@ from melinoe.demonstration.limited_process import MemoryLimit, run_module
 from melinoe.errors import MelinoeError
 from melinoe.files import to_disk
 from melinoe.runtime.bare_reader import record_bandwidth
-from melinoe.runtime.load import load, load_tokenizer, plan
+from melinoe.runtime.load import load_tokenizer
+from melinoe.runtime.plan import plan
 from melinoe.store.manifest import Store, open_store
 
 BARE_SECONDS = 0.5
@@ -75,11 +76,9 @@ def race(arena: Arena, rows: list[Contestant], slots: int, note: Callable[[str],
 
 def _needed_bytes(arena: Arena, slots: int) -> int:
     """What a process of ours with its slots needs, and a layer more, which accelerate holds whole."""
-    model = load(arena.stores["base"], slots=slots)
-    model.melinoe_paged.pager.close()
-    needs = plan(model)
-    of_model = needs.total_bytes - needs.library_bytes  # those are in what every process has
-    return PROCESS_BYTES + of_model + arena.layer_bytes
+    needs = plan(arena.stores["base"], slots=slots, measure_seconds=0)["budget"]
+    of_model = needs["total_bytes"] - needs["library_bytes"]  # those are in what every process has
+    return PROCESS_BYTES + int(of_model) + arena.layer_bytes
 
 
 def _answers(arena: Arena, tokens: dict[str, list[int]]) -> dict[str, str]:
